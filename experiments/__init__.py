@@ -1,0 +1,1 @@
+"""Programs: train, evaluate, generate. Start one with `python -m experiments.run`."""

@@ -1,0 +1,141 @@
+"""The sections of an experiment. A config module returns a `Config`; flags override its fields.
+
+Every field has a class that says what may change when a run is resumed from its work directory:
+`free` at will, `intervention` with `--reason`, `identity` not at all (it would be another run).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from layers.spec import ModelSpec
+
+
+class ConfigError(ValueError):
+  """A user's mistake in a config, a flag or an input: one sentence, exit code 2."""
+
+
+def free(default: Any) -> Any:
+  return dataclasses.field(default=default, metadata={"change": "free"})
+
+
+def intervention(default: Any) -> Any:
+  return dataclasses.field(default=default, metadata={"change": "intervention"})
+
+
+def identity(default: Any) -> Any:
+  return dataclasses.field(default=default, metadata={"change": "identity"})
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+  """Sizes of the mesh axes. All None: the best fit for the devices present, printed.
+
+  If any is given, the others are 1; one may be -1, meaning the devices that remain.
+  """
+
+  data: int | None = free(None)
+  stage: int | None = free(None)
+  fsdp: int | None = free(None)
+  expert: int | None = free(None)
+  context: int | None = free(None)
+  tensor: int | None = free(None)
+  rules: Literal["fsdp", "fsdp_tensor", "fsdp_expert", "all"] = free("all")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+  """Where tokens come from. Rows are `row_length` tokens of packed documents."""
+
+  # pydoc: the language reference inside CPython. text: `path` is text or JSONL, plain or gzip.
+  # shards: `path` is a folder written by experiments.data.prepare. synthetic: random tokens.
+  source: Literal["pydoc", "text", "shards", "synthetic"] = identity("pydoc")
+  path: str = identity("")  # setting it turns source pydoc into text or shards
+  text_field: str = identity("text")  # of a JSONL line
+  tokenizer: str = identity("byte")  # "byte", or a folder or file written by train_tokenizer
+  row_length: int = identity(256)
+  batch_size: int = intervention(16)  # rows a step, over all devices
+  holdout: float = identity(0.05)  # last part of the text, kept for evaluation
+  seed: int = identity(0)  # of the shuffle
+  prefetch: int = free(4)  # batches read ahead
+
+  def __post_init__(self):
+    if self.row_length < 2:
+      raise ConfigError(f"data.row_length={self.row_length}: a row needs at least 2 tokens")
+    if self.batch_size < 1:
+      raise ConfigError(f"data.batch_size={self.batch_size}: must be at least 1")
+    if not 0 < self.holdout < 1:
+      raise ConfigError(f"data.holdout={self.holdout}: must lie between 0 and 1")
+    if self.seed < 0 or self.prefetch < 0:
+      raise ConfigError(f"data.seed={self.seed}, data.prefetch={self.prefetch}: must not be < 0")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+  """An optax chain: clip, the named rule, weight decay, schedule."""
+
+  name: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = intervention("adamw")
+  learning_rate: float = intervention(3e-4)  # peak
+  schedule: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"] = intervention("cosine")
+  warmup_steps: int = intervention(100)
+  decay_steps: int | None = intervention(None)  # end of the schedule; None is train.steps
+  final_fraction: float = intervention(0.1)  # of the peak, at the end
+  stable_fraction: float = intervention(0.8)  # wsd: share of the steps after warmup at the peak
+  beta1: float = intervention(0.9)
+  beta2: float = intervention(0.95)
+  eps: float = intervention(1e-8)
+  weight_decay: float = intervention(0.1)  # on matrices only
+  clip_norm: float | None = intervention(1.0)  # global gradient norm
+  momentum: float = intervention(0.95)  # muon, sgd
+  adam_learning_rate: float | None = intervention(None)  # muon: embeddings, head, norms; None: same
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+  steps: int = free(1000)
+  microbatches: int = intervention(1)  # gradient accumulation: the batch in this many parts
+  compute_dtype: Literal["auto", "float32", "bfloat16"] = intervention("auto")  # f32 on CPU
+  remat: str | tuple[str, ...] = free("none")  # none, full, dots, minimal, or tensor names
+  z_loss: float = intervention(0.0)  # times log(Z)^2 of the vocabulary softmax
+  seed: int = identity(0)  # of weights, jitter, dropout
+  log_every: int = free(10)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+  every: int = free(500)  # steps; the last step is always saved
+  keep: int = free(2)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+  every: int = free(0)  # steps between held-out evaluations; 0 is only at the end
+  batches: int | None = free(None)  # None is the whole held-out split
+  sample_prompt: str = free("")  # continued at the end; empty is none
+  sample_tokens: int = free(200)
+  temperature: float = free(0.8)
+  baselines: bool = free(False)  # a byte trigram model on the same split (byte tokens only)
+  twin: str = free("")  # a config trained after this one and shown beside it
+
+
+@dataclass(frozen=True)
+class Config:
+  name: str
+  model: ModelSpec
+  mesh: MeshConfig = MeshConfig()
+  data: DataConfig = DataConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  train: TrainConfig = TrainConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  eval: EvalConfig = EvalConfig()
+
+  def __post_init__(self):
+    if self.data.row_length > self.model.max_length:
+      raise ConfigError(
+        f"data.row_length={self.data.row_length} exceeds model.max_length={self.model.max_length}"
+      )
+    if self.data.batch_size % self.train.microbatches:
+      raise ConfigError(
+        f"data.batch_size={self.data.batch_size} is not a multiple of "
+        f"train.microbatches={self.train.microbatches}"
+      )

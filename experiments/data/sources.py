@@ -1,0 +1,98 @@
+"""Documents, as strings: the language reference inside CPython, plain text, JSONL; gzip or not."""
+
+import contextlib
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pydoc_data.topics import topics
+from typing import IO
+
+from experiments.config import ConfigError
+
+from . import files
+
+
+def pydoc_documents() -> Iterator[str]:
+  """The topics of Python's language reference (about 0.47 MB in 3.11), in the order of keys.
+
+  The text comes with the interpreter, so it differs a little between Python versions.
+  """
+  for name in sorted(topics):
+    yield topics[name]
+
+
+def text_documents(pattern: str, text_field: str = "text") -> Iterator[str]:
+  """Documents of every file that a path or a glob names, files in sorted order.
+
+  Raises ConfigError as `file_documents` does, and if no file matches.
+  """
+  for path in files.find(pattern):
+    yield from file_documents(path, text_field)
+
+
+def file_documents(path: str, text_field: str = "text") -> Iterator[str]:
+  """Documents of one file. `.jsonl` is one a line (blank lines hold none), else one a file.
+
+  A name that ends in `.gz` is decompressed. Nothing is normalised: the UTF-8 bytes of the text
+  are those of the file.
+
+  Raises:
+    ConfigError: the file is missing, unreadable, empty, damaged gzip, not UTF-8 or holds NUL
+      bytes (file and offset), or a line is not JSON or lacks the text field (file and line).
+  """
+  with files.open_read(path) as raw, _decompressed(path, raw) as stream:
+    if path.removesuffix(".gz").endswith(".jsonl"):
+      documents = _jsonl(path, stream, text_field)
+    else:
+      documents = iter([_decode(stream.read(), path)])
+    empty = True
+    for text in documents:
+      empty = empty and not text
+      yield text
+  if empty:
+    raise ConfigError(f"{path} is empty: there is no text to learn from")
+
+
+@contextlib.contextmanager
+def _decompressed(path: str, raw: IO[bytes]) -> Iterator[IO[bytes]]:
+  if not path.endswith(".gz"):
+    yield raw
+    return
+  try:
+    with gzip.open(raw) as stream:
+      yield stream
+  except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+    raise ConfigError(f"{path} is not whole gzip: {error}") from error
+
+
+def _decode(data: bytes, where: str) -> str:
+  zero = data.find(b"\0")
+  if zero >= 0:
+    raise ConfigError(f"{where} is binary, not text: NUL at byte {zero}")
+  try:
+    return data.decode("utf-8")
+  except UnicodeDecodeError as error:
+    raise ConfigError(f"{where} is not UTF-8 text: byte {error.start} can't be decoded") from error
+
+
+def _jsonl(path: str, stream: IO[bytes], text_field: str) -> Iterator[str]:
+  for number, line in enumerate(stream, start=1):
+    where = f"{path} line {number}"
+    if not line.strip():
+      continue
+    try:
+      record = json.loads(_decode(line, where))
+    except json.JSONDecodeError as error:
+      raise ConfigError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
+      present = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
+      raise ConfigError(
+        f"{where} has no text in field {text_field!r} (it has {present}): name it by text_field"
+      )
+    text = record[text_field]
+    try:
+      text.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair; UTF-8 can't
+      raise ConfigError(f"{where} holds a lone surrogate, which is no character") from error
+    yield text

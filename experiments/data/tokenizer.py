@@ -1,0 +1,140 @@
+"""Text to token ids and back: plain bytes, or byte-pair encoding from a `tokenizer.json`.
+
+Dimension letters: V vocabulary.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import tokenizers
+
+from experiments.config import ConfigError
+
+from . import files
+
+END_OF_DOCUMENT = "<|endoftext|>"
+_END_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>")  # of tokenizers made elsewhere
+_PIECE = 1 << 20  # characters encoded at once
+
+HOW_TO_MAKE = """make them from your text with
+  python -m experiments.data.train_tokenizer --input='TEXT/*.jsonl' --output={tokenizer}
+  python -m experiments.data.prepare --input='TEXT/*.jsonl' --output={shards} \
+--tokenizer={tokenizer}"""
+
+
+class Tokenizer(Protocol):
+  """What the rest of the program needs of a tokenizer."""
+
+  eod: int  # id of the end-of-document token
+  vocab_size: int  # ids are below it
+  fingerprint: str  # equal fingerprints, equal ids
+  byte_lengths_V: np.ndarray  # int32: UTF-8 bytes of text each id stands for; eod counts 0
+
+  def encode(self, text: str) -> np.ndarray: ...  # int32, without eod
+
+  def decode(self, ids) -> str: ...  # special tokens and ids beyond the vocabulary are left out
+
+
+class ByteTokenizer:
+  """Each UTF-8 byte is its own id, 0 to 255; 256 ends a document."""
+
+  eod = 256
+  vocab_size = 257
+  fingerprint = "byte"
+  byte_lengths_V = np.array([1] * 256 + [0], np.int32)
+
+  def encode(self, text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+  def decode(self, ids) -> str:
+    ids = np.asarray(ids)
+    return ids[ids < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+
+class BpeTokenizer:
+  """A `tokenizer.json` read by Hugging Face `tokenizers`.
+
+  Text is only text: a document that spells a special token's name gets no special token.
+  """
+
+  def __init__(self, path: str):
+    path = path if path.endswith(".json") else files.join(path, "tokenizer.json")
+    if not files.exists(path):
+      commands = HOW_TO_MAKE.format(tokenizer=path.rpartition("/")[0] or ".", shards="SHARDS")
+      raise ConfigError(f"there is no tokenizer at {path}: {commands}")
+    data = files.read_bytes(path)
+    try:
+      self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+    except Exception as error:  # `tokenizers` raises bare Exception
+      raise ConfigError(f"{path} is not a tokenizer that `tokenizers` reads: {error}") from error
+    self._tokenizer.encode_special_tokens = True
+    ids = [i for name in _END_NAMES if (i := self._tokenizer.token_to_id(name)) is not None]
+    if not ids:
+      raise ConfigError(f"{path} has no end-of-document token: one of {', '.join(_END_NAMES)}")
+    self.eod = ids[0]
+    self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())
+    self.fingerprint = hashlib.sha256(data).hexdigest()
+    # Some tokenizers put a space before every text: theirs can't be encoded in pieces.
+    cut = np.concatenate([self._ids("a"), self._ids("\na")])
+    self._divisible = np.array_equal(self._ids("a\na"), cut)
+    self.byte_lengths_V = self._byte_lengths()
+
+  def _byte_lengths(self) -> np.ndarray:
+    byte_level = type(self._tokenizer.decoder) is tokenizers.decoders.ByteLevel
+    added = self._tokenizer.get_added_tokens_decoder()
+    lengths_V = np.zeros(self.vocab_size, np.int32)
+    for token, i in self._tokenizer.get_vocab().items():
+      if i in added and added[i].special:
+        lengths_V[i] = 0
+      elif byte_level and i not in added:
+        lengths_V[i] = len(token)  # this alphabet spells each byte as one character
+      elif re.fullmatch("<0x[0-9A-F]{2}>", token):  # SentencePiece's byte fallback
+        lengths_V[i] = 1
+      else:
+        lengths_V[i] = len(token.replace("▁", " ").encode("utf-8"))  # its mark for a space
+    return lengths_V
+
+  def _ids(self, text: str) -> np.ndarray:
+    return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+  def encode(self, text: str) -> np.ndarray:
+    parts = pieces(text) if self._divisible else [text]
+    return np.concatenate([self._ids(part) for part in parts])
+
+  def decode(self, ids) -> str:
+    ids = np.asarray(ids)
+    return self._tokenizer.decode(ids[ids < self.vocab_size].tolist(), skip_special_tokens=True)
+
+
+_CUT = re.compile(r"(?<=[^\W_])(?=\s)")
+
+
+def pieces(text: str, size: int = _PIECE) -> Iterator[str]:
+  """Cuts a long text after about `size` characters, between a letter or digit and a blank.
+
+  Byte-level pre-tokenizers (GPT-2, Llama 3) always cut there, so ids are those of the whole text,
+  while memory stays bounded.
+  """
+  start = 0
+  while (cut := _CUT.search(text, start + size)) is not None:
+    yield text[start : cut.start()]
+    start = cut.start()
+  yield text[start:]
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+  """`byte`, or a tokenizer.json, or its folder. Raises ConfigError if it is missing or unusable."""
+  return ByteTokenizer() if name == "byte" else BpeTokenizer(name)
+
+
+def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
+  """Raises ConfigError if the model has fewer ids than the tokenizer; more is fine (padding)."""
+  if vocab_size < tokenizer.vocab_size:
+    padded = -(-tokenizer.vocab_size // 128) * 128
+    raise ConfigError(
+      f"model.vocab_size={vocab_size} is below the tokenizer's {tokenizer.vocab_size} ids: "
+      f"set --config.model.vocab_size={padded}"
+    )

@@ -1,0 +1,73 @@
+"""Does the training state fit the devices that are here? If not: what would hold it."""
+
+import math
+
+import jax
+
+from mesh.hardware import device_memory_bytes, host_memory_bytes, smallest_slices
+
+from ..config import ConfigError
+from ..training.setup import Setup
+
+# Share of a device's memory left for activations, compiler temporaries and the runtime.
+_RESERVE = 0.15
+
+
+def training_bytes(setup: Setup) -> int:
+  """Bytes over all devices of parameters, their gradients and the optimizer state."""
+  size = lambda leaf: leaf.size * leaf.dtype.itemsize
+  params = sum(map(size, jax.tree.leaves(setup.abstract.params)))
+  return 2 * params + sum(map(size, jax.tree.leaves(setup.abstract.opt_state)))
+
+
+def bytes_per_device(setup: Setup) -> int:
+  """The same on the fullest device of the mesh, each leaf cut as its sharding says."""
+  size = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+  params = sum(map(size, jax.tree.leaves(setup.abstract.params)))
+  return 2 * params + sum(map(size, jax.tree.leaves(setup.abstract.opt_state)))
+
+
+def refuse_if_too_large(setup: Setup) -> None:
+  """Raise before anything is allocated when the state alone can't fit.
+
+  Raises:
+    ConfigError: bytes needed against bytes here, the smallest slices that hold the state, and the
+      commands to compile for one and to launch on one.
+  """
+  devices = list(setup.mesh.devices.flat)
+  local = [d for d in devices if d.process_index == jax.process_index()]
+  if devices[0].platform == "cpu":
+    available, needed = host_memory_bytes(), bytes_per_device(setup) * len(local)
+    where = f"this host has {gigabytes(available)}"
+  else:
+    available, needed = device_memory_bytes(devices[0]), bytes_per_device(setup)
+    where = f"a {devices[0].device_kind} has {gigabytes(available or 0)}"
+  if available is None or needed <= available:
+    return
+  total = training_bytes(setup)
+  slices = smallest_slices(total, reserve=_RESERVE)
+  rows = "\n".join(
+    f"  {s.name:<14} {s.topology:<14} {s.chips:>4} chips  {gigabytes(s.hbm_bytes):>9}"
+    for s in slices
+  )
+  example = next((s for s in slices if s.name.startswith("v5p")), slices[0])
+  name = setup.config.name
+  raise ConfigError(
+    f"{name} does not fit here: weights, gradients and optimizer state take {gigabytes(total)}, "
+    f"of which {gigabytes(needed)} on {len(local)} {devices[0].platform} device(s) here, "
+    f"but {where}.\n"
+    f"Smallest slices that hold it with {_RESERVE:.0%} to spare:\n{rows}\n"
+    f"Compile for one without renting it:\n"
+    f"  python -m experiments.plan --config={name} --topology={example.topology}\n"
+    f"Launch on one:\n"
+    f"  bash tpu_setup/tpu_vm.sh launch --name={name.replace('_', '-')} --type={example.name} "
+    f"--zone=ZONE -- --config={name} --workdir=/SHARED/{name}"
+  )
+
+
+def gigabytes(n: int) -> str:
+  """"1.1 TB", "24.0 GB", "3.2 MB": decimal units."""
+  for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+    if n >= scale:
+      return f"{n / scale:,.1f} {unit}"
+  return f"{n:,} B"

@@ -1,0 +1,26 @@
+"""What must be settled before JAX starts: the platform and the compilation cache."""
+
+import os
+from pathlib import Path
+
+import jax
+
+# Device files of TPUs (PCI accelerator or VFIO), NVIDIA and AMD GPUs.
+_ACCELERATORS = ("/dev/accel0", "/dev/vfio/0", "/dev/nvidia0", "/dev/kfd")
+
+
+def prepare() -> None:
+  """Choose CPU where no accelerator is present, and keep compiled programs between runs.
+
+  An installed libtpu looks for a TPU for many seconds, and complains; naming the platform keeps it
+  quiet. `JAX_PLATFORMS` and `JAX_COMPILATION_CACHE_DIR` of the user win; an empty
+  JAX_COMPILATION_CACHE_DIR, or JAX_ENABLE_COMPILATION_CACHE=false, switches the cache off.
+  """
+  if not os.environ.get("JAX_PLATFORMS") and not any(map(os.path.exists, _ACCELERATORS)):
+    os.environ["JAX_PLATFORMS"] = "cpu"  # for child processes
+    jax.config.update("jax_platforms", "cpu")
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(base / "meshyard" / "jax"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

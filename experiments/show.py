@@ -1,0 +1,43 @@
+"""`--list` and `--show`: what configs there are, what one resolves to, what was changed."""
+
+from rich.console import Console
+from rich.table import Table
+
+from layers.count import count_params
+
+from . import cli
+from .config import Config
+from .overrides import difference, flatten
+
+
+def print_list() -> None:
+  """Every config: parameters, active parameters, layers, tokens of its run."""
+  console = Console(highlight=False, soft_wrap=True)
+  table = Table(box=None, pad_edge=False)
+  for name in ("config", "parameters", "active", "layers", "width", "tokens", "optimizer"):
+    table.add_column(name, justify="left" if name in ("config", "optimizer") else "right")
+  for name in cli.config_names():
+    config = cli.named_config(name)
+    counts = count_params(config.model)
+    tokens = config.train.steps * config.data.batch_size * config.data.row_length
+    table.add_row(
+      name,
+      f"{counts.total:,}",
+      f"{counts.active:,}",
+      str(config.model.num_layers),
+      str(config.model.embed_dim),
+      f"{tokens:.3g}",
+      config.optimizer.name,
+    )
+  console.print(table)
+  console.print("\nTrain one:  python -m experiments.run --config=NAME", markup=False)
+
+
+def print_config(named: Config, config: Config) -> None:
+  """The resolved config, one field a line; changed fields are marked with their old value."""
+  changed = {path: before for path, before, _ in difference(named, config)}
+  for path, value in flatten(config).items():
+    mark = f"    # changed, was {changed[path]}" if path in changed else ""
+    print(f"{path} = {value}{mark}")
+  counts = count_params(config.model)
+  print(f"\n{counts.total:,} parameters, {counts.active:,} active, {len(changed)} fields changed")

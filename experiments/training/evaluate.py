@@ -1,0 +1,37 @@
+"""Held-out loss of a model: nats a token and bits a byte."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from .step import Batch, EvalSums
+
+
+class HeldOut(NamedTuple):
+  loss: float  # nats a target token
+  bits_per_byte: float  # of the UTF-8 text the targets stand for
+  tokens: int
+
+
+def evaluate(
+  eval_step: Callable[[Any, Batch], EvalSums],
+  params: Any,
+  batches: Iterable[dict[str, np.ndarray]],
+  place: Callable[[dict[str, np.ndarray]], Batch],
+) -> HeldOut:
+  """Sum over all batches, then divide once.
+
+  Args:
+    batches: host batches of this process.
+    place: puts a host batch on the mesh.
+  """
+  sums: list[EvalSums] = []
+  for batch in batches:
+    sums.append(eval_step(params, place(batch)))
+    if len(sums) > 2:
+      jax.block_until_ready(sums[-3])  # bounds what is in flight
+  nll, tokens, num_bytes = (float(sum(map(float, column))) for column in zip(*sums, strict=True))
+  return HeldOut(nll / max(tokens, 1), nll / math.log(2) / max(num_bytes, 1), int(tokens))

@@ -1,0 +1,215 @@
+"""From the `optimizer` section to one optax transformation over stacked parameters.
+
+Order of an update: gradients in float32, clipped by their global norm; the leaf's rule; decoupled
+weight decay; minus the learning rate. Every rule adds `learning_rate * weight_decay * w`, as
+PyTorch does.
+
+Which leaf gets what (`leaf_rules`):
+
+| leaf                                         | muon  | other rules | decay |
+|----------------------------------------------|-------|-------------|-------|
+| matrices between features, experts' too      | muon  | the rule    | yes   |
+| embedding, head, learned positions, router   | adamw | the rule    | yes   |
+| norms, biases, sinks: one vector a layer     | adamw | the rule    | no    |
+| `trainable=False`                            | frozen| frozen      | no    |
+
+Embeddings are decayed as in GPT-3, LLaMA, Megatron-LM and nanoGPT (OLMo 2 is the exception): a
+tied table is the output matrix too.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments.config import ConfigError, OptimizerConfig
+
+from . import stacked
+
+
+@dataclass(frozen=True)
+class LeafRule:
+  """What happens to one leaf: `rule` names an optimizer or is "frozen"; `decay`: weight decay."""
+
+  rule: str
+  decay: bool
+  slices: stacked.Slices
+
+  def __str__(self) -> str:
+    return self.rule + (" + decay" if self.decay else "")
+
+
+def leaf_rules(config: OptimizerConfig, axes_tree: Any, trainable_tree: Any) -> Any:
+  """The tree of `LeafRule`: what the optimizer does to each leaf (see the table above).
+
+  Args:
+    config: the `optimizer` section.
+    axes_tree: `layers.params.axes` of the parameters: a tuple of logical names a leaf.
+    trainable_tree: `layers.params.trainable` of the parameters: a bool a leaf.
+  """
+
+  def rule(trainable, axes):
+    slices = stacked.split(axes)
+    if not trainable:
+      return LeafRule("frozen", False, slices)
+    name = config.name
+    if name == "muon" and not _between_features(slices):
+      name = "adamw"
+    return LeafRule(name, slices.is_matrix and config.weight_decay > 0, slices)
+
+  return jax.tree.map(rule, trainable_tree, axes_tree)
+
+
+def _between_features(slices: stacked.Slices) -> bool:
+  """A map from features to features: no table's rows (vocab), no unnamed or expert outputs."""
+  return slices.is_matrix and not {None, "vocab", "expert"} & set(slices.slice_axes)
+
+
+def global_norm(gradients: Any, trainable_tree: Any) -> jax.Array:
+  """Float32 Euclidean norm of all trained leaves together."""
+  squares = [
+    jnp.sum(jnp.square(g.astype(jnp.float32)))
+    for g, trainable in zip(
+      jax.tree.leaves(gradients), jax.tree.leaves(trainable_tree), strict=True
+    )
+    if trainable
+  ]
+  return jnp.sqrt(sum(squares, jnp.float32(0)))
+
+
+def make_optimizer(
+  config: OptimizerConfig, schedule: optax.Schedule, axes_tree: Any, trainable_tree: Any
+) -> optax.GradientTransformation:
+  """The optimizer for a tree of stacked parameters.
+
+  Rules and the fields they read, besides `weight_decay` and `clip_norm`:
+
+  * adamw (arXiv 1711.05101): beta1, beta2, eps;
+  * adafactor (arXiv 1804.04235): none; steps are relative to each matrix's own root mean square;
+  * lion (arXiv 2302.06675): beta1, beta2;
+  * muon (arXiv 2502.16982): momentum, eps; its adamw leaves beta1, beta2, eps and
+    `adam_learning_rate`, which replaces the peak of the same schedule;
+  * sgd: momentum, Nesterov's.
+
+  Leaves that are not trained have no state, a zero update and no part in the global norm.
+
+  Args:
+    config: the `optimizer` section.
+    schedule: step -> learning rate, from `make_schedule`.
+    axes_tree: a tuple of logical axis names a leaf.
+    trainable_tree: a bool a leaf.
+
+  Returns:
+    A transformation whose `update(gradients, state, params)` gives what to add to the parameters.
+
+  Raises:
+    ConfigError: when a coefficient lies outside its range.
+  """
+  _check(config)
+  rules = leaf_rules(config, axes_tree, trainable_tree)
+  decay_mask = jax.tree.map(lambda leaf: leaf.decay, rules)
+  labels = jax.tree.map(lambda leaf: leaf.rule, rules)
+  parts = {
+    name: optax.chain(
+      _core(config, name, rules),
+      optax.add_decayed_weights(config.weight_decay, decay_mask),
+      optax.scale_by_learning_rate(_learning_rate(config, name, schedule)),
+    )
+    for name in sorted(set(jax.tree.leaves(labels)) - {"frozen"})
+  }
+  parts["frozen"] = optax.set_to_zero()
+  return optax.chain(_clip(config.clip_norm, trainable_tree), optax.partition(parts, labels))
+
+
+def _core(config: OptimizerConfig, name: str, rules: Any) -> optax.GradientTransformation:
+  # Other rules' leaves are absent from the trees that this one sees: optax masks them.
+  slices = jax.tree.map(
+    lambda leaf: leaf.slices if leaf.rule == name else optax.MaskedNode(), rules
+  )
+  match name:
+    case "adamw":
+      return optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+    case "adafactor":
+      return stacked.scale_by_adafactor(slices)
+    case "lion":
+      return optax.scale_by_lion(config.beta1, config.beta2)
+    case "muon":
+      return stacked.scale_by_muon(slices, beta=config.momentum, eps=config.eps)
+    case "sgd":
+      return optax.trace(config.momentum, nesterov=True)
+  raise ConfigError(f"optimizer.name={name}: no such rule")
+
+
+def _learning_rate(config: OptimizerConfig, name: str, schedule: optax.Schedule) -> optax.Schedule:
+  if config.name != "muon" or name == "muon" or config.adam_learning_rate is None:
+    return schedule
+  ratio = config.adam_learning_rate / config.learning_rate
+  return lambda step: ratio * schedule(step)
+
+
+def _clip(max_norm: float | None, trainable_tree: Any) -> optax.GradientTransformation:
+  """Gradients in float32, times min(1, max_norm / global norm).
+
+  One multiplication that fuses with the rule; `optax.clip_by_global_norm` selects between
+  whole trees, which on a CPU takes as long as AdamW itself. A norm that is not finite makes
+  updates that are not finite: the training guard sees it, nothing hides it.
+  """
+
+  def update(gradients, state, params=None):
+    del params
+    gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+    if max_norm is not None:
+      factor = jnp.minimum(1.0, max_norm / global_norm(gradients, trainable_tree))
+      gradients = jax.tree.map(lambda g: g * factor, gradients)
+    return gradients, state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def state_axes(state: Any, axes_tree: Any) -> Any:
+  """Logical axes of every array in an optimizer state, to place it beside its parameters.
+
+  Args:
+    state: `make_optimizer(...).init(params)`, or its `jax.eval_shape`.
+    axes_tree: a tuple of logical axis names a parameter.
+
+  Returns:
+    The state's structure with a tuple of logical names a leaf: the parameter's for a moment of
+    its shape; its batch dims' for Adafactor's factored statistics, which are small; () for counts.
+  """
+  flat_axes, _ = jax.tree_util.tree_flatten_with_path(axes_tree, is_leaf=_is_axes)
+  table = dict(flat_axes)
+
+  def leaf_axes(path, leaf):
+    for start in range(len(path)):
+      if path[start:] in table:
+        field = getattr(path[start - 1], "name", "") if start else ""
+        return _statistic_axes(field, leaf.ndim, stacked.split(table[path[start:]]))
+    return (None,) * leaf.ndim
+
+  return jax.tree_util.tree_map_with_path(leaf_axes, state)
+
+
+def _statistic_axes(field: str, ndim: int, slices: stacked.Slices) -> tuple[str | None, ...]:
+  if field not in optax.FactoredState._fields:
+    return slices.axes
+  whole = field == "v" and ndim == len(slices.merged_axes)
+  return slices.merged_axes if whole else slices.axes[: slices.batch] + (None,)
+
+
+def _is_axes(x: Any) -> bool:
+  return isinstance(x, tuple) and all(name is None or isinstance(name, str) for name in x)
+
+
+def _check(config: OptimizerConfig) -> None:
+  for field in ("beta1", "beta2", "momentum"):
+    if not 0 <= getattr(config, field) < 1:
+      raise ConfigError(f"optimizer.{field}={getattr(config, field)}: must lie in [0, 1)")
+  for field in ("learning_rate", "eps", "clip_norm", "adam_learning_rate"):
+    value = getattr(config, field)
+    if value is not None and value <= 0:
+      raise ConfigError(f"optimizer.{field}={value}: must be positive")
+  if config.weight_decay < 0:
+    raise ConfigError(f"optimizer.weight_decay={config.weight_decay}: must not be negative")

@@ -1,0 +1,92 @@
+"""From a config to the things a run is made of: mesh, model, optimizer, the state's shapes."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from layers.spec import MoeSpec
+from layers.transformer import TransformerLM, remat_policy
+from mesh.axes import MESH_AXES
+from mesh.rules import PRESETS, Rules, assign, validate
+from mesh.topology import make_mesh, resolve_sizes
+
+from ..config import Config, ConfigError
+from .optimizer import make_optimizer
+from .schedules import make_schedule
+from .state import Layout, TrainState, abstract_state, param_layout
+
+
+class Setup(NamedTuple):
+  """Everything known before a byte is allocated on a device."""
+
+  config: Config
+  mesh: Mesh
+  rules: Rules
+  model: TransformerLM
+  optimizer: optax.GradientTransformation
+  schedule: optax.Schedule
+  layout: Layout
+  abstract: TrainState
+
+
+def build(config: Config, devices: list[jax.Device] | None = None) -> Setup:
+  """Resolve a config for these devices (default: all there are).
+
+  Raises:
+    ConfigError: an impossible mesh, a size its mesh axes do not divide, an unknown remat policy.
+  """
+  devices = jax.devices() if devices is None else devices
+  asked = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
+  experts = [layer.mlp.num_experts for layer in config.model.layers
+             if isinstance(layer.mlp, MoeSpec)]  # fmt: skip
+  try:
+    remat_policy(config.train.remat)
+    sizes = resolve_sizes(asked, len(devices), num_experts=min(experts, default=None))
+    mesh = make_mesh(sizes, devices)
+    rules = PRESETS[config.mesh.rules]
+    validate(rules, mesh)
+    _check_batch(config, rules, mesh)
+    model = TransformerLM(
+      config.model,
+      dtype=compute_dtype(config, devices[0].platform),
+      remat=config.train.remat,
+      unroll=None if devices[0].platform == "cpu" else 1,
+    )
+    layout = param_layout(model)
+    schedule = make_schedule(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(config.optimizer, schedule, layout.axes, layout.trainable)
+    abstract = abstract_state(layout, optimizer, mesh, rules)
+  except ValueError as e:
+    raise ConfigError(str(e)) from e
+  return Setup(config, mesh, rules, model, optimizer, schedule, layout, abstract)
+
+
+def compute_dtype(config: Config, platform: str) -> Any:
+  """float32 on CPU, bfloat16 on accelerators, unless the config says otherwise."""
+  name = config.train.compute_dtype
+  if name == "auto":
+    return jnp.float32 if platform == "cpu" else jnp.bfloat16
+  return jnp.dtype(name)
+
+
+def _check_batch(config: Config, rules: Rules, mesh: Mesh) -> None:
+  rows = config.data.batch_size // config.train.microbatches
+  length = config.data.row_length
+  for name, size, axes in zip(
+    (f"{rows} rows", f"{length} positions"),
+    (rows, length),
+    assign(("act_batch", "act_seq"), rules, mesh.shape),
+    strict=True,
+  ):
+    shards = math.prod(mesh.shape[axis] for axis in axes)
+    if size % shards:
+      over = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
+      raise ConfigError(
+        f"a (micro)batch of {name} does not divide over mesh {over}: data.batch_size="
+        f"{config.data.batch_size} / train.microbatches={config.train.microbatches} must be a "
+        f"multiple of the batch axes, data.row_length={length} of context"
+      )

@@ -1,0 +1,79 @@
+"""The training state, its shapes, its placement on a mesh, and how it is first drawn."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from layers.params import axes, trainable, unbox
+from layers.transformer import TransformerLM
+from mesh.rules import Rules, shardings
+
+from .optimizer import state_axes
+
+
+class TrainState(NamedTuple):
+  """Everything a step reads and writes; keys derive from (seed, step), so none is held."""
+
+  step: jax.Array  # int32, finished steps
+  params: Any
+  opt_state: optax.OptState
+
+
+class Layout(NamedTuple):
+  """What is known of the parameters before any is allocated."""
+
+  axes: Any  # logical axis names of each leaf
+  trainable: Any  # may the optimizer update it?
+  shapes: Any  # ShapeDtypeStructs
+
+
+def param_layout(model: TransformerLM) -> Layout:
+  """Shapes, logical axes and trainability of a model's parameters."""
+  tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  boxed = jax.eval_shape(model.init, jax.random.key(0), tokens_BT)["params"]
+  return Layout(axes(boxed), trainable(boxed), unbox(boxed))
+
+
+def abstract_state(
+  layout: Layout, optimizer: optax.GradientTransformation, mesh: Mesh, rules: Rules
+) -> TrainState:
+  """The state as ShapeDtypeStructs that carry their shardings.
+
+  Moments are placed like their parameter; counts and factored statistics are small.
+
+  Raises:
+    ValueError: a sharded dim that its mesh axes do not divide, named with its path.
+  """
+  opt_shapes = jax.eval_shape(optimizer.init, layout.shapes)
+  place = lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s)
+  put = lambda axes, shapes: jax.tree.map(place, shapes, shardings(axes, shapes, rules, mesh))
+  step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+  return TrainState(
+    step,
+    put(layout.axes, layout.shapes),
+    put(state_axes(opt_shapes, layout.axes), opt_shapes),
+  )
+
+
+def init_state(
+  model: TransformerLM,
+  optimizer: optax.GradientTransformation,
+  abstract: TrainState,
+  seed: int,
+) -> TrainState:
+  """Draw the state in place: same seed, same weights, on any mesh."""
+
+  def draw(key):
+    params = unbox(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+  placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  return jax.jit(draw, out_shardings=placed)(jax.random.key(seed))
+
+
+def state_bytes(abstract: TrainState) -> int:
+  """Bytes of parameters and optimizer state over all devices, one copy of each."""
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))

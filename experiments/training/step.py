@@ -1,0 +1,133 @@
+"""One training step and one evaluation step, as pure functions to be jitted.
+
+B rows a batch, T tokens a row, E experts.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from layers.moe import MoeStats
+from layers.transformer import TransformerLM
+from mesh.constrain import constrain
+
+from .state import TrainState
+
+Batch = dict[str, jax.Array]  # tokens, targets, segments, positions [B, T] int32; weights float32
+
+
+class StepMetrics(NamedTuple):
+  """Scalars of one step, and one MoeStats a MoE layer of each group, stacked over repeats."""
+
+  loss: jax.Array  # nats a target token
+  aux_loss: jax.Array  # what the routers added
+  grad_norm: jax.Array  # before clipping
+  tokens: jax.Array  # target tokens that counted
+  moe: tuple[MoeStats, ...]
+
+
+class EvalSums(NamedTuple):
+  """Sums over a batch: negative log-likelihood in nats, targets that counted, bytes they stand
+  for."""
+
+  nll: jax.Array
+  tokens: jax.Array
+  bytes: jax.Array
+
+
+def row_keys(seed: int, step: jax.Array, rows_B: jax.Array) -> jax.Array:
+  """One key a row from (seed, step, row in the global batch): no split of the batch matters."""
+  key = jax.random.fold_in(jax.random.key(seed), step)
+  return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows_B)
+
+
+def make_train_step(
+  model: TransformerLM,
+  optimizer: optax.GradientTransformation,
+  *,
+  seed: int,
+  microbatches: int = 1,
+  z_loss: float = 0.0,
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+  """The step: gradients of the mean loss over the whole batch, summed over microbatches."""
+
+  def losses(params, batch: Batch, rows_B, step, valid):
+    out = model.apply(
+      {"params": params},
+      batch["tokens"],
+      targets_BT=batch["targets"],
+      weights_BT=batch["weights"],
+      positions_BT=batch["positions"],
+      segments_BT=batch["segments"],
+      key_B=row_keys(seed, step, rows_B),
+      train=True,
+      z_loss=z_loss,
+    )
+    aux = sum((jnp.sum(s.aux_loss) for s in out.stats), jnp.zeros(()))
+    aux = aux / (rows_B.shape[0] * microbatches)
+    nll = jnp.sum(out.loss.nll_BT * batch["weights"]) / valid
+    return out.loss.total / valid + aux, (nll, aux, out.stats)
+
+  grad = jax.value_and_grad(losses, has_aux=True)
+
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    valid = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+    rows_B = jnp.arange(batch["tokens"].shape[0], dtype=jnp.int32)
+    if microbatches == 1:
+      (_, (nll, aux, stats)), grads = grad(state.params, batch, rows_B, state.step, valid)
+    else:
+      parts = jax.tree.map(lambda x: _split(x, microbatches), (batch, rows_B))
+
+      def accumulate(carry, part):
+        (_, aux), grads = grad(state.params, *part, state.step, valid)
+        return jax.tree.map(jnp.add, carry, (grads, aux)), None
+
+      first = jax.tree.map(lambda x: x[0], parts)
+      shapes = jax.eval_shape(lambda: grad(state.params, *first, state.step, valid))
+      zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[1], shapes[0][1]))
+      (grads, (nll, aux, stats)), _ = jax.lax.scan(accumulate, zeros, parts)
+    with jax.named_scope("optimizer"):
+      updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+      params = optax.apply_updates(state.params, updates)
+    metrics = StepMetrics(nll, aux, optax.global_norm(grads), jnp.sum(batch["weights"]), stats)
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+  return step
+
+
+def _split(x: jax.Array, parts: int) -> jax.Array:
+  """[B, ...] to [parts, B / parts, ...]; part i takes rows i, i + parts, ..., so that every
+  device keeps rows it already holds."""
+  y = jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+  return constrain(y, None, "act_batch", *("act_seq",) * (y.ndim > 2))
+
+
+def make_eval_step(
+  model: TransformerLM, byte_lengths_V: np.ndarray
+) -> Callable[[Any, Batch], EvalSums]:
+  """Sums of the held-out loss: no jitter, no dropout, the evaluation capacity.
+
+  Args:
+    byte_lengths_V: UTF-8 bytes each token id stands for; the document end stands for none.
+  """
+  lengths_V = np.zeros(model.spec.vocab_size, np.float32)
+  lengths_V[: len(byte_lengths_V)] = byte_lengths_V
+
+  def step(params, batch: Batch) -> EvalSums:
+    out = model.apply(
+      {"params": params},
+      batch["tokens"],
+      targets_BT=batch["targets"],
+      weights_BT=batch["weights"],
+      positions_BT=batch["positions"],
+      segments_BT=batch["segments"],
+    )
+    weights_BT = batch["weights"]
+    num_bytes = jnp.sum(jnp.asarray(lengths_V)[batch["targets"]] * weights_BT)
+    return EvalSums(jnp.sum(out.loss.nll_BT * weights_BT), jnp.sum(weights_BT), num_bytes)
+
+  return step

@@ -1,0 +1,176 @@
+"""Multi-head self-attention: project, normalise, rotate, attend, project back.
+
+B batch, T query positions, S key positions, D model width, N query heads, K key/value heads,
+H head size, U distance buckets, P distances.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from mesh.constrain import constrain
+
+from .cache import KVCache, update_cache
+from .kernels.attention import attention
+from .kernels.attention.bias import Alibi, Bucketed, RelativeKeys
+from .linear import dense
+from .masks import BlockLocal, Causal, Local
+from .norms import Norm
+from .params import declare, kernel_init
+from .positions import alibi_slopes, apply_rotary, rotary_table, sinusoids
+from .spec import (
+  AlibiSpec,
+  AttentionSpec,
+  BucketedSpec,
+  InitSpec,
+  RotarySpec,
+  TransformerXLSpec,
+)
+
+
+class Rows(NamedTuple):
+  """What every layer needs to know of the rows besides their values."""
+
+  positions_BT: jax.Array  # int32, from 0 in each document
+  segments_BT: jax.Array | None = None  # int32, 0 is padding; None: one document a row
+  key_B: jax.Array | None = None  # one typed PRNG key a row; None: no jitter, no dropout
+  table_UN: jax.Array | None = None  # shared distance-bucket table
+
+  @property
+  def valid_BT(self) -> jax.Array | None:
+    return None if self.segments_BT is None else self.segments_BT > 0
+
+
+def causal_mask(window: int | None = None, chunk: int | None = None):
+  """The mask of a decoder layer: causal, and local or block-local where asked."""
+  mask = Causal()
+  if window is not None:
+    mask = mask & Local(window)
+  if chunk is not None:
+    mask = mask & BlockLocal(chunk)
+  return mask
+
+
+class Attention(nn.Module):
+  """Linen shell: projections and what the spec adds to them; `x -> (y, cache)`.
+
+  Attributes:
+    spec: heads, positions, masks, caps (`layers.spec.AttentionSpec`).
+    embed_dim: model width D.
+    init_spec: initialisers.
+    gain: factor on the initial output projection (depth scaling).
+  """
+
+  spec: AttentionSpec
+  embed_dim: int
+  init_spec: InitSpec = InitSpec()  # not `init`: every Linen module has that method
+  gain: float = 1.0
+
+  @nn.compact
+  def __call__(
+    self, x_BTD: jax.Array, rows: Rows, cache: KVCache | None = None
+  ) -> tuple[jax.Array, KVCache | None]:
+    spec = self.spec
+    q_BTNH = self._project(x_BTD, "query", spec.num_heads, "heads")
+    k_BTKH = self._project(x_BTD, "key", spec.kv_heads, "kv_heads")
+    v_BTKH = self._project(x_BTD, "value", spec.kv_heads, "kv_heads")
+    if spec.qk_norm is not None:
+      q_BTNH = Norm(spec.qk_norm, spec.head_dim, axis=None, name="query_norm")(q_BTNH)
+      k_BTKH = Norm(spec.qk_norm, spec.head_dim, axis=None, name="key_norm")(k_BTKH)
+    if isinstance(spec.position, RotarySpec):
+      inv_freq, factor = rotary_table(spec.position, spec.head_dim)
+      turn = lambda y: apply_rotary(
+        y,
+        rows.positions_BT,
+        inv_freq,
+        interleaved=spec.position.interleaved,
+        attention_factor=factor,
+      )
+      q_BTNH, k_BTKH = turn(q_BTNH), turn(k_BTKH)
+    q_BTNH, k_BTKH = checkpoint_name(q_BTNH, "query"), checkpoint_name(k_BTKH, "key")
+    v_BTKH = checkpoint_name(v_BTKH, "value")
+    kv_positions = kv_segments = None
+    if cache is not None:
+      cache = update_cache(cache, k_BTKH, v_BTKH, rows.positions_BT[:, 0])
+      k_BTKH, v_BTKH = (y.astype(x_BTD.dtype) for y in cache)
+      length = k_BTKH.shape[1]
+      kv_positions = jnp.broadcast_to(jnp.arange(length), (x_BTD.shape[0], length))
+    else:
+      kv_segments = rows.segments_BT
+    q_BTNH, bias = self._bias(q_BTNH, rows, k_BTKH.shape[1])
+    sink_N = None
+    if spec.sink:
+      sink_N = declare(self, "sink", (spec.num_heads,), ("heads",), nn.initializers.zeros)
+    o_BTNH = attention(
+      q_BTNH,
+      k_BTKH,
+      v_BTKH,
+      mask=causal_mask(spec.window, spec.chunk),
+      q_positions_BT=rows.positions_BT,
+      kv_positions_BS=kv_positions,
+      q_segments_BT=None if cache is not None else rows.segments_BT,
+      kv_segments_BS=kv_segments,
+      scale=spec.scale,
+      softcap=spec.softcap,
+      bias=bias,
+      sink_N=sink_N,
+      implementation=spec.implementation,
+    )
+    o_BTNH = constrain(o_BTNH, "act_batch", "act_seq", "act_heads", None)
+    return self._output(checkpoint_name(o_BTNH, "attention_out")), cache
+
+  def _project(self, x_BTD, name: str, heads: int, axis: str):
+    D, H = self.embed_dim, self.spec.head_dim
+    init = kernel_init(self.init_spec, D)
+    w_DNH = declare(self, name, (D, heads, H), ("embed", axis, "head_dim"), init)
+    y_BTNH = dense(x_BTD, w_DNH)
+    if self.spec.qkv_bias:
+      shape, axes = (heads, H), (axis, "head_dim")
+      b_NH = declare(self, f"{name}_bias", shape, axes, nn.initializers.zeros)
+      y_BTNH = y_BTNH + jnp.expand_dims(b_NH, (0, 1)).astype(y_BTNH.dtype)
+    kind = "act_heads" if axis == "heads" else "act_kv_heads"
+    return constrain(y_BTNH, "act_batch", "act_seq", kind, None)
+
+  def _output(self, o_BTNH):
+    N, H, D = self.spec.num_heads, self.spec.head_dim, self.embed_dim
+    init = kernel_init(self.init_spec, N * H, self.gain)
+    w_NHD = declare(self, "out", (N, H, D), ("heads", "head_dim", "embed"), init)
+    y_BTD = dense(o_BTNH, w_NHD, num_in=2)
+    if self.spec.out_bias:
+      b_D = declare(self, "out_bias", (D,), ("norm",), nn.initializers.zeros)
+      y_BTD = y_BTD + jnp.expand_dims(b_D, (0, 1)).astype(y_BTD.dtype)
+    return y_BTD
+
+  def _bias(self, q_BTNH, rows: Rows, length: int):
+    """The position-dependent term of the logits, and the queries it leaves for the content."""
+    spec, N, H = self.spec, self.spec.num_heads, self.spec.head_dim
+    zeros = nn.initializers.zeros
+    if isinstance(spec.position, AlibiSpec):
+      return q_BTNH, Alibi(jnp.asarray(alibi_slopes(N), jnp.float32))
+    if isinstance(spec.position, BucketedSpec):
+      table_UN = rows.table_UN if spec.position.shared else bucket_table(self, spec.position, N)
+      p = spec.position
+      return q_BTNH, Bucketed(table_UN, p.num_buckets, p.max_distance, p.bidirectional)
+    if isinstance(spec.position, TransformerXLSpec):
+      D = self.embed_dim
+      axes = ("embed", "heads", "head_dim")
+      w_DNH = declare(self, "relative", (D, N, H), axes, kernel_init(self.init_spec, D))
+      r_PD = jnp.asarray(sinusoids(length, D), q_BTNH.dtype)
+      r_PNH = dense(r_PD, w_DNH)
+      q_content = q_position = q_BTNH
+      if spec.position.biases:
+        u_NH = declare(self, "content_bias", (N, H), ("heads", "head_dim"), zeros)
+        v_NH = declare(self, "position_bias", (N, H), ("heads", "head_dim"), zeros)
+        q_content = q_BTNH + jnp.expand_dims(u_NH, (0, 1)).astype(q_BTNH.dtype)
+        q_position = q_BTNH + jnp.expand_dims(v_NH, (0, 1)).astype(q_BTNH.dtype)
+      return q_content, RelativeKeys(q_position, r_PNH)
+    return q_BTNH, None
+
+
+def bucket_table(module: nn.Module, spec: BucketedSpec, num_heads: int) -> jax.Array:
+  """Declare T5's table [U, N] on `module`."""
+  init = nn.initializers.normal(0.02)
+  return declare(module, "bucket_table", (spec.num_buckets, num_heads), (None, "heads"), init)

@@ -1,0 +1,89 @@
+"""The residual block: attention, then an MLP or experts.
+
+B batch, T positions, D model width.
+"""
+
+import jax
+from flax import linen as nn
+
+from mesh.constrain import constrain
+
+from .attention import Attention, Rows
+from .cache import KVCache
+from .mlp import Mlp
+from .moe import MoeStats, SwitchMoE
+from .noise import dropout_BTD, fold
+from .norms import Norm
+from .spec import InitSpec, LayerSpec, MoeSpec
+
+
+class Block(nn.Module):
+  """One decoder layer; `x -> (x, MoeStats or None, cache)`.
+
+  Norms stand before each branch ("pre"), after each residual sum ("post"), or on both sides of
+  each branch ("both", Gemma 2); a parallel block reads one norm for both branches.
+
+  Attributes:
+    spec: the layer (`layers.spec.LayerSpec`).
+    embed_dim: model width D.
+    init_spec: initialisers.
+    gain: factor on the initial weights that write to the residual (depth scaling).
+  """
+
+  spec: LayerSpec
+  embed_dim: int
+  init_spec: InitSpec = InitSpec()  # not `init`: every Linen module has that method
+  gain: float = 1.0
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    rows: Rows,
+    cache: KVCache | None = None,
+    *,
+    train: bool = False,
+  ) -> tuple[jax.Array, MoeStats | None, KVCache | None]:
+    spec = self.spec
+    norm = lambda name: Norm(spec.norm, self.embed_dim, name=name)
+    attention = Attention(spec.attention, self.embed_dim, self.init_spec, self.gain, name="attention")
+    place = lambda x: constrain(x, "act_batch", "act_norm_seq", "act_embed")
+    gather = lambda x: constrain(x, "act_batch", "act_seq", "act_embed")
+    x_BTD = place(x_BTD)
+
+    if spec.parallel:
+      h_BTD = gather(norm("norm")(x_BTD))
+      a_BTD, cache = attention(h_BTD, rows, cache)
+      m_BTD, stats = self._mlp(h_BTD, rows, train)
+      return x_BTD + place(self._drop(a_BTD + m_BTD, rows, 0)), stats, cache
+
+    before = spec.norm_placement in ("pre", "both")
+    after = spec.norm_placement == "both"
+    with jax.named_scope("attention"):
+      h_BTD = gather(norm("attention_norm")(x_BTD) if before else x_BTD)
+      a_BTD, cache = attention(h_BTD, rows, cache)
+      a_BTD = norm("attention_post_norm")(place(a_BTD)) if after else place(a_BTD)
+      x_BTD = x_BTD + self._drop(a_BTD, rows, 0)
+      if spec.norm_placement == "post":
+        x_BTD = norm("attention_norm")(x_BTD)
+    with jax.named_scope("mlp"):
+      h_BTD = gather(norm("mlp_norm")(x_BTD) if before else x_BTD)
+      m_BTD, stats = self._mlp(h_BTD, rows, train)
+      m_BTD = norm("mlp_post_norm")(place(m_BTD)) if after else place(m_BTD)
+      x_BTD = x_BTD + self._drop(m_BTD, rows, 1)
+      if spec.norm_placement == "post":
+        x_BTD = norm("mlp_norm")(x_BTD)
+    return x_BTD, stats, cache
+
+  def _mlp(self, h_BTD, rows: Rows, train: bool):
+    if not isinstance(self.spec.mlp, MoeSpec):
+      mlp = Mlp(self.spec.mlp, self.embed_dim, self.init_spec, self.gain, name="mlp")
+      return mlp(h_BTD), None
+    key_B = None if rows.key_B is None else fold(rows.key_B, 2)
+    moe = SwitchMoE(self.spec.mlp, self.embed_dim, self.init_spec, self.gain, name="moe")
+    return moe(h_BTD, valid_BT=rows.valid_BT, key_B=key_B, train=train)
+
+  def _drop(self, x_BTD, rows: Rows, branch: int):
+    if rows.key_B is None or self.spec.dropout == 0:
+      return x_BTD
+    return dropout_BTD(x_BTD, self.spec.dropout, fold(rows.key_B, branch))

@@ -1,0 +1,41 @@
+"""The KV cache: keys and values of the positions seen so far, a pytree.
+
+B batch, S cached positions, K key/value heads, H head size.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mesh.constrain import constrain
+
+
+class KVCache(NamedTuple):
+  """Keys (already rotated) and values; position s of a row stands at index s."""
+
+  key_BSKH: jax.Array
+  value_BSKH: jax.Array
+
+
+def empty_cache(batch: int, length: int, num_kv_heads: int, head_dim: int, dtype) -> KVCache:
+  """A cache of zeros for `length` positions."""
+  zeros_BSKH = jnp.zeros((batch, length, num_kv_heads, head_dim), dtype)
+  return KVCache(zeros_BSKH, zeros_BSKH)
+
+
+def update_cache(
+  cache: KVCache, key_BTKH: jax.Array, value_BTKH: jax.Array, start_B: jax.Array
+) -> KVCache:
+  """Write T new positions of each row from index `start_B`.
+
+  Entries past a row's true length (prompt padding) may be written: causality hides them until the
+  next token overwrites them.
+  """
+  write = jax.vmap(lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, 0))
+  new = KVCache(
+    write(cache.key_BSKH, key_BTKH.astype(cache.key_BSKH.dtype), start_B),
+    write(cache.value_BSKH, value_BTKH.astype(cache.value_BSKH.dtype), start_B),
+  )
+  place = lambda x: constrain(x, "cache_batch", "cache_seq", "cache_heads", None)
+  return KVCache(place(new.key_BSKH), place(new.value_BSKH))

@@ -1,0 +1,1 @@
+"""Kernels: one folder each, with a reference, an XLA form for any platform, and Pallas forms."""

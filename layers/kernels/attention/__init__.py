@@ -1,0 +1,123 @@
+"""Softmax attention with masks, segments, grouped heads, logit caps, biases and sinks.
+
+Letters: B batch, T query positions, S key positions, N query heads, K key/value heads, H head size.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from ..partition import auto_partitioned, sharding_like
+from ..select import anywhere, current_platform, select
+from . import reference, xla
+from .bias import Alibi, Bias, Bucketed, RelativeKeys, bucket, num_heads
+
+__all__ = ["Alibi", "Bias", "Bucketed", "RelativeKeys", "attention", "bucket"]
+
+
+def attention(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  *,
+  mask: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+  q_positions_BT: jax.Array | None = None,
+  kv_positions_BS: jax.Array | None = None,
+  q_segments_BT: jax.Array | None = None,
+  kv_segments_BS: jax.Array | None = None,
+  scale: float | None = None,
+  softcap: float | None = None,
+  bias: Bias | None = None,
+  sink_N: jax.Array | None = None,
+  implementation: str | None = None,
+) -> jax.Array:
+  """softmax(softcap(scale * q . k) + bias) v over the visible keys, [B, T, N, H of v], as q.
+
+  Args:
+    q_BTNH, k_BSKH, v_BSKH: query head n reads key/value head n // (N / K). The head size of v may
+      differ from that of q and k.
+    mask: `mask(q_positions, kv_positions) -> bool`, broadcasting and hashable, with `mask.reach`,
+      the pair (left, right) such that key j is visible from i only if i - left <= j <= i + right
+      (None: no limit). None shows every key.
+    q_positions_BT: position of each query; None is 0..T-1.
+    kv_positions_BS: position of each key. None: the keys are the queries' own row, so T == S, and
+      inside a segment (the whole row, if there are none) positions are consecutive; parts of the
+      row beyond the mask's reach are skipped. Given (a cache, cross-attention): nothing is skipped.
+    q_segments_BT, kv_segments_BS: a key is visible only in the query's own segment; segment 0 is
+      padding, sees nothing, is seen by nothing, and what it holds (NaN too) is ignored. The keys'
+      are the queries' if `kv_positions_BS` is None.
+    scale: factor on q . k; None is H ** -0.5.
+    softcap: c gives c * tanh(logit / c), before bias and mask (Gemma 2, arXiv 2408.00118).
+    bias: `Alibi`, `Bucketed` or `RelativeKeys`.
+    sink_N: a logit a head that takes part in the denominator only (gpt-oss, arXiv 2508.10925).
+    implementation: "xla" (blockwise: memory linear in T and S; reverse-mode derivatives only when
+      T * S exceeds one block of 512 x 512) or "reference"; None is "xla".
+
+  Logits and softmax are float32; probabilities are cast to the dtype of v. A query that sees no
+  key gives exactly 0 and receives and passes on zero gradient. Outputs and log-sum-exps are named
+  "attention_out" and "attention_lse" for `jax.checkpoint` policies.
+
+  Raises:
+    ValueError: shapes that do not fit, or an unknown implementation.
+    NotImplementedError: a named implementation that cannot run here.
+  """
+  _check(q_BTNH, k_BSKH, v_BSKH, bias, sink_N, softcap)
+  B, T, _, H = q_BTNH.shape
+  S = k_BSKH.shape[1]
+  own_row = kv_positions_BS is None
+  if own_row and T != S:
+    raise ValueError(f"{T} queries and {S} keys are not one row: give kv_positions_BS")
+  if own_row and kv_segments_BS is None:
+    kv_segments_BS = q_segments_BT
+  if (q_segments_BT is None) != (kv_segments_BS is None):
+    raise ValueError("give segments for both queries and keys, or for neither")
+  for name, array, shape in (
+    ("q_positions_BT", q_positions_BT, (B, T)),
+    ("kv_positions_BS", kv_positions_BS, (B, S)),
+    ("q_segments_BT", q_segments_BT, (B, T)),
+    ("kv_segments_BS", kv_segments_BS, (B, S)),
+  ):
+    if array is not None and array.shape != shape:
+      raise ValueError(f"{name} needs the shape {shape}, got {array.shape}")
+  if q_positions_BT is None:
+    q_positions_BT = jnp.arange(T, dtype=jnp.int32)[None]
+  if q_segments_BT is not None:
+    q_BTNH = jnp.where((q_segments_BT > 0)[..., None, None], q_BTNH, 0)
+    k_BSKH = jnp.where((kv_segments_BS > 0)[..., None, None], k_BSKH, 0)
+    v_BSKH = jnp.where((kv_segments_BS > 0)[..., None, None], v_BSKH, 0)
+
+  chosen = select(implementation, current_platform(), {"xla": anywhere, "reference": anywhere})
+  run = {"xla": xla, "reference": reference}[chosen].attention
+  run = partial(run, mask=mask, scale=H**-0.5 if scale is None else scale, softcap=softcap)
+  return auto_partitioned(
+    run,
+    sharding_like(q_BTNH),
+    q_BTNH, k_BSKH, v_BSKH, q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS,
+    bias, sink_N,
+  )  # fmt: skip
+
+
+def _check(q_BTNH, k_BSKH, v_BSKH, bias, sink_N, softcap) -> None:
+  if q_BTNH.ndim != 4 or k_BSKH.ndim != 4 or v_BSKH.ndim != 4:
+    raise ValueError(
+      "attention needs q [B, T, N, H], k and v [B, S, K, H], "
+      f"got {q_BTNH.shape}, {k_BSKH.shape}, {v_BSKH.shape}"
+    )
+  B, _, N, H = q_BTNH.shape
+  if k_BSKH.shape[0] != B or k_BSKH.shape[3] != H or v_BSKH.shape[:3] != k_BSKH.shape[:3]:
+    raise ValueError(
+      "q and k need one batch and head size, k and v one batch, length and number of heads, "
+      f"got {q_BTNH.shape}, {k_BSKH.shape}, {v_BSKH.shape}"
+    )
+  if N % k_BSKH.shape[2]:
+    raise ValueError(f"{N} query heads do not divide over {k_BSKH.shape[2]} key/value heads")
+  if bias is not None and num_heads(bias) != N:
+    raise ValueError(f"the bias has {num_heads(bias)} heads, the queries {N}")
+  if isinstance(bias, RelativeKeys) and bias.q_BTNH.shape != q_BTNH.shape:
+    raise ValueError(f"RelativeKeys needs queries of shape {q_BTNH.shape}, got {bias.q_BTNH.shape}")
+  if sink_N is not None and sink_N.shape != (N,):
+    raise ValueError(f"sink_N needs the shape ({N},), got {sink_N.shape}")
+  if softcap is not None and softcap <= 0:
+    raise ValueError(f"softcap must be positive, got {softcap}")

@@ -1,0 +1,312 @@
+"""Attention on any platform: one dense block if it is small, otherwise block by block.
+
+Blockwise: a scan over blocks of queries and, inside, a loop over those blocks of keys that the
+mask can reach, with a running maximum and sum (FlashAttention, arXiv 2205.14135; backward with
+delta = rowsum(dO * O) as in arXiv 2307.08691). Neither direction holds more than one block of
+logits.
+
+Letters: B batch (1 in positions that all rows share), T query positions, S key positions,
+N query heads, K key/value heads, G = N // K, H head size. In blockwise parts T and S count within
+a block and arrays lead with the number of blocks (`_blocks`).
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from .bias import join_rows, split_rows, term
+
+BLOCK = 512  # queries and keys a block; up to BLOCK * BLOCK logits a head are one dense block
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: differences of it are not NaN
+
+f32 = jnp.float32
+
+
+class _Static(NamedTuple):
+  mask: Any
+  scale: float
+  softcap: float | None
+  own_row: bool  # keys are the queries' row: distances follow from indices
+  q_block: int
+  kv_block: int
+
+
+def attention(
+  q_BTNH, k_BSKH, v_BSKH, q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS, bias,
+  sink_N, *, mask, scale, softcap,
+) -> jax.Array:  # fmt: skip
+  """Arguments as in the package, where None stands for a default; see there."""
+  T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+  own_row = kv_positions_BS is None
+  if own_row:
+    kv_positions_BS = q_positions_BT
+  static = _Static(mask, scale, softcap, own_row, _even_block(T), _even_block(S))
+  q_ids, kv_ids = (q_positions_BT, q_segments_BT), (kv_positions_BS, kv_segments_BS)
+  run = _dense if T * S <= BLOCK * BLOCK else _blockwise
+  return run(static, q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids)
+
+
+def _even_block(length: int) -> int:
+  """A block of at most BLOCK, the smallest multiple of 8 with as few blocks."""
+  blocks = -(-length // BLOCK)
+  return min(BLOCK, -(-length // (8 * blocks)) * 8)
+
+
+def _logits(static, products_BKGTS, rows_BTNH, shared, q_positions_BT, kv_positions_BS, offset):
+  """From q . k to logits: scale, cap, bias."""
+  logits = static.scale * products_BKGTS
+  if static.softcap is not None:
+    logits = static.softcap * jnp.tanh(logits / static.softcap)
+  bias = join_rows(rows_BTNH, shared)
+  if bias is None:
+    return logits
+  bias_BNTS = term(bias, q_positions_BT, kv_positions_BS, scale=static.scale, offset=offset)
+  _, K, G, T, S = logits.shape
+  return logits + bias_BNTS.reshape(bias_BNTS.shape[0], K, G, T, S)
+
+
+def _visible(static, q_ids, kv_ids, kv_valid_S=None):
+  """What may be seen, [B, 1, 1, T, S] or with B = 1, or None: everything."""
+  (q_positions_BT, q_segments_BT), (kv_positions_BS, kv_segments_BS) = q_ids, kv_ids
+  parts = []
+  if static.mask is not None:
+    parts.append(static.mask(q_positions_BT[:, :, None], kv_positions_BS[:, None, :]))
+  if q_segments_BT is not None:
+    parts.append(q_segments_BT[:, :, None] == kv_segments_BS[:, None, :])
+    parts.append((q_segments_BT > 0)[:, :, None])
+  if kv_valid_S is not None:
+    parts.append(kv_valid_S[None, None])
+  if not parts:
+    return None
+  visible = parts[0]
+  for part in parts[1:]:
+    visible = visible & part
+  return visible[:, None, None]
+
+
+def _dot(spec, x, y):
+  return jnp.einsum(spec, x.astype(y.dtype), y, preferred_element_type=f32)
+
+
+_scores = partial(_dot, "bkgth,bksh->bkgts")  # queries with keys, or dO with values
+_mix = partial(_dot, "bkgts,bksh->bkgth")  # values by probabilities, or keys by dS
+_unmix = partial(_dot, "bkgts,bkgth->bksh")  # back to the keys, summed over queries and group
+
+
+def _group(x_N, K):
+  return x_N.astype(f32).reshape(1, K, -1, 1, 1)
+
+
+def _dense(static, q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids):
+  """All logits at once, plain autodiff."""
+  (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
+  q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+  k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+  offset = 0 if static.own_row else None
+  logits = _logits(static, _scores(q_BKGTH, k_BKSH), *split_rows(bias), q_ids[0], kv_ids[0], offset)
+  visible = _visible(static, q_ids, kv_ids)
+  if visible is not None:
+    logits = jnp.where(visible, logits, MASKED)
+  max_BKGT1 = jnp.max(logits, axis=-1, keepdims=True)
+  if sink_N is not None:
+    max_BKGT1 = jnp.maximum(max_BKGT1, _group(sink_N, K))
+  max_BKGT1 = jax.lax.stop_gradient(max_BKGT1)
+  p = jnp.exp(logits - max_BKGT1)
+  sum_BKGT1 = jnp.sum(p, axis=-1, keepdims=True)
+  if sink_N is not None:
+    sum_BKGT1 = sum_BKGT1 + jnp.exp(_group(sink_N, K) - max_BKGT1)
+  o_BKGTH = _mix(p, v_BKSH) / sum_BKGT1
+  if visible is not None:
+    o_BKGTH = jnp.where(jnp.any(visible, axis=-1, keepdims=True), o_BKGTH, 0)
+  o_BTNH = o_BKGTH.astype(q_BTNH.dtype).transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
+  return checkpoint_name(o_BTNH, "attention_out")
+
+
+def _blocks(x, block, heads=None):
+  """[B, T, ...] padded with zeros to [T / block, B, block, ...].
+
+  With `heads` = K the array is [B, T, K * G, H] and becomes [T / block, B, K, G, block, H].
+  """
+  if x is None:
+    return None
+  B, T = x.shape[:2]
+  count = -(-T // block)
+  x = jnp.pad(x, [(0, 0), (0, count * block - T)] + [(0, 0)] * (x.ndim - 2))
+  x = jnp.moveaxis(x.reshape(B, count, block, *x.shape[2:]), 1, 0)
+  if heads is None:
+    return x
+  x = x.reshape(count, B, block, heads, x.shape[3] // heads, x.shape[4])
+  return x.transpose(0, 1, 3, 4, 2, 5)
+
+
+def _unblocks(x, length):
+  """Inverse of `_blocks` for [blocks, B, K, G, block, H] -> [B, length, K * G, H]."""
+  count, B, K, G, block, H = x.shape
+  return x.transpose(1, 0, 4, 2, 3, 5).reshape(B, count * block, K * G, H)[:, :length]
+
+
+class _Keys(NamedTuple):
+  """Keys in blocks, and which of them queries can reach."""
+
+  k: jax.Array  # [blocks, B, K, S, H]
+  v: jax.Array
+  ids: tuple  # positions, segments: [blocks, B, S]
+  length: int  # before padding
+
+  def tile(self, static, i, j, q_ids):
+    """(k, v, positions, visible, offset) of key block j for query block i."""
+    k, v, ids = jax.tree.map(
+      lambda x: jax.lax.dynamic_index_in_dim(x, j, keepdims=False), (self.k, self.v, self.ids)
+    )
+    valid_S = None
+    if self.length % static.kv_block:
+      valid_S = j * static.kv_block + jnp.arange(static.kv_block) < self.length
+    visible = _visible(static, q_ids, ids, valid_S)
+    offset = i * static.q_block - j * static.kv_block if static.own_row else None
+    return k, v, ids[0], visible, offset
+
+  def reachable(self, static, i):
+    """First and one past the last key block that query block i may see."""
+    count = self.k.shape[0]
+    if static.mask is None or not static.own_row:
+      return 0, count
+    left, right = static.mask.reach
+    first, last = i * static.q_block, (i + 1) * static.q_block - 1
+    low = 0 if left is None else jnp.maximum(first - left, 0) // static.kv_block
+    high = count
+    if right is not None:
+      high = jnp.minimum(jnp.maximum(last + right, -1) // static.kv_block + 1, count)
+    return low, high
+
+
+def _keys(static, k_BSKH, v_BSKH, kv_ids):
+  k, v = (_blocks(x, static.kv_block, x.shape[2])[:, :, :, 0] for x in (k_BSKH, v_BSKH))
+  return _Keys(k, v, jax.tree.map(partial(_blocks, block=static.kv_block), kv_ids), k_BSKH.shape[1])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blockwise(static, q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids):
+  return _forward_blocks(static, q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids)[0]
+
+
+def _forward(static, q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids):
+  o_BTNH, lse = _forward_blocks(static, q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids)
+  o_BTNH = checkpoint_name(o_BTNH, "attention_out")
+  lse = checkpoint_name(lse, "attention_lse")
+  return o_BTNH, (q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids, o_BTNH, lse)
+
+
+def _forward_blocks(static, q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids):
+  """(o, log-sum-exp [blocks, B, K, G, T])."""
+  K = k_BSKH.shape[2]
+  keys = _keys(static, k_BSKH, v_BSKH, kv_ids)
+  rows, shared = split_rows(bias)
+
+  def query_block(_, inputs):
+    i, q, rows, q_ids = inputs
+    low, high = keys.reachable(static, i)
+
+    def step(j, carry):
+      m_before, total, acc = carry
+      k, v, kv_positions, visible, offset = keys.tile(static, i, j, q_ids)
+      s = _logits(static, _scores(q, k), rows, shared, q_ids[0], kv_positions, offset)
+      if visible is not None:
+        s = jnp.where(visible, s, MASKED)
+      m = jnp.maximum(m_before, jnp.max(s, axis=-1, keepdims=True))
+      p = jnp.exp(s - m)
+      if visible is not None:  # where a row has seen nothing yet, m is MASKED and p would be 1
+        p = jnp.where(visible, p, 0)
+      decay = jnp.exp(m_before - m)
+      total = total * decay + jnp.sum(p, axis=-1, keepdims=True)
+      return m, total, acc * decay + _mix(p, v)
+
+    shape = (*q.shape[:-1], 1)
+    if sink_N is None:
+      m, total = jnp.full(shape, MASKED, f32), jnp.zeros(shape, f32)
+    else:
+      m, total = jnp.broadcast_to(_group(sink_N, K), shape), jnp.ones(shape, f32)
+    acc = jnp.zeros((*q.shape[:-1], v_BSKH.shape[-1]), f32)
+    m, total, acc = jax.lax.fori_loop(low, high, step, (m, total, acc))
+    seen = total > 0
+    total = jnp.where(seen, total, 1)
+    # Rows that see nothing get a huge log-sum-exp: exp(logit - lse) is 0 in the backward pass.
+    lse = jnp.where(seen, m + jnp.log(total), -MASKED)[..., 0]
+    return None, ((acc / total).astype(q.dtype), lse)
+
+  inputs = _query_inputs(static, K, q_BTNH, rows, q_ids)
+  _, (o, lse) = jax.lax.scan(query_block, None, inputs)
+  return _unblocks(o, q_BTNH.shape[1]), lse
+
+
+def _add_at(blocks, j, x):
+  x = x + jax.lax.dynamic_index_in_dim(blocks, j, keepdims=False)
+  return jax.lax.dynamic_update_index_in_dim(blocks, x, j, axis=0)
+
+
+def _query_inputs(static, K, q_BTNH, rows_BTNH, q_ids):
+  q = _blocks(q_BTNH, static.q_block, K)
+  rows = _blocks(rows_BTNH, static.q_block)
+  q_ids = jax.tree.map(partial(_blocks, block=static.q_block), q_ids)
+  return jnp.arange(q.shape[0]), q, rows, q_ids
+
+
+def _backward(static, residuals, do_BTNH):
+  q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids, o_BTNH, lse = residuals
+  (B, T, N, _), S, K = q_BTNH.shape, k_BSKH.shape[1], k_BSKH.shape[2]
+  keys = _keys(static, k_BSKH, v_BSKH, kv_ids)
+  rows, shared = split_rows(bias)
+  as_f32 = partial(jax.tree.map, lambda x: x.astype(f32))
+  zeros = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, f32))
+  shared = as_f32(shared)  # so that its gradient is summed over blocks in float32
+  delta_BTN1 = jnp.sum(do_BTNH.astype(f32) * o_BTNH.astype(f32), axis=-1, keepdims=True)
+
+  def query_block(sums, inputs):
+    (i, q, rows, q_ids), do, lse, delta = inputs
+    rows = as_f32(rows)
+
+    def step(j, carry):
+      dq, drows, (dk_blocks, dv_blocks, dshared) = carry
+      k, v, kv_positions, visible, offset = keys.tile(static, i, j, q_ids)
+      s, pull = jax.vjp(
+        lambda s, rows, shared: _logits(static, s, rows, shared, q_ids[0], kv_positions, offset),
+        _scores(q, k), rows, shared,
+      )  # fmt: skip
+      p = jnp.exp(s - lse)
+      if visible is not None:
+        p = jnp.where(visible, p, 0)
+      ds, drows_j, dshared_j = pull(p * (_scores(do, v) - delta))
+      add = partial(jax.tree.map, jnp.add)
+      sums = (
+        _add_at(dk_blocks, j, _unmix(ds, q)),
+        _add_at(dv_blocks, j, _unmix(p, do)),
+        add(dshared, dshared_j),
+      )
+      return dq + _mix(ds, k), add(drows, drows_j), sums
+
+    low, high = keys.reachable(static, i)
+    dq, drows, sums = jax.lax.fori_loop(low, high, step, (zeros(q), zeros(rows), sums))
+    return sums, (dq.astype(q.dtype), drows)
+
+  do, delta = (_blocks(x, static.q_block, K) for x in (do_BTNH, delta_BTN1))
+  lse = lse[..., None]
+  inputs = (_query_inputs(static, K, q_BTNH, rows, q_ids), do, lse, delta)
+  sums = zeros((keys.k, keys.v, shared))
+  (dk, dv, dshared), (dq, drows) = jax.lax.scan(query_block, sums, inputs)
+
+  dbias = join_rows(
+    None if drows is None else jnp.moveaxis(drows, 0, 1).reshape(B, -1, *rows.shape[2:])[:, :T],
+    dshared,
+  )
+  dbias = jax.tree.map(lambda d, x: d.astype(x.dtype), dbias, bias)
+  dsink_N = None
+  if sink_N is not None:
+    weight = jnp.exp(_group(sink_N, K)[None] - lse)
+    dsink_N = -jnp.sum(weight * delta, axis=(0, 1, 4, 5)).reshape(N).astype(sink_N.dtype)
+  dk, dv = (_unblocks(d[:, :, :, None], S).astype(x.dtype) for d, x in ((dk, k_BSKH), (dv, v_BSKH)))
+  return _unblocks(dq, T), dk, dv, dbias, dsink_N, None, None
+
+
+_blockwise.defvjp(_forward, _backward)

@@ -1,0 +1,38 @@
+"""Which implementation of a kernel runs: one rule, used by every kernel folder."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+
+Supports = Callable[[str], str | None]
+
+
+def anywhere(platform: str) -> None:
+  """Supports every platform."""
+
+
+def current_platform() -> str:
+  """ "cpu", "gpu" or "tpu": of the mesh in context (it may be a described one), else the default."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
+def select(requested: str | None, platform: str, candidates: Mapping[str, Supports]) -> str:
+  """Names the implementation to run.
+
+  `candidates` maps each name, best first, to `supports(platform)`: None if it can run these
+  arguments there, otherwise the reason why not. `requested=None` takes the first that can, "xla"
+  in the end; a requested name is never replaced by another.
+
+  Raises:
+    ValueError: the requested name is unknown.
+    NotImplementedError: the requested implementation cannot run; the message says why.
+  """
+  if requested is None:
+    return next((name for name, supports in candidates.items() if not supports(platform)), "xla")
+  if requested not in candidates:
+    raise ValueError(f"unknown implementation {requested!r}; known: {', '.join(candidates)}")
+  reason = candidates[requested](platform)
+  if reason is not None:
+    raise NotImplementedError(f"implementation {requested!r} cannot run here: {reason}")
+  return requested

@@ -1,0 +1,122 @@
+"""dense(x, w): every product of activations with a weight matrix goes through here.
+
+Dims: K contracted (one or more dims of x and w), F results (one or more dims of w).
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+
+
+def dense(x: jax.Array, w: jax.Array, *, num_in: int = 1) -> jax.Array:
+  """Contract the last `num_in` dims of x with the first `num_in` of w.
+
+  Products are of values in x.dtype, sums in float32, so are those of the gradients; the gradient
+  of a float32 `w` is never rounded to x.dtype.
+
+  Args:
+    x: [..., K...].
+    w: [K..., F...], cast to x.dtype.
+    num_in: how many dims are K; the rest of w are F.
+
+  Returns:
+    [..., F...] in x.dtype.
+
+  Raises:
+    ValueError: when the contracted dims of x and w differ.
+  """
+  lead, k_dims, f_dims = x.shape[:-num_in], w.shape[:num_in], w.shape[num_in:]
+  if x.shape[-num_in:] != k_dims:
+    raise ValueError(
+      f"dense: the last {num_in} dims of x {x.shape} are not the first {num_in} of w {w.shape}"
+    )
+  product = _product
+  if x.dtype != w.dtype:
+    product, x, w = _product_mixed, _vary_as(x, w), _vary_as(w, x)
+  if _keep_dims():
+    return product(x, w, num_in)
+  # One contracted dim in the weight gradient: XLA's CPU matmul is half as fast with two (B and T).
+  size = math.prod(k_dims)
+  y_MF = product(x.reshape(math.prod(lead), size), w.reshape(size, math.prod(f_dims)), 1)
+  return y_MF.reshape(lead + f_dims)
+
+
+def _vary_as(a: jax.Array, b: jax.Array) -> jax.Array:
+  """Inside a shard_map, let a differ along the mesh axes b does, so its gradient is summed there.
+
+  JAX does this to operands by itself, but not for a custom_vjp.
+  """
+  varying = lambda x: jax.typeof(x).manual_axis_type.varying
+  more = varying(b) - varying(a)
+  return lax.pcast(a, tuple(sorted(more)), to="varying") if more else a
+
+
+def _keep_dims() -> bool:
+  """Merging dims would undo a sharding: of T over `context`, or any in Explicit mode."""
+  mesh = jax.sharding.get_abstract_mesh()
+  kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+  if AxisType.Explicit in kinds.values():
+    return True
+  return kinds.get("context") == AxisType.Auto and mesh.shape["context"] > 1
+
+
+def _product(x: jax.Array, w: jax.Array, num_in: int) -> jax.Array:
+  lead = x.ndim - num_in
+  dims = (tuple(range(lead, x.ndim)), tuple(range(num_in)))
+  x_spec, w_spec = _spec(x), _spec(w)
+  out = None
+  if x_spec is not None and w_spec is not None:
+    # Rows stay where they are, columns follow w; an axis can hold only one of them (FSDP: rows).
+    rows = x_spec[:lead]
+    taken = {axis for entry in rows for axis in _axes(entry)}
+    out = rows + tuple(None if taken & set(_axes(e)) else e for e in w_spec[num_in:])
+  return _dot(x, w, dims, out).astype(x.dtype)
+
+
+# Autodiff of a bf16 product with float32 sums multiplies a float32 cotangent by bf16 values (no
+# bf16 matrix unit runs that at speed) and rounds dw to bf16 before it is summed over devices.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product_mixed(x: jax.Array, w: jax.Array, num_in: int) -> jax.Array:
+  return _product(x, w.astype(x.dtype), num_in)
+
+
+def _product_mixed_fwd(x, w, num_in):
+  return _product_mixed(x, w, num_in), (x, w)
+
+
+def _product_mixed_bwd(num_in, saved, dy):
+  x, w = saved
+  lead, num_out = x.ndim - num_in, w.ndim - num_in
+  columns = (tuple(range(lead, dy.ndim)), tuple(range(num_in, num_in + num_out)))
+  rows = (tuple(range(lead)), tuple(range(lead)))
+  dx = _dot(dy, w.astype(dy.dtype), columns, _spec(x)).astype(x.dtype)
+  return dx, _dot(x, dy, rows, _spec(w)).astype(w.dtype)
+
+
+_product_mixed.defvjp(_product_mixed_fwd, _product_mixed_bwd)
+
+
+def _dot(a, b, contracting, out_spec) -> jax.Array:
+  return lax.dot_general(
+    a,
+    b,
+    (contracting, ((), ())),
+    preferred_element_type=jnp.float32,
+    out_sharding=None if out_spec is None else PartitionSpec(*out_spec),
+  )
+
+
+def _spec(x: jax.Array) -> tuple | None:
+  """One entry a dim of an array in Explicit mode; None elsewhere, where XLA decides."""
+  sharding = jax.typeof(x).sharding
+  if AxisType.Explicit not in sharding.mesh.axis_types:
+    return None
+  return tuple(sharding.spec) + (None,) * (x.ndim - len(sharding.spec))
+
+
+def _axes(entry) -> tuple[str, ...]:
+  return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

@@ -1,0 +1,68 @@
+"""Random noise whose value for a row depends on that row's key and on positions, nothing else.
+
+One typed key a row (`jax.random.key`, threefry) makes a result independent of how the batch is
+split over devices, microbatches or pipeline stages. Threefry draws by counter, so a longer row
+starts with the same noise as a shorter one.
+
+Dims: B batch, T positions, D features of any kind.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def fold(key_B: jax.Array, *data: jax.Array | int) -> jax.Array:
+  """Derive new keys from old ones and integers.
+
+  Args:
+    key_B: typed keys [B].
+    data: integers, each a scalar or [B] (layer index, step, row number), folded in order.
+
+  Returns:
+    Typed keys [B].
+  """
+  for value in data:
+    value_B = jnp.broadcast_to(jnp.asarray(value), key_B.shape)
+    key_B = jax.vmap(jax.random.fold_in)(key_B, value_B)
+  return key_B
+
+
+def jitter_BTD(  # noqa: N802 (named for what it returns)
+  x_BTD: jax.Array, eps: float, key_B: jax.Array | None
+) -> jax.Array:
+  """Multiply by noise from U[1 - eps, 1 + eps] (Switch Transformer, arXiv 2101.03961, section 2.4).
+
+  Args:
+    x_BTD: any float dtype.
+    eps: half width of the noise; 0 is none.
+    key_B: one typed key a row, or None for no noise.
+
+  Returns:
+    float32 [B, T, D]: rounded to bfloat16, noise of 1e-2 would have five values.
+  """
+  x_BTD = x_BTD.astype(jnp.float32)
+  if key_B is None or eps == 0.0:
+    return x_BTD
+  draw = lambda key: jax.random.uniform(key, x_BTD.shape[1:], minval=1.0 - eps, maxval=1.0 + eps)
+  return x_BTD * jax.vmap(draw)(key_B)
+
+
+def dropout_BTD(  # noqa: N802
+  x_BTD: jax.Array, rate: float, key_B: jax.Array | None
+) -> jax.Array:
+  """Zero each element with probability `rate` and divide the others by 1 - rate.
+
+  Args:
+    x_BTD: any float dtype, kept.
+    rate: in [0, 1).
+    key_B: one typed key a row, or None for no dropout.
+
+  Raises:
+    ValueError: when the rate is outside [0, 1).
+  """
+  if not 0.0 <= rate < 1.0:
+    raise ValueError(f"dropout rate must lie in [0, 1), got {rate}")
+  if key_B is None or rate == 0.0:
+    return x_BTD
+  draw = lambda key: jax.random.bernoulli(key, 1.0 - rate, x_BTD.shape[1:])
+  return jnp.where(jax.vmap(draw)(key_B), x_BTD / (1.0 - rate), 0)

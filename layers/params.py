@@ -1,0 +1,94 @@
+"""The one way to declare a weight: name, shape, logical axes, initialiser, dtype.
+
+`declare` is called inside a Linen shell. What `init` returns is boxed in `Weight`, which knows
+the logical axes and whether an optimizer may touch the leaf; `unbox` strips that, `axes` and
+`trainable` read it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from .spec import InitSpec
+
+Initializer = Callable[..., jax.Array]
+
+# A normal cut at two standard deviations has this standard deviation.
+_TRUNCATED_STDDEV = 0.87962566103423978
+
+
+class Weight(nn.LogicallyPartitioned):
+  """A parameter with logical axis names and whether it is trained."""
+
+  trainable: bool = struct.field(default=True, pytree_node=False)
+
+  def unbox(self, apply_constraint: bool = True) -> Any:
+    # Placement is the caller's business (mesh.rules); Linen's own needs global rules to be set.
+    del apply_constraint
+    return self.value
+
+
+def declare(
+  module: nn.Module,
+  name: str,
+  shape: tuple[int, ...],
+  axes: tuple[str | None, ...],
+  init: Initializer,
+  *,
+  trainable: bool = True,
+) -> jax.Array:
+  """Declare parameter `name` of `module` and return its float32 value.
+
+  Args:
+    module: the Linen shell that owns the weight, inside `setup` or `@nn.compact`.
+    shape: sizes of its dims.
+    axes: one logical axis name (or None: never sharded) a dim, see `mesh.axes`.
+    init: `(key, shape, dtype) -> array`.
+    trainable: False for leaves updated outside the optimizer (DeepSeek's router bias).
+
+  Raises:
+    ValueError: when `axes` and `shape` differ in length.
+  """
+  if len(shape) != len(axes):
+    raise ValueError(f"{name}: shape {shape} has {len(shape)} dims, axes {axes} name {len(axes)}")
+
+  def boxed(key):
+    return Weight(init(key, shape, jnp.float32), names=axes, trainable=trainable)
+
+  return module.param(name, boxed)
+
+
+def kernel_init(spec: InitSpec, fan_in: int, gain: float = 1.0) -> Initializer:
+  """Initialiser of a matrix whose outputs each sum `fan_in` products, times `gain`."""
+  if spec.kind == "normal":
+    return nn.initializers.normal(spec.stddev * gain)
+  stddev = (spec.scale / fan_in) ** 0.5 * gain / _TRUNCATED_STDDEV
+  return nn.initializers.truncated_normal(stddev)
+
+
+def is_weight(x: Any) -> bool:
+  return isinstance(x, Weight)
+
+
+def unbox(tree: Any) -> Any:
+  """The tree of plain arrays."""
+  return jax.tree.map(lambda w: w.value if is_weight(w) else w, tree, is_leaf=is_weight)
+
+
+def axes(tree: Any) -> Any:
+  """The same tree with each weight's tuple of logical axis names as its leaf."""
+  return jax.tree.map(lambda w: tuple(w.names), tree, is_leaf=is_weight)
+
+
+def trainable(tree: Any) -> Any:
+  """The same tree of booleans: may an optimizer update this leaf?"""
+  return jax.tree.map(lambda w: w.trainable, tree, is_leaf=is_weight)
+
+
+def init_params(shell: nn.Module, key: jax.Array, *inputs: Any, **kwargs: Any) -> Any:
+  """Unboxed parameters of `shell` for these inputs; works with and without a mesh."""
+  return unbox(shell.init(key, *inputs, **kwargs)["params"])

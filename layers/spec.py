@@ -1,0 +1,290 @@
+"""A model as data: frozen, hashable, validated dataclasses.
+
+A decoder is `ModelSpec(segments=...)`. Each segment repeats a short group of unlike layers and
+becomes one `lax.scan`; a prefix or suffix is a segment with `repeats=1`. Nothing here touches an
+array: `layers.transformer` reads these values to declare weights and to run them.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Activation = Literal["relu", "relu2", "gelu", "gelu_tanh", "quick_gelu", "silu"]
+
+
+def _require(condition: bool, message: str) -> None:
+  if not condition:
+    raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class NormSpec:
+  """RMSNorm or LayerNorm over the model width."""
+
+  kind: Literal["rms", "layer"] = "rms"
+  eps: float = 1e-6
+  bias: bool = False  # LayerNorm's additive term
+  unit_offset: bool = False  # the stored weight is w - 1 (Gemma)
+
+  def __post_init__(self):
+    _require(self.eps > 0, f"norm eps must be positive, got {self.eps}")
+    _require(self.kind == "layer" or not self.bias, "an RMSNorm has no bias")
+
+
+@dataclass(frozen=True)
+class LinearScaling:
+  """Rotary positions divided by `factor` (position interpolation)."""
+
+  factor: float
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+  """Llama 3.1: long wavelengths divided by `factor`, short ones kept, linear blend between."""
+
+  factor: float
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_length: int = 8192
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+  """YaRN (arXiv 2309.00071). `attention_factor=None` means 0.1 ln(factor) + 1."""
+
+  factor: float
+  original_length: int
+  beta_fast: float = 32.0
+  beta_slow: float = 1.0
+  attention_factor: float | None = None
+  truncate: bool = True  # round the band limits to whole dims (gpt-oss does not)
+
+
+@dataclass(frozen=True)
+class RotarySpec:
+  """Rotary positions on the first `dims` of each head (all of them when None)."""
+
+  theta: float = 10_000.0
+  dims: int | None = None
+  interleaved: bool = False  # pairs (0,1),(2,3).. as in GPT-J; otherwise rotate-half
+  scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
+
+  def __post_init__(self):
+    _require(self.theta > 0, f"rotary theta must be positive, got {self.theta}")
+    _require(self.dims is None or self.dims % 2 == 0, f"rotary dims must be even, got {self.dims}")
+
+
+@dataclass(frozen=True)
+class AlibiSpec:
+  """ALiBi: a fixed slope a head times the distance (arXiv 2108.12409)."""
+
+
+@dataclass(frozen=True)
+class TransformerXLSpec:
+  """Relative positions of Transformer-XL (arXiv 1901.02860): sinusoids projected to keys."""
+
+  biases: bool = True  # the learned u and v added to the queries
+
+
+@dataclass(frozen=True)
+class BucketedSpec:
+  """T5's learned bias a head and distance bucket. `shared`: one table for the whole model."""
+
+  num_buckets: int = 32
+  max_distance: int = 128
+  bidirectional: bool = False
+  shared: bool = True
+
+
+PositionSpec = RotarySpec | AlibiSpec | TransformerXLSpec | BucketedSpec
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+  """Causal self-attention; `num_kv_heads` below `num_heads` gives GQA, 1 gives MQA."""
+
+  num_heads: int
+  head_dim: int
+  num_kv_heads: int | None = None  # None: as many as query heads
+  window: int | None = None  # keys seen, self included: 0 <= i - j < window
+  chunk: int | None = None  # keys of the same run of `chunk` positions only
+  position: PositionSpec | None = None
+  qkv_bias: bool = False
+  out_bias: bool = False
+  qk_norm: NormSpec | None = None  # over head_dim, before the rotation
+  scale: float | None = None  # logit factor; None is head_dim ** -0.5
+  softcap: float | None = None  # c * tanh(logit / c)
+  sink: bool = False  # one learned logit a head in the denominator (gpt-oss)
+  implementation: str | None = None  # a kernel by name; None chooses by platform
+
+  def __post_init__(self):
+    for name in ("num_heads", "head_dim", "num_kv_heads", "window", "chunk"):
+      value = getattr(self, name)
+      _require(value is None or value > 0, f"attention {name} must be positive, got {value}")
+    _require(
+      self.num_heads % self.kv_heads == 0,
+      f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}",
+    )
+    if isinstance(self.position, RotarySpec):
+      dims = self.position.dims or self.head_dim
+      _require(
+        dims <= self.head_dim and dims % 2 == 0,
+        f"rotary dims={dims} do not fit an even part of head_dim={self.head_dim}",
+      )
+
+  @property
+  def kv_heads(self) -> int:
+    return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+
+@dataclass(frozen=True)
+class MlpSpec:
+  """down(act(up x)), or down(act(gate x) * (up x + up_offset)) when gated."""
+
+  hidden: int
+  activation: Activation = "silu"
+  gated: bool = True
+  bias: bool = False
+  clamp: float | None = None  # gate <= clamp, |up| <= clamp (gpt-oss)
+  up_offset: float = 0.0
+
+  def __post_init__(self):
+    _require(self.hidden > 0, f"mlp hidden must be positive, got {self.hidden}")
+    _require(self.gated or self.up_offset == 0.0, "up_offset needs a gated MLP")
+
+
+@dataclass(frozen=True)
+class MoeSpec:
+  """Routed experts in place of an MLP (Switch: arXiv 2101.03961)."""
+
+  num_experts: int
+  expert: MlpSpec
+  experts_per_token: int = 1
+  router: Literal["switch", "top_k"] = "switch"
+  normalize: bool = False  # top_k: divide the chosen weights by their sum (Mixtral)
+  dispatch: Literal["capacity"] = "capacity"
+  capacity_factor: float = 1.25  # training
+  eval_capacity_factor: float = 2.0
+  min_capacity: int = 4
+  group_size: int | None = None  # tokens that compete for slots; None is a whole row
+  jitter: float = 0.01  # router input times U[1 - jitter, 1 + jitter] in training
+  balance_loss: float = 0.01
+  z_loss: float = 0.0
+  shared: MlpSpec | None = None  # an expert every token passes, unweighted
+
+  def __post_init__(self):
+    _require(self.num_experts > 0, f"num_experts must be positive, got {self.num_experts}")
+    _require(
+      0 < self.experts_per_token <= self.num_experts,
+      f"experts_per_token={self.experts_per_token} must lie in 1..num_experts={self.num_experts}",
+    )
+    _require(
+      self.router != "switch" or self.experts_per_token == 1,
+      "the switch router sends a token to one expert; use router=top_k for more",
+    )
+    for name in ("capacity_factor", "eval_capacity_factor"):
+      _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+    _require(0 <= self.jitter < 1, f"jitter must lie in [0, 1), got {self.jitter}")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+  """A residual block: attention, then an MLP or experts."""
+
+  attention: AttentionSpec
+  mlp: MlpSpec | MoeSpec
+  norm: NormSpec = NormSpec()
+  norm_placement: Literal["pre", "post", "both"] = "pre"  # "both": Gemma's four norms a layer
+  parallel: bool = False  # x + attention(norm x) + mlp(norm x), one shared norm
+  dropout: float = 0.0  # on what each branch adds to the residual
+
+  def __post_init__(self):
+    _require(
+      not self.parallel or self.norm_placement == "pre", "a parallel block normalises before"
+    )
+    _require(0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class Segment:
+  """A group of layers, repeated; each repeat has weights of its own."""
+
+  layers: tuple[LayerSpec, ...]
+  repeats: int = 1
+
+  def __post_init__(self):
+    _require(len(self.layers) > 0, "a segment needs at least one layer")
+    _require(self.repeats > 0, f"segment repeats must be positive, got {self.repeats}")
+
+
+@dataclass(frozen=True)
+class LearnedPositionSpec:
+  """A table of absolute positions with `length + offset` rows (OPT: offset 2)."""
+
+  length: int
+  offset: int = 0
+
+
+@dataclass(frozen=True)
+class EmbeddingSpec:
+  """Token table and what happens before the first block."""
+
+  width: int | None = None  # narrower table projected to the model width (OPT-350M)
+  scale_by_sqrt_dim: bool = False
+  position: LearnedPositionSpec | None = None
+  norm: NormSpec | None = None
+  dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+  """From the last hidden state to logits."""
+
+  tied: bool = False
+  bias: bool = False
+  scale: float = 1.0  # factor on the logits
+  softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class InitSpec:
+  """Initialisers. `fan_in`: truncated normal of variance scale / fan_in; `normal`: stddev."""
+
+  kind: Literal["fan_in", "normal"] = "fan_in"
+  scale: float = 1.0
+  stddev: float = 0.02
+  embed_stddev: float = 0.02
+  depth_scaled: bool = True  # weights that write to the residual times (2 * layers) ** -0.5
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+  """A decoder-only language model."""
+
+  vocab_size: int
+  embed_dim: int
+  segments: tuple[Segment, ...]
+  max_length: int = 2048
+  embedding: EmbeddingSpec = EmbeddingSpec()
+  final_norm: NormSpec | None = NormSpec()
+  head: HeadSpec = HeadSpec()
+  init: InitSpec = InitSpec()
+
+  def __post_init__(self):
+    for name in ("vocab_size", "embed_dim", "max_length"):
+      _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+    _require(len(self.segments) > 0, "a model needs at least one segment")
+    table = self.embedding.position
+    _require(
+      table is None or table.length >= self.max_length,
+      f"max_length={self.max_length} exceeds the position table"
+      + (f" of {table.length} rows" if table else ""),
+    )
+
+  @property
+  def layers(self) -> tuple[LayerSpec, ...]:
+    """Every layer in order, repeats written out."""
+    return tuple(layer for s in self.segments for _ in range(s.repeats) for layer in s.layers)
+
+  @property
+  def num_layers(self) -> int:
+    return sum(len(s.layers) * s.repeats for s in self.segments)

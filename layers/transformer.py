@@ -1,0 +1,297 @@
+"""TransformerLM: embedding, scanned segments of blocks, final norm, head.
+
+B batch, T positions, D model width, V vocabulary, L repeats of a segment.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mesh.constrain import constrain
+
+from .attention import Rows, bucket_table
+from .block import Block
+from .cache import KVCache, empty_cache
+from .embedding import Embedding
+from .kernels.cross_entropy import CrossEntropy, cross_entropy
+from .linear import dense
+from .moe import MoeStats
+from .noise import fold
+from .norms import Norm
+from .params import declare, kernel_init, unbox
+from .spec import BucketedSpec, ModelSpec, MoeSpec, Segment
+
+# Full unrolling of short stacks is a third faster on CPU and compiles once a repeat.
+_CPU_UNROLL = 8
+
+# Tensors worth keeping so that backward repeats no matmul and no kernel.
+MINIMAL_NAMES = (
+  "query", "key", "value", "attention_out", "attention_lse",
+  "mlp_up", "mlp_gate", "expert_up", "expert_gate",
+)  # fmt: skip
+
+# One entry a segment, one a layer of its group, arrays stacked over repeats.
+Caches = tuple[tuple[KVCache, ...], ...]
+
+
+class LMOutput(NamedTuple):
+  """What a forward pass gives. `loss` when targets were given, else `logits_BTV` in float32."""
+
+  logits_BTV: jax.Array | None
+  loss: CrossEntropy | None
+  stats: tuple[MoeStats, ...]  # one a MoE layer of each group, stacked over repeats
+  caches: Caches | None
+
+
+def remat_policy(remat: str | Sequence[str]):
+  """The `jax.checkpoint` policy for a name, or None when nothing is recomputed.
+
+  none: keep everything. full: keep only each group's input. dots: keep matrix products with
+  weights. minimal: keep every projection, so that only elementwise work is repeated. Otherwise a
+  tuple of tensor names (see `MINIMAL_NAMES`) to keep.
+
+  Raises:
+    ValueError: for an unknown policy or tensor name, listing the known ones.
+  """
+  policies = jax.checkpoint_policies
+  if isinstance(remat, str):
+    named = {
+      "none": None,
+      "full": policies.nothing_saveable,
+      "dots": policies.dots_with_no_batch_dims_saveable,
+      "minimal": policies.save_only_these_names(*MINIMAL_NAMES),
+    }
+    if remat in named:
+      return named[remat]
+    remat = (remat,)
+  unknown = [name for name in remat if name not in MINIMAL_NAMES]
+  if unknown:
+    raise ValueError(
+      f"unknown remat policy or tensor name {unknown[0]!r}: use none, full, dots, minimal, "
+      f"or names among {', '.join(MINIMAL_NAMES)}"
+    )
+  return policies.save_only_these_names(*remat)
+
+
+def apply_segment(
+  segment: Segment,
+  blocks: Sequence[Block],
+  params: dict[str, Any],
+  x_BTD: jax.Array,
+  rows: Rows,
+  *,
+  first_layer: int = 0,
+  caches: tuple[KVCache, ...] | None = None,
+  train: bool = False,
+  remat: str | Sequence[str] = "none",
+  unroll: int | None = None,
+) -> tuple[jax.Array, tuple[MoeStats, ...], tuple[KVCache, ...] | None]:
+  """Scan a segment's groups over `params` (each leaf `[repeats, ...]`).
+
+  Args:
+    blocks: one shell a layer of the group, matching `segment.layers`.
+    first_layer: index of the segment's first layer, for the noise of each layer.
+    caches: one KV cache a layer of the group, stacked over repeats.
+    remat: see `remat_policy`.
+    unroll: repeats a loop iteration; None is all of them on CPU up to eight, else 1.
+  """
+  repeats, width = segment.repeats, len(segment.layers)
+  if unroll is None:
+    unroll = repeats if jax.default_backend() == "cpu" and repeats <= _CPU_UNROLL else 1
+
+  def group(x_BTD, scanned):
+    index, group_params, group_caches = scanned
+    stats, new_caches = [], []
+    for j, block in enumerate(blocks):
+      here = rows
+      if rows.key_B is not None:
+        here = rows._replace(key_B=fold(rows.key_B, first_layer + index * width + j))
+      cache = None if group_caches is None else group_caches[j]
+      variables = {"params": group_params[f"layer_{j}"]}
+      x_BTD, layer_stats, cache = block.apply(variables, x_BTD, here, cache, train=train)
+      if layer_stats is not None:
+        stats.append(layer_stats)
+      new_caches.append(cache)
+    return x_BTD, (tuple(stats), None if group_caches is None else tuple(new_caches))
+
+  policy = remat_policy(remat)
+  if policy is not None:
+    # Inside a loop the compiler cannot merge the recomputation away; unrolled, it could.
+    group = jax.checkpoint(group, policy=policy, prevent_cse=unroll == repeats)
+  xs = (jnp.arange(repeats), params, caches)
+  x_BTD, (stats, caches) = jax.lax.scan(group, x_BTD, xs, length=repeats, unroll=unroll)
+  return x_BTD, stats, caches
+
+
+class TransformerLM(nn.Module):
+  """A decoder-only language model from its `ModelSpec`.
+
+  Attributes:
+    spec: the model.
+    dtype: of activations and of weights in use; parameters are stored in float32.
+    remat: what backward keeps, see `remat_policy`.
+    unroll: see `apply_segment`.
+  """
+
+  spec: ModelSpec
+  dtype: Any = jnp.float32
+  remat: str | tuple[str, ...] = "none"
+  unroll: int | None = None
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens_BT: jax.Array,
+    *,
+    targets_BT: jax.Array | None = None,
+    weights_BT: jax.Array | None = None,
+    positions_BT: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
+    key_B: jax.Array | None = None,
+    caches: Caches | None = None,
+    at_B: jax.Array | None = None,
+    train: bool = False,
+    z_loss: float = 0.0,
+  ) -> LMOutput:
+    """Loss against `targets_BT`, or logits.
+
+    Args:
+      tokens_BT: int32 token ids.
+      targets_BT: next tokens; given, the result holds the summed loss and no logits.
+      weights_BT: weight of each target, 1 where None.
+      positions_BT: from 0 in each document; None is 0..T-1.
+      segments_BT: document of each token within its row, 0 for padding; None is one document.
+      key_B: one typed PRNG key a row for jitter and dropout; None is deterministic.
+      caches: KV caches from `init_caches`; `positions_BT[:, 0]` is where the tokens are written.
+      at_B: logits at this index of each row only, [B, 1, V].
+      train: training capacity for experts instead of the evaluation capacity.
+      z_loss: coefficient of log(Z)^2 in the loss.
+    """
+    spec = self.spec
+    B, T = tokens_BT.shape
+    if positions_BT is None:
+      positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    rows = Rows(positions_BT, segments_BT, key_B, self._shared_bucket_table())
+    embedding = Embedding(
+      spec.embedding, spec.vocab_size, spec.embed_dim, spec.init, self.dtype, name="embedding"
+    )
+    with jax.named_scope("embedding"):
+      x_BTD = embedding(tokens_BT, positions_BT, key_B=key_B)
+    stats, new_caches, first_layer = [], [], 0
+    for i, segment in enumerate(spec.segments):
+      x_BTD, segment_stats, segment_caches = apply_segment(
+        segment,
+        self._blocks(segment),
+        self._segment_params(i),
+        x_BTD,
+        rows,
+        first_layer=first_layer,
+        caches=None if caches is None else caches[i],
+        train=train,
+        remat=self.remat,
+        unroll=self.unroll,
+      )
+      stats.extend(segment_stats)
+      new_caches.append(segment_caches)
+      first_layer += segment.repeats * len(segment.layers)
+    if spec.final_norm is not None:
+      x_BTD = Norm(spec.final_norm, spec.embed_dim, name="final_norm")(x_BTD)
+    if at_B is not None:
+      x_BTD = jnp.take_along_axis(x_BTD, jnp.expand_dims(at_B, (1, 2)), axis=1)
+    with jax.named_scope("head"):
+      logits_BTV, loss = self._head(x_BTD, embedding, targets_BT, weights_BT, z_loss)
+    return LMOutput(logits_BTV, loss, tuple(stats), None if caches is None else tuple(new_caches))
+
+  def _blocks(self, segment: Segment) -> list[Block]:
+    gain = (2 * self.spec.num_layers) ** -0.5 if self.spec.init.depth_scaled else 1.0
+    make = lambda layer: Block(layer, self.spec.embed_dim, self.spec.init, gain, parent=None)
+    return [make(layer) for layer in segment.layers]
+
+  def _segment_params(self, i: int) -> dict[str, Any]:
+    """Stacked weights of segment i: declared once, drawn with one key a layer."""
+    name, segment = f"segment_{i}", self.spec.segments[i]
+    if not self.is_initializing():
+      return unbox(self.get_variable("params", name))
+    x_BTD = jnp.zeros((1, 1, self.spec.embed_dim), self.dtype)
+    table_UN = self._shared_bucket_table(declare_it=False)
+    rows = Rows(jnp.zeros((1, 1), jnp.int32), table_UN=table_UN)
+
+    def draw(key):
+      stacked = {}
+      for j, block in enumerate(self._blocks(segment)):
+        keys_L = jax.random.split(jax.random.fold_in(key, j), segment.repeats)
+        boxed = jax.vmap(lambda k, block=block: block.init(k, x_BTD, rows)["params"])(keys_L)
+        stacked[f"layer_{j}"] = nn.meta.add_axis(boxed, 0, {nn.PARTITION_NAME: "layers"})
+      return stacked
+
+    return self.param(name, draw)
+
+  def _shared_bucket_table(self, declare_it: bool = True) -> jax.Array | None:
+    shared = [
+      layer.attention
+      for layer in self.spec.layers
+      if isinstance(layer.attention.position, BucketedSpec) and layer.attention.position.shared
+    ]
+    if not shared:
+      return None
+    position, num_heads = shared[0].position, shared[0].num_heads
+    if not declare_it:
+      return jnp.zeros((position.num_buckets, num_heads))
+    return bucket_table(self, position, num_heads)
+
+  def _head(self, x_BTD, embedding, targets_BT, weights_BT, z_loss):
+    spec, head = self.spec, self.spec.head
+    bias_V = None
+    if head.bias:
+      bias_V = declare(self, "head_bias", (spec.vocab_size,), ("vocab",), nn.initializers.zeros)
+    if head.tied:
+      x_BTD, w = embedding.to_table_width(x_BTD), embedding.table
+    else:
+      init = kernel_init(spec.init, spec.embed_dim)
+      shape, axes = (spec.embed_dim, spec.vocab_size), ("embed", "vocab")
+      w = declare(self, "head", shape, axes, init)
+    if targets_BT is None:
+      logits_BTV = dense(x_BTD.astype(jnp.float32), w.T if head.tied else w) * head.scale
+      if bias_V is not None:
+        logits_BTV += jnp.expand_dims(bias_V, (0, 1))
+      if head.softcap is not None:
+        logits_BTV = head.softcap * jnp.tanh(logits_BTV / head.softcap)
+      return constrain(logits_BTV, "act_batch", "act_seq", "act_vocab"), None
+    weights_BT = jnp.ones(targets_BT.shape) if weights_BT is None else weights_BT
+    return None, cross_entropy(
+      x_BTD,
+      w.astype(self.dtype),
+      targets_BT,
+      weights_BT,
+      bias_V=bias_V,
+      scale=head.scale,
+      softcap=head.softcap,
+      z_loss=z_loss,
+      tied=head.tied,
+    )
+
+
+def init_caches(spec: ModelSpec, batch: int, length: int, dtype=jnp.float32) -> Caches:
+  """Empty KV caches for `length` positions of every layer."""
+
+  def segment_caches(segment):
+    one = lambda a: empty_cache(batch, length, a.kv_heads, a.head_dim, dtype)
+    stack = lambda x: jnp.zeros((segment.repeats, *x.shape), x.dtype)
+    return tuple(jax.tree.map(stack, one(layer.attention)) for layer in segment.layers)
+
+  return tuple(segment_caches(segment) for segment in spec.segments)
+
+
+def moe_layers(spec: ModelSpec) -> tuple[tuple[int, ...], ...]:
+  """Layer indices behind each entry of `LMOutput.stats`, in its order."""
+  result, first = [], 0
+  for segment in spec.segments:
+    width = len(segment.layers)
+    for j, layer in enumerate(segment.layers):
+      if isinstance(layer.mlp, MoeSpec):
+        result.append(tuple(first + r * width + j for r in range(segment.repeats)))
+    first += width * segment.repeats
+  return tuple(result)

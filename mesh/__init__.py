@@ -1,0 +1,1 @@
+"""Where computation lives: devices, mesh axes, rules that place arrays on them."""

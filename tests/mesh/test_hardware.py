@@ -1,0 +1,154 @@
+"""Chip facts, names of slices, memory."""
+
+import os
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from mesh.hardware import (
+  CHIPS,
+  GIB,
+  cloud_slices,
+  device_memory_bytes,
+  find_chip,
+  host_memory_bytes,
+  parse_topology,
+  smallest_slices,
+)
+
+KINDS = {
+  "TPU v4": "v4",
+  "TPU v5": "v5p",
+  "TPU v5p": "v5p",
+  "TPU v5 lite": "v5e",
+  "TPU v6 lite": "v6e",
+  "TPU7x": "tpu7x",
+  "Tesla V100-SXM2-16GB": "v100",
+  "Tesla V100-SXM3-32GB": "v100-32gb",
+  "Tesla T4": "t4",
+  "NVIDIA L4": "l4",
+  "NVIDIA GeForce RTX 3090": "rtx3090",
+  "NVIDIA GeForce RTX 4090": "rtx4090",
+  "NVIDIA A100-SXM4-80GB": "a100",
+  "NVIDIA A100-SXM4-40GB": "a100-40gb",
+  "NVIDIA H100 80GB HBM3": "h100",
+  "NVIDIA H200": "h200",
+  "NVIDIA B200": "b200",
+}
+
+
+def device(kind, platform="tpu"):
+  return SimpleNamespace(device_kind=kind, platform=platform)
+
+
+def test_every_chip_is_found_by_the_name_its_device_reports():
+  assert {kind: find_chip(device(kind)).name for kind in KINDS} == KINDS
+  assert set(KINDS.values()) | {"cpu"} == set(CHIPS)
+  assert find_chip(jax.devices()[0]) is CHIPS["cpu"]
+
+
+@pytest.mark.parametrize(
+  "kind",
+  ["TPU v9", "NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA L40S",
+   "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 3090 Ti"],
+)  # fmt: skip
+def test_a_chip_with_another_peak_is_unknown_rather_than_wrong(kind):
+  assert find_chip(device(kind)) is None
+  assert device_memory_bytes(device(kind)) is None
+
+
+def test_peaks_are_dense_and_per_device():
+  # NVIDIA prints 1,979 TFLOP/s for an H100: with sparsity.
+  assert CHIPS["h100"].flops_per_device == 989e12
+  assert CHIPS["v5p"].flops_per_device == 459e12
+  assert CHIPS["tpu7x"].flops_per_device == 2307e12 / 2
+  assert CHIPS["cpu"].flops_per_device is None
+  for chip in CHIPS.values():
+    if chip.name != "cpu":
+      # int8 is 1, 2 or 4 times bfloat16 on every one of these; ridge points lie within reason.
+      assert chip.int8_ops is None or 0.99 <= chip.int8_ops / chip.bf16_flops <= 4.01
+      assert 70 < chip.bf16_flops / chip.hbm_bandwidth < 600
+      assert chip.source and chip.date and chip.interconnect
+
+
+def test_memory_of_devices():
+  per_device = device_memory_bytes(jax.devices()[0])
+  assert per_device * jax.local_device_count() <= host_memory_bytes()
+  assert 0 < host_memory_bytes() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  assert device_memory_bytes(device("TPU v5p")) == 95 * GIB == 102_005_473_280
+  assert device_memory_bytes(device("TPU7x")) == 96 * GIB  # half a chip
+  assert device_memory_bytes(device("NVIDIA H100 80GB HBM3", "gpu")) == 84_942_979_072
+
+
+@pytest.mark.parametrize(
+  ("text", "expected"),
+  [
+    ("v5p-128", ("v5p", (4, 4, 4), 64)),
+    ("v5p:4x4x4", ("v5p", (4, 4, 4), 64)),
+    ("v5p-12288", ("v5p", (16, 16, 24), 6144)),
+    ("v4-8", ("v4", (2, 2, 1), 4)),
+    ("v5litepod-16", ("v5e", (4, 4), 16)),
+    ("v5e-16", ("v5e", (4, 4), 16)),
+    ("V6E-256", ("v6e", (16, 16), 256)),
+    ("tpu7x-128", ("tpu7x", (4, 4, 4), 64)),
+    ("v5p:8x8x12", ("v5p", (8, 8, 12), 768)),
+    ("h100:8", ("h100", (8,), 8)),
+    ("h200:4x8", ("h200", (4, 8), 32)),
+    ("a100-40gb:8", ("a100-40gb", (8,), 8)),
+  ],
+)
+def test_cloud_names_mean_what_the_cloud_means(text, expected):
+  assert parse_topology(text) == expected
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("v5p-100", "end in 8, 16, 32, 64, 128"),
+    ("v5p:4x4", "3 sides, not 2"),
+    ("v5e:4x4x4", "2 sides, not 3"),
+    ("v9-8", "chip 'v9' is none of"),
+    ("h100-8", "write h100:8"),
+    ("h100:2x2x2", "NODESxCOUNT"),
+    ("v5p:0x4x4", "side of 0"),
+    ("v5p", "not of the form"),
+    ("v5p:4x", "not of the form"),
+  ],
+)
+def test_a_wrong_topology_says_what_is_wrong(text, message):
+  with pytest.raises(ValueError, match=message):
+    parse_topology(text)
+
+
+def test_every_standard_slice_reads_back():
+  for chip in ("v4", "v5e", "v5p", "v6e", "tpu7x"):
+    sizes = []
+    for s in cloud_slices(chip):
+      by_name, by_shape = parse_topology(s.name), parse_topology(f"{chip}:{s.topology}")
+      assert by_name == by_shape and by_name.num_chips == s.chips
+      assert s.hbm_bytes == s.chips * CHIPS[chip].hbm_bytes
+      sizes.append(s.chips)
+    assert sizes == sorted(set(sizes))
+
+
+def test_smallest_slices_hold_what_is_asked_and_no_smaller_one_would():
+  needed = 1_000 * GIB
+  found = smallest_slices(needed, reserve=0.15)
+  by_name = {s.name: s for s in found}
+  # 1000 / (0.85 * 95 GiB) is 12.4 chips: 16, which the cloud calls v5p-32. H100: 14.9, two nodes.
+  assert by_name["v5p-32"].topology == "2x2x4" and by_name["v5p-32"].chips == 16
+  assert by_name["h100:2x8"].chips == 16
+  assert len(found) == 9
+  assert all(s.hbm_bytes * 0.85 >= needed for s in found)
+  tight = {s.name for s in smallest_slices(16 * 95 * GIB, reserve=0.0)}
+  assert "v5p-32" in tight
+  assert "v5p-64" in {s.name for s in smallest_slices(16 * 95 * GIB + 1, reserve=0.0)}
+
+
+def test_a_generation_that_is_too_small_is_left_out():
+  names = {s.name for s in smallest_slices(400 * 2**40)}
+  assert not any(name.startswith(("v4", "v5litepod", "v6e")) for name in names)
+  assert "v5p-12288" in names
+  with pytest.raises(ValueError, match="reserve=1"):
+    smallest_slices(1, reserve=1)

@@ -1,6 +1,58 @@
 """Functional layers for large language models, importable from any JAX project.
 
-Pure functions (`attention`, `switch_route`, `moe`, `mlp`, `rms_norm`, ...) take arrays and return
-arrays; Linen shells (`Attention`, `SwitchMoE`, `TransformerLM`, ...) own the weights. `init_params`
-and `to_nnx` give unboxed parameters with and without a mesh.
+Pure functions take arrays and keywords and return arrays or NamedTuples; Linen shells own the
+weights and call them. `init_params` and `to_nnx` give plain parameters, with and without a mesh.
+Specs (`AttentionSpec`, `MoeSpec`, `ModelSpec`, ...) are frozen dataclasses that describe shells.
 """
+
+from .attention import Attention, Rows, causal_mask
+from .block import Block
+from .bridge import to_nnx
+from .cache import KVCache, empty_cache, update_cache
+from .count import count_params, train_flops_per_token
+from .dispatch import assign_slots, expert_capacity, permute, unpermute
+from .embedding import Embedding, embed_tokens
+from .experts import expert_mlp
+from .kernels.attention import attention
+from .kernels.cross_entropy import CrossEntropy, cross_entropy
+from .linear import dense
+from .masks import BlockLocal, Causal, Local, Mask
+from .mlp import Mlp, activate, mlp
+from .moe import ExpertWeights, MoeStats, SwitchMoE, moe
+from .norms import Norm, layer_norm, rms_norm
+from .params import init_params
+from .positions import alibi_slopes, apply_rotary, rotary_table
+from .router import Routing, switch_route, top_k_route
+from .spec import (
+  AlibiSpec,
+  AttentionSpec,
+  BucketedSpec,
+  EmbeddingSpec,
+  HeadSpec,
+  InitSpec,
+  LayerSpec,
+  LearnedPositionSpec,
+  LinearScaling,
+  Llama3Scaling,
+  MlpSpec,
+  ModelSpec,
+  MoeSpec,
+  NormSpec,
+  RotarySpec,
+  Segment,
+  TransformerXLSpec,
+  YarnScaling,
+)
+from .transformer import LMOutput, TransformerLM, init_caches
+
+__all__ = [
+  "AlibiSpec", "Attention", "AttentionSpec", "Block", "BlockLocal", "BucketedSpec", "Causal",
+  "CrossEntropy", "Embedding", "EmbeddingSpec", "ExpertWeights", "HeadSpec", "InitSpec", "KVCache",
+  "LMOutput", "LayerSpec", "LearnedPositionSpec", "LinearScaling", "Llama3Scaling", "Local", "Mask",
+  "Mlp", "MlpSpec", "ModelSpec", "MoeSpec", "MoeStats", "Norm", "NormSpec", "RotarySpec", "Routing",
+  "Rows", "Segment", "SwitchMoE", "TransformerLM", "TransformerXLSpec", "YarnScaling", "activate",
+  "alibi_slopes", "apply_rotary", "assign_slots", "attention", "causal_mask", "count_params",
+  "cross_entropy", "dense", "embed_tokens", "empty_cache", "expert_capacity", "expert_mlp",
+  "init_caches", "init_params", "layer_norm", "mlp", "moe", "permute", "rms_norm", "rotary_table",
+  "switch_route", "to_nnx", "top_k_route", "train_flops_per_token", "unpermute", "update_cache",
+]  # fmt: skip

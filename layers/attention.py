@@ -153,7 +153,7 @@ class Attention(nn.Module):
     if isinstance(spec.position, BucketedSpec):
       table_UN = rows.table_UN if spec.position.shared else bucket_table(self, spec.position, N)
       p = spec.position
-      return q_BTNH, Bucketed(table_UN, p.num_buckets, p.max_distance, p.bidirectional)
+      return q_BTNH, Bucketed(table_UN, p.max_distance, p.bidirectional)
     if isinstance(spec.position, TransformerXLSpec):
       D = self.embed_dim
       axes = ("embed", "heads", "head_dim")

@@ -46,7 +46,9 @@ class Block(nn.Module):
   ) -> tuple[jax.Array, MoeStats | None, KVCache | None]:
     spec = self.spec
     norm = lambda name: Norm(spec.norm, self.embed_dim, name=name)
-    attention = Attention(spec.attention, self.embed_dim, self.init_spec, self.gain, name="attention")
+    attention = Attention(
+      spec.attention, self.embed_dim, self.init_spec, self.gain, name="attention"
+    )
     place = lambda x: constrain(x, "act_batch", "act_norm_seq", "act_embed")
     gather = lambda x: constrain(x, "act_batch", "act_seq", "act_embed")
     x_BTD = place(x_BTD)

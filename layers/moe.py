@@ -115,9 +115,7 @@ def moe(
       up_offset=up_offset,
     )
   with jax.named_scope("combine"):
-    out_EGCD = constrain(
-      out_ERD.reshape(E, G, C, D), "act_expert", "act_batch", None, None
-    )
+    out_EGCD = constrain(out_ERD.reshape(E, G, C, D), "act_expert", "act_batch", None, None)
     out_GRD = jnp.swapaxes(out_EGCD, 0, 1).reshape(G, E * C, D)
     out_GRD = constrain(out_GRD, "act_batch", None, None)
     y_GSD = unpermute(out_GRD, routing.weight_GSX, slots)

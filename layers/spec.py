@@ -135,6 +135,44 @@ class AttentionSpec:
   def kv_heads(self) -> int:
     return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
+  @property
+  def cached(self) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(heads, size) of what a position's key and value put into the cache."""
+    return (self.kv_heads, self.head_dim), (self.kv_heads, self.head_dim)
+
+
+@dataclass(frozen=True)
+class LatentAttentionSpec:
+  """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+  Keys and values of all heads come from one latent a token; one rotated key is shared by all.
+  """
+
+  num_heads: int
+  kv_lora: int  # width of the latent behind keys and values
+  nope_dim: int  # part of a query or key head without position
+  rope_dim: int  # part that is rotated
+  value_dim: int
+  q_lora: int | None = None  # width of the latent behind queries; None: straight from the input
+  position: RotarySpec = RotarySpec(interleaved=True)
+  norm: NormSpec = NormSpec()  # over each latent
+  scale: float | None = None  # logit factor; None is (nope_dim + rope_dim) ** -0.5
+  implementation: str | None = None  # as in AttentionSpec
+
+  def __post_init__(self):
+    for name in ("num_heads", "kv_lora", "nope_dim", "rope_dim", "value_dim", "q_lora"):
+      value = getattr(self, name)
+      _require(value is None or value > 0, f"latent attention {name} must be positive, got {value}")
+    _require(
+      self.position.dims is None and self.rope_dim % 2 == 0,
+      f"rope_dim={self.rope_dim} must be even and is rotated whole: leave position.dims out",
+    )
+
+  @property
+  def cached(self) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(heads, size) of what a position puts into the cache: rotated key, latent."""
+    return (1, self.rope_dim), (1, self.kv_lora)
+
 
 @dataclass(frozen=True)
 class MlpSpec:
@@ -161,6 +199,7 @@ class MoeSpec:
   experts_per_token: int = 1
   router: Literal["switch", "top_k"] = "switch"
   normalize: bool = False  # top_k: divide the chosen weights by their sum (Mixtral)
+  router_bias: bool = False  # learned, on the router's logits (gpt-oss)
   dispatch: Literal["capacity"] = "capacity"
   capacity_factor: float = 1.25  # training
   eval_capacity_factor: float = 2.0
@@ -190,7 +229,7 @@ class MoeSpec:
 class LayerSpec:
   """A residual block: attention, then an MLP or experts."""
 
-  attention: AttentionSpec
+  attention: AttentionSpec | LatentAttentionSpec
   mlp: MlpSpec | MoeSpec
   norm: NormSpec = NormSpec()
   norm_placement: Literal["pre", "post", "both"] = "pre"  # "both": Gemma's four norms a layer

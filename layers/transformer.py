@@ -254,9 +254,10 @@ class TransformerLM(nn.Module):
       shape, axes = (spec.embed_dim, spec.vocab_size), ("embed", "vocab")
       w = declare(self, "head", shape, axes, init)
     if targets_BT is None:
-      logits_BTV = dense(x_BTD.astype(jnp.float32), w.T if head.tied else w) * head.scale
+      logits_BTV = dense(x_BTD.astype(jnp.float32), w.T if head.tied else w)
       if bias_V is not None:
         logits_BTV += jnp.expand_dims(bias_V, (0, 1))
+      logits_BTV *= head.scale
       if head.softcap is not None:
         logits_BTV = head.softcap * jnp.tanh(logits_BTV / head.softcap)
       return constrain(logits_BTV, "act_batch", "act_seq", "act_vocab"), None

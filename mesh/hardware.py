@@ -35,7 +35,7 @@ class Chip:
   devices_per_chip: int = 1
   price_per_hour: float | None = None
   source: str = ""
-  date: str = "2026-11-21"  # when the source was read
+  date: str = "2026-11-21"  # when the row was written
 
   @property
   def flops_per_device(self) -> float | None:

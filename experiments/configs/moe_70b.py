@@ -38,7 +38,9 @@ def model() -> ModelSpec:
     vocab_size=32_768,
     embed_dim=4096,
     max_length=4096,
-    segments=(Segment(layers=(LayerSpec(_ATTENTION, _MLP), LayerSpec(_ATTENTION, _MOE)), repeats=16),),
+    segments=(
+      Segment(layers=(LayerSpec(_ATTENTION, _MLP), LayerSpec(_ATTENTION, _MOE)), repeats=16),
+    ),
     init=InitSpec(kind="fan_in", scale=0.1),  # Switch's smaller initialisation
   )
 
@@ -49,8 +51,15 @@ def config() -> Config:
     model=model(),
     data=DataConfig(source="shards", tokenizer="", row_length=4096, batch_size=1024),
     optimizer=OptimizerConfig(
-      name="adamw", learning_rate=2e-4, schedule="cosine", warmup_steps=1000, final_fraction=0.1,
-      beta1=0.9, beta2=0.95, weight_decay=0.1, clip_norm=1.0,
+      name="adamw",
+      learning_rate=2e-4,
+      schedule="cosine",
+      warmup_steps=1000,
+      final_fraction=0.1,
+      beta1=0.9,
+      beta2=0.95,
+      weight_decay=0.1,
+      clip_norm=1.0,
     ),  # fmt: skip
     # 17,800 steps of 1024 x 4096 = 4.19e6 tokens: 7.47e10 tokens.
     train=TrainConfig(

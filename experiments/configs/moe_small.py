@@ -50,8 +50,13 @@ def config() -> Config:
       batch_size=64,
     ),
     optimizer=OptimizerConfig(
-      name="muon", learning_rate=0.02, adam_learning_rate=0.003, schedule="wsd", warmup_steps=100,
-      stable_fraction=0.6, final_fraction=0.0,
+      name="muon",
+      learning_rate=0.02,
+      adam_learning_rate=0.003,
+      schedule="wsd",
+      warmup_steps=100,
+      stable_fraction=0.6,
+      final_fraction=0.0,
     ),  # fmt: skip
     train=TrainConfig(steps=2000, log_every=10, remat="minimal"),
     checkpoint=CheckpointConfig(every=200),

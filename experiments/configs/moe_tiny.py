@@ -42,8 +42,13 @@ def config() -> Config:
     model=model(),
     data=DataConfig(source="pydoc", row_length=256, batch_size=16),
     optimizer=OptimizerConfig(
-      name="muon", learning_rate=0.02, adam_learning_rate=0.005, schedule="wsd", warmup_steps=20,
-      stable_fraction=0.5, final_fraction=0.0,
+      name="muon",
+      learning_rate=0.02,
+      adam_learning_rate=0.005,
+      schedule="wsd",
+      warmup_steps=20,
+      stable_fraction=0.5,
+      final_fraction=0.0,
     ),  # fmt: skip
     train=TrainConfig(steps=400, log_every=10),
     checkpoint=CheckpointConfig(every=200),

@@ -66,7 +66,7 @@ def refuse_if_too_large(setup: Setup) -> None:
 
 
 def gigabytes(n: int) -> str:
-  """"1.1 TB", "24.0 GB", "3.2 MB": decimal units."""
+  """ "1.1 TB", "24.0 GB", "3.2 MB": decimal units."""
   for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
     if n >= scale:
       return f"{n / scale:,.1f} {unit}"

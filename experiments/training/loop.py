@@ -254,7 +254,10 @@ class _StepTimer:
       return {"tokens_per_second": None, "mfu": None}
     self.seconds += seconds
     rate = steps * self._tokens / seconds
-    return {"tokens_per_second": rate, "mfu": rate * self._flops / self._peak if self._peak else None}
+    return {
+      "tokens_per_second": rate,
+      "mfu": rate * self._flops / self._peak if self._peak else None,
+    }
 
 
 class _Stop:

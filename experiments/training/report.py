@@ -28,7 +28,9 @@ def write_report(
   import matplotlib
   from matplotlib.figure import Figure
 
-  with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+  with matplotlib.rc_context(
+    {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+  ):
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2, width_ratios=(3, 2))
     _loss(axes[0, 0], rows, [r for r in read_metrics(folder) if "heldout_loss" in r], baselines)

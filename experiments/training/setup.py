@@ -12,7 +12,7 @@ from layers.spec import MoeSpec
 from layers.transformer import TransformerLM, remat_policy
 from mesh.axes import MESH_AXES
 from mesh.rules import PRESETS, Rules, assign, validate
-from mesh.topology import make_mesh, resolve_sizes
+from mesh.topology import count_slices, make_mesh, resolve_sizes
 
 from ..config import Config, ConfigError
 from .optimizer import make_optimizer
@@ -45,9 +45,12 @@ def build(config: Config, devices: list[jax.Device] | None = None) -> Setup:
              if isinstance(layer.mlp, MoeSpec)]  # fmt: skip
   try:
     remat_policy(config.train.remat)
-    sizes = resolve_sizes(asked, len(devices), num_experts=min(experts, default=None))
-    mesh = make_mesh(sizes, devices)
     rules = PRESETS[config.mesh.rules]
+    num_experts = min(experts, default=None) if "expert" in rules.mesh_axes else None
+    sizes = resolve_sizes(
+      asked, len(devices), num_experts=num_experts, num_slices=count_slices(devices)
+    )
+    mesh = make_mesh(sizes, devices)
     validate(rules, mesh)
     _check_batch(config, rules, mesh)
     model = TransformerLM(

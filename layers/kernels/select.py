@@ -12,7 +12,7 @@ def anywhere(platform: str) -> None:
 
 
 def current_platform() -> str:
-  """ "cpu", "gpu" or "tpu": of the mesh in context (it may be a described one), else the default."""
+  """Where a jit here would run: cpu, gpu or tpu. A mesh in context decides, described or real."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return jax.default_backend() if device is None else device.platform
 

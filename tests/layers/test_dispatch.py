@@ -37,7 +37,9 @@ def test_worked_example_first_choices_before_second():
 @given(st.integers(0, 2**31 - 1), st.sampled_from([1, 3, 12]))
 def test_slots_agree_with_oracle_and_are_inverse_maps(seed, capacity):
   rng = np.random.default_rng(seed)
-  experts = np.stack([rng.permuted(np.tile(np.arange(5), (12, 1)), axis=1)[:, :2] for _ in range(2)])
+  experts = np.stack(
+    [rng.permuted(np.tile(np.arange(5), (12, 1)), axis=1)[:, :2] for _ in range(2)]
+  )
   valid = rng.random((2, 12)) < 0.8
   slots = _assign(jnp.asarray(experts), jnp.asarray(valid), num_experts=5, capacity=capacity)
   for g in range(2):
@@ -48,7 +50,9 @@ def test_slots_agree_with_oracle_and_are_inverse_maps(seed, capacity):
       assert slot // capacity == experts[g, s, x]
       assert (slots.token_GR[g, slot], slots.choice_GR[g, slot]) == (s, x)
     assert (np.asarray(slots.token_GR[g]) == 12).sum() == 5 * capacity - kept.sum()
-  dropped = sum(2 * valid[g].sum() - oracle.place(experts[g], 5, capacity, valid[g]).sum() for g in range(2))
+  dropped = sum(
+    2 * valid[g].sum() - oracle.place(experts[g], 5, capacity, valid[g]).sum() for g in range(2)
+  )
   assert slots.dropped == dropped
 
 
@@ -63,7 +67,9 @@ def test_gradients_of_permute_and_unpermute():
 
 
 def test_a_dropped_token_comes_back_as_exact_zero():
-  slots = assign_slots(jnp.zeros((1, 3, 1), jnp.int32), jnp.ones((1, 3), bool), num_experts=2, capacity=1)
+  slots = assign_slots(
+    jnp.zeros((1, 3, 1), jnp.int32), jnp.ones((1, 3), bool), num_experts=2, capacity=1
+  )
   x = jnp.full((1, 3, 2), 7.0)
   y = unpermute(permute(x, slots), jnp.ones((1, 3, 1)), slots)
   np.testing.assert_array_equal(y, [[[7, 7], [0, 0], [0, 0]]])

@@ -39,7 +39,9 @@ def test_against_loop_over_tokens(k, factor):
   want_dropped = 0
   router, up, gate, down = w
   for b in range(B):
-    want, kept = oracle.moe(x[b], router, up, gate, down, k=k, capacity=C, normalize=k > 1, valid_S=valid[b])
+    want, kept = oracle.moe(
+      x[b], router, up, gate, down, k=k, capacity=C, normalize=k > 1, valid_S=valid[b]
+    )
     np.testing.assert_allclose(y[b], want, atol=2e-5)
     want_dropped += k * valid[b].sum() - kept.sum()
   assert dropped == want_dropped

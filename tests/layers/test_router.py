@@ -23,7 +23,9 @@ def route_logits(logits, route=switch_route, **kwargs):
 def test_switch_worked_example():
   r = route_logits(LOGITS)
   np.testing.assert_array_equal(r.expert_GSX[0, :, 0], [0, 0, 0, 2])
-  np.testing.assert_allclose(r.weight_GSX[0, :, 0], [0.643914, 0.455054, 0.696387, 0.579259], atol=1e-6)
+  np.testing.assert_allclose(
+    r.weight_GSX[0, :, 0], [0.643914, 0.455054, 0.696387, 0.579259], atol=1e-6
+  )
   np.testing.assert_allclose(r.balance, 1.644103, atol=1e-6)
   np.testing.assert_allclose(r.z, 7.242655, atol=1e-5)
   np.testing.assert_array_equal(r.load_E, [3, 0, 1, 0])
@@ -34,7 +36,9 @@ def test_switch_worked_example():
 def test_top2_worked_example():
   r = route_logits(LOGITS, top_k_route, k=2, normalize=True)
   np.testing.assert_array_equal(r.expert_GSX[0], [[0, 1], [0, 2], [0, 1], [2, 1]])
-  np.testing.assert_allclose(r.weight_GSX[0, :2], [[0.731059, 0.268941], [0.622459, 0.377541]], atol=1e-6)
+  np.testing.assert_allclose(
+    r.weight_GSX[0, :2], [[0.731059, 0.268941], [0.622459, 0.377541]], atol=1e-6
+  )
   np.testing.assert_allclose(r.balance, 1.269036, atol=1e-6)
   raw = route_logits(LOGITS, top_k_route, k=2, normalize=False)
   np.testing.assert_allclose(raw.weight_GSX[0, 0], [0.643914, 0.236883], atol=1e-6)
@@ -57,7 +61,9 @@ def test_padding_is_left_out_of_losses_and_statistics():
 
 def test_balance_gradient_flows_through_probabilities_only():
   """d/dlogits of E sum f_e P_e with f constant: f-weighted softmax Jacobian."""
-  grad = jax.grad(lambda l: switch_route(l[None], jnp.eye(4)).balance)(jnp.asarray(LOGITS, jnp.float32))
+  grad = jax.grad(lambda l: switch_route(l[None], jnp.eye(4)).balance)(
+    jnp.asarray(LOGITS, jnp.float32)
+  )
   probs, order, _ = oracle.route(LOGITS, 1)
   f = np.bincount(order[:, 0], minlength=4) / 4
   want = 4 / 4 * probs * (f - (probs @ f)[:, None])

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def attention(q, k, v, *, visible, scale, softcap=None, bias=None, sink=None):
-  """q [B, T, N, H], k and v [B, S, K, H]; `visible(b, i, j)` and `bias(b, n, i, j)` take indices."""
+  """q [B, T, N, H]; k, v [B, S, K, H]; `visible(b, i, j)` and `bias(b, n, i, j)` take indices."""
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
   B, T, N, _ = q.shape
   S, K = k.shape[1:3]

@@ -53,7 +53,7 @@ def attention(
     bias: `Alibi`, `Bucketed` or `RelativeKeys`.
     sink_N: a logit a head that takes part in the denominator only (gpt-oss, arXiv 2508.10925).
     implementation: "xla" (blockwise: memory linear in T and S; reverse-mode derivatives only when
-      T * S exceeds one block of 512 x 512) or "reference"; None is "xla".
+      T * S exceeds one block, 256 x 256 on CPU, else 512 x 512) or "reference"; None is "xla".
 
   Logits and softmax are float32; probabilities are cast to the dtype of v. A query that sees no
   key gives exactly 0 and receives and passes on zero gradient. Outputs and log-sum-exps are named

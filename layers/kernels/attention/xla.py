@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from ..select import current_platform
 from .bias import join_rows, split_rows, term
 
-BLOCK = 512  # queries and keys a block; up to BLOCK * BLOCK logits a head are one dense block
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: differences of it are not NaN
 
 f32 = jnp.float32
@@ -43,16 +43,22 @@ def attention(
   own_row = kv_positions_BS is None
   if own_row:
     kv_positions_BS = q_positions_BT
-  static = _Static(mask, scale, softcap, own_row, _even_block(T), _even_block(S))
+  block = block_size()
+  static = _Static(mask, scale, softcap, own_row, _even_block(T, block), _even_block(S, block))
   q_ids, kv_ids = (q_positions_BT, q_segments_BT), (kv_positions_BS, kv_segments_BS)
-  run = _dense if T * S <= BLOCK * BLOCK else _blockwise
+  run = _dense if max(T, S) <= block or T * S <= block**2 else _blockwise
   return run(static, q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids)
 
 
-def _even_block(length: int) -> int:
-  """A block of at most BLOCK, the smallest multiple of 8 with as few blocks."""
-  blocks = -(-length // BLOCK)
-  return min(BLOCK, -(-length // (8 * blocks)) * 8)
+def block_size() -> int:
+  """Queries, and keys, a block; up to its square of logits a head are one dense block."""
+  return 256 if current_platform() == "cpu" else 512  # CPU: a block of all heads stays in cache
+
+
+def _even_block(length: int, block: int) -> int:
+  """At most `block`: the smallest multiple of 8 that needs as few blocks."""
+  blocks = -(-length // block)
+  return min(block, -(-length // (8 * blocks)) * 8)
 
 
 def _logits(static, products_BKGTS, rows_BTNH, shared, q_positions_BT, kv_positions_BS, offset):
@@ -66,6 +72,24 @@ def _logits(static, products_BKGTS, rows_BTNH, shared, q_positions_BT, kv_positi
   bias_BNTS = term(bias, q_positions_BT, kv_positions_BS, scale=static.scale, offset=offset)
   _, K, G, T, S = logits.shape
   return logits + bias_BNTS.reshape(bias_BNTS.shape[0], K, G, T, S)
+
+
+def _logits_by_row(static, products, rows, shared, q_positions, kv_positions, offset):
+  """`_logits` with a copy of `shared` for each row of the batch.
+
+  Its gradient then stays with the row. Summed over a batch that is sharded, it would cost an
+  exchange between devices in every block.
+  """
+
+  def one(products, rows, shared, q_positions, kv_positions):
+    arrays = (products, rows, q_positions, kv_positions)
+    products, rows, q_positions, kv_positions = jax.tree.map(lambda x: x[None], arrays)
+    return _logits(static, products, rows, shared, q_positions, kv_positions, offset)[0]
+
+  positions = (
+    jnp.broadcast_to(p, (products.shape[0], p.shape[1])) for p in (q_positions, kv_positions)
+  )
+  return jax.vmap(one)(products, rows, shared, *positions)
 
 
 def _visible(static, q_ids, kv_ids, kv_valid_S=None):
@@ -260,7 +284,8 @@ def _backward(static, residuals, do_BTNH):
   rows, shared = split_rows(bias)
   as_f32 = partial(jax.tree.map, lambda x: x.astype(f32))
   zeros = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, f32))
-  shared = as_f32(shared)  # so that its gradient is summed over blocks in float32
+  # A copy for each row of the batch, and float32, which its gradient is summed in over blocks.
+  shared = jax.tree.map(lambda x: jnp.broadcast_to(x.astype(f32), (B, *x.shape)), shared)
   delta_BTN1 = jnp.sum(do_BTNH.astype(f32) * o_BTNH.astype(f32), axis=-1, keepdims=True)
 
   def query_block(sums, inputs):
@@ -271,7 +296,7 @@ def _backward(static, residuals, do_BTNH):
       dq, drows, (dk_blocks, dv_blocks, dshared) = carry
       k, v, kv_positions, visible, offset = keys.tile(static, i, j, q_ids)
       s, pull = jax.vjp(
-        lambda s, rows, shared: _logits(static, s, rows, shared, q_ids[0], kv_positions, offset),
+        lambda *s: _logits_by_row(static, *s, q_ids[0], kv_positions, offset),
         _scores(q, k), rows, shared,
       )  # fmt: skip
       p = jnp.exp(s - lse)
@@ -298,7 +323,7 @@ def _backward(static, residuals, do_BTNH):
 
   dbias = join_rows(
     None if drows is None else jnp.moveaxis(drows, 0, 1).reshape(B, -1, *rows.shape[2:])[:, :T],
-    dshared,
+    jax.tree.map(lambda d: jnp.sum(d, axis=0), dshared),
   )
   dbias = jax.tree.map(lambda d, x: d.astype(x.dtype), dbias, bias)
   dsink_N = None

@@ -227,7 +227,8 @@ def test_second_moments_of_bfloat16_gradients_are_float32():
   config = OptimizerConfig(clip_norm=None, warmup_steps=0)
   optimizer = make_optimizer(config, make_schedule(config, 20), {"a": ("norm",)}, {"a": True})
   gradient = {"a": jnp.asarray([0.3, -1.1, 7.7], jnp.bfloat16)}
-  _, state = optimizer.update(gradient, optimizer.init({"a": np.ones(3, np.float32)}))
+  params = {"a": np.ones(3, np.float32)}
+  _, state = optimizer.update(gradient, optimizer.init(params), params)
   squares = [x for x in jax.tree.leaves(state) if x.shape == (3,)][-1]
   np.testing.assert_allclose(squares, 0.05 * np.square(np.float64(gradient["a"])), rtol=1e-6)
 

@@ -1,4 +1,4 @@
-"""Cross-entropy: reference against numpy, chunks against the reference's numbers, memory, meshes."""
+"""Cross-entropy: every implementation against numpy, values and gradients; memory; meshes."""
 
 from functools import partial
 

@@ -15,6 +15,7 @@ from .embedding import Embedding, embed_tokens
 from .experts import expert_mlp
 from .kernels.attention import attention
 from .kernels.cross_entropy import CrossEntropy, cross_entropy
+from .latent_attention import LatentAttention, latent_attention
 from .linear import dense
 from .masks import BlockLocal, Causal, Local, Mask
 from .mlp import Mlp, activate, mlp
@@ -30,6 +31,7 @@ from .spec import (
   EmbeddingSpec,
   HeadSpec,
   InitSpec,
+  LatentAttentionSpec,
   LayerSpec,
   LearnedPositionSpec,
   LinearScaling,
@@ -48,11 +50,12 @@ from .transformer import LMOutput, TransformerLM, init_caches
 __all__ = [
   "AlibiSpec", "Attention", "AttentionSpec", "Block", "BlockLocal", "BucketedSpec", "Causal",
   "CrossEntropy", "Embedding", "EmbeddingSpec", "ExpertWeights", "HeadSpec", "InitSpec", "KVCache",
-  "LMOutput", "LayerSpec", "LearnedPositionSpec", "LinearScaling", "Llama3Scaling", "Local", "Mask",
-  "Mlp", "MlpSpec", "ModelSpec", "MoeSpec", "MoeStats", "Norm", "NormSpec", "RotarySpec", "Routing",
-  "Rows", "Segment", "SwitchMoE", "TransformerLM", "TransformerXLSpec", "YarnScaling", "activate",
-  "alibi_slopes", "apply_rotary", "assign_slots", "attention", "causal_mask", "count_params",
-  "cross_entropy", "dense", "embed_tokens", "empty_cache", "expert_capacity", "expert_mlp",
-  "init_caches", "init_params", "layer_norm", "mlp", "moe", "permute", "rms_norm", "rotary_table",
+  "LMOutput", "LatentAttention", "LatentAttentionSpec", "LayerSpec", "LearnedPositionSpec",
+  "LinearScaling", "Llama3Scaling", "Local", "Mask", "Mlp", "MlpSpec", "ModelSpec", "MoeSpec",
+  "MoeStats", "Norm", "NormSpec", "RotarySpec", "Routing", "Rows", "Segment", "SwitchMoE",
+  "TransformerLM", "TransformerXLSpec", "YarnScaling", "activate", "alibi_slopes", "apply_rotary",
+  "assign_slots", "attention", "causal_mask", "count_params", "cross_entropy", "dense",
+  "embed_tokens", "empty_cache", "expert_capacity", "expert_mlp", "init_caches", "init_params",
+  "latent_attention", "layer_norm", "mlp", "moe", "permute", "rms_norm", "rotary_table",
   "switch_route", "to_nnx", "top_k_route", "train_flops_per_token", "unpermute", "update_cache",
 ]  # fmt: skip

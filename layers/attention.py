@@ -54,6 +54,24 @@ def causal_mask(window: int | None = None, chunk: int | None = None):
   return mask
 
 
+def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, spec: RotarySpec) -> jax.Array:
+  """Queries or keys turned by their positions as `spec` says."""
+  inv_freq, factor = rotary_table(spec, x_BTNH.shape[-1])
+  return apply_rotary(
+    x_BTNH, positions_BT, inv_freq, interleaved=spec.interleaved, attention_factor=factor
+  )
+
+
+def cached_keys(
+  cache: KVCache, key_BTKH: jax.Array, value_BTKH: jax.Array, positions_BT: jax.Array
+) -> tuple[KVCache, jax.Array, jax.Array, jax.Array]:
+  """The cache with new positions written, and its keys, values and positions [B, S]."""
+  cache = update_cache(cache, key_BTKH, value_BTKH, positions_BT[:, 0])
+  B, S = cache.key_BSKH.shape[:2]
+  key_BSKH, value_BSKH = (x.astype(key_BTKH.dtype) for x in cache)
+  return cache, key_BSKH, value_BSKH, jnp.broadcast_to(jnp.arange(S), (B, S))
+
+
 class Attention(nn.Module):
   """Linen shell: projections and what the spec adds to them; `x -> (y, cache)`.
 
@@ -81,25 +99,13 @@ class Attention(nn.Module):
       q_BTNH = Norm(spec.qk_norm, spec.head_dim, axis=None, name="query_norm")(q_BTNH)
       k_BTKH = Norm(spec.qk_norm, spec.head_dim, axis=None, name="key_norm")(k_BTKH)
     if isinstance(spec.position, RotarySpec):
-      inv_freq, factor = rotary_table(spec.position, spec.head_dim)
-      turn = lambda y: apply_rotary(
-        y,
-        rows.positions_BT,
-        inv_freq,
-        interleaved=spec.position.interleaved,
-        attention_factor=factor,
-      )
-      q_BTNH, k_BTKH = turn(q_BTNH), turn(k_BTKH)
+      q_BTNH = rotate(q_BTNH, rows.positions_BT, spec.position)
+      k_BTKH = rotate(k_BTKH, rows.positions_BT, spec.position)
     q_BTNH, k_BTKH = checkpoint_name(q_BTNH, "query"), checkpoint_name(k_BTKH, "key")
     v_BTKH = checkpoint_name(v_BTKH, "value")
-    kv_positions = kv_segments = None
+    kv_positions = None
     if cache is not None:
-      cache = update_cache(cache, k_BTKH, v_BTKH, rows.positions_BT[:, 0])
-      k_BTKH, v_BTKH = (y.astype(x_BTD.dtype) for y in cache)
-      length = k_BTKH.shape[1]
-      kv_positions = jnp.broadcast_to(jnp.arange(length), (x_BTD.shape[0], length))
-    else:
-      kv_segments = rows.segments_BT
+      cache, k_BTKH, v_BTKH, kv_positions = cached_keys(cache, k_BTKH, v_BTKH, rows.positions_BT)
     q_BTNH, bias = self._bias(q_BTNH, rows, k_BTKH.shape[1])
     sink_N = None
     if spec.sink:
@@ -112,7 +118,6 @@ class Attention(nn.Module):
       q_positions_BT=rows.positions_BT,
       kv_positions_BS=kv_positions,
       q_segments_BT=None if cache is not None else rows.segments_BT,
-      kv_segments_BS=kv_segments,
       scale=spec.scale,
       softcap=spec.softcap,
       bias=bias,

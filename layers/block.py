@@ -10,11 +10,12 @@ from mesh.constrain import constrain
 
 from .attention import Attention, Rows
 from .cache import KVCache
+from .latent_attention import LatentAttention
 from .mlp import Mlp
 from .moe import MoeStats, SwitchMoE
 from .noise import dropout_BTD, fold
 from .norms import Norm
-from .spec import InitSpec, LayerSpec, MoeSpec
+from .spec import InitSpec, LatentAttentionSpec, LayerSpec, MoeSpec
 
 
 class Block(nn.Module):
@@ -46,9 +47,9 @@ class Block(nn.Module):
   ) -> tuple[jax.Array, MoeStats | None, KVCache | None]:
     spec = self.spec
     norm = lambda name: Norm(spec.norm, self.embed_dim, name=name)
-    attention = Attention(
-      spec.attention, self.embed_dim, self.init_spec, self.gain, name="attention"
-    )
+    latent = isinstance(spec.attention, LatentAttentionSpec)
+    shell = LatentAttention if latent else Attention
+    attention = shell(spec.attention, self.embed_dim, self.init_spec, self.gain, name="attention")
     place = lambda x: constrain(x, "act_batch", "act_norm_seq", "act_embed")
     gather = lambda x: constrain(x, "act_batch", "act_seq", "act_embed")
     x_BTD = place(x_BTD)

@@ -12,16 +12,20 @@ from mesh.constrain import constrain
 
 
 class KVCache(NamedTuple):
-  """Keys (already rotated) and values; position s of a row stands at index s."""
+  """Keys (already rotated) and values; position s of a row stands at index s.
+
+  The two may differ in heads and size (see `cached` of the attention specs).
+  """
 
   key_BSKH: jax.Array
   value_BSKH: jax.Array
 
 
-def empty_cache(batch: int, length: int, num_kv_heads: int, head_dim: int, dtype) -> KVCache:
-  """A cache of zeros for `length` positions."""
-  zeros_BSKH = jnp.zeros((batch, length, num_kv_heads, head_dim), dtype)
-  return KVCache(zeros_BSKH, zeros_BSKH)
+def empty_cache(
+  batch: int, length: int, key: tuple[int, int], value: tuple[int, int], dtype
+) -> KVCache:
+  """A cache of zeros for `length` positions; `key` and `value` are (heads, size)."""
+  return KVCache(*(jnp.zeros((batch, length, *shape), dtype) for shape in (key, value)))
 
 
 def update_cache(

@@ -155,6 +155,9 @@ class SwitchMoE(nn.Module):
       if spec.router == "switch"
       else partial(top_k_route, k=spec.experts_per_token, normalize=spec.normalize)
     )
+    if spec.router_bias:
+      zeros = nn.initializers.zeros
+      route = partial(route, b_E=declare(self, "router_bias", (spec.num_experts,), (None,), zeros))
     y_BTD, routing, dropped = moe(
       x_BTD,
       w_router_DE,

@@ -1,4 +1,4 @@
-"""Position encodings: rotary (with its length extensions), ALiBi, T5 buckets, sinusoids.
+"""Position encodings: rotary (with its length extensions), ALiBi, sinusoids.
 
 Tables of fixed numbers are computed in float64 by numpy; only what depends on token positions
 is traced.
@@ -182,47 +182,6 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
   most = 2 ** (num_heads.bit_length() - 1)
   rest = powers(2 * most)[::2][: num_heads - most]
   return np.concatenate([powers(most), rest]).astype(np.float32)
-
-
-def t5_bucket(
-  distance: jax.Array, *, num_buckets: int, max_distance: int, bidirectional: bool
-) -> jax.Array:
-  """T5's bucket of a query-key distance (arXiv 1910.10683, section 2.1).
-
-  The first half of the buckets hold one distance each, the others grow geometrically up to
-  `max_distance`; everything farther shares the last. T5's code calls j - i the relative position:
-  the sign here is the opposite, i - j, positive for keys in the past.
-
-  Args:
-    distance: i - j, integers of any shape.
-    num_buckets: rows of the bias table.
-    bidirectional: half of the buckets are for keys after the query (distance < 0), numbered
-      after the others; otherwise all such keys share bucket 0 with the query itself.
-
-  Returns:
-    int32 of the same shape, in [0, num_buckets).
-
-  Raises:
-    ValueError: when there is no geometric range: `max_distance` too small for `num_buckets`.
-  """
-  side = num_buckets // 2 if bidirectional else num_buckets
-  exact = side // 2
-  if exact < 1 or max_distance <= exact:
-    raise ValueError(
-      f"t5_bucket: num_buckets={num_buckets} gives {exact} exact distances a side; it must be at "
-      f"least 1 and below max_distance={max_distance}"
-    )
-  # The first distance n of bucket exact + k is where n / exact >= (max_distance / exact)^(k / m).
-  # Raised to the power m both sides are integers, so no logarithm is rounded at an edge.
-  m = side - exact
-  reaches = lambda n, k: n**m * exact**k >= max_distance**k * exact**m
-  first = list(range(1, exact + 1))
-  for k in range(1, m):
-    first.append(next(n for n in range(first[-1], max_distance + 1) if reaches(n, k)))
-  n = jnp.abs(distance) if bidirectional else jnp.maximum(distance, 0)
-  edges = jnp.asarray(first, distance.dtype)
-  bucket = jnp.searchsorted(edges, n, side="right", method="compare_all").astype(jnp.int32)
-  return bucket + jnp.where(distance < 0, side, 0) if bidirectional else bucket
 
 
 def sinusoids(num_positions: int, dim: int, *, theta: float = 10_000.0) -> jax.Array:

@@ -24,18 +24,25 @@ class Routing(NamedTuple):
   tokens: jax.Array  # valid tokens
 
 
-def router_logits(x_GSD: jax.Array, w_DE: jax.Array) -> jax.Array:
+def router_logits(
+  x_GSD: jax.Array, w_DE: jax.Array, b_E: jax.Array | None = None
+) -> jax.Array:
   """float32 logits [G, S, E], in full precision on every platform."""
-  return jnp.einsum(
+  logits_GSE = jnp.einsum(
     "gsd,de->gse",
     x_GSD.astype(jnp.float32),
     w_DE.astype(jnp.float32),
     precision=jax.lax.Precision.HIGHEST,
   )
+  return logits_GSE if b_E is None else logits_GSE + jnp.expand_dims(b_E, (0, 1))
 
 
 def switch_route(
-  x_GSD: jax.Array, w_DE: jax.Array, *, valid_GS: jax.Array | None = None
+  x_GSD: jax.Array,
+  w_DE: jax.Array,
+  *,
+  b_E: jax.Array | None = None,
+  valid_GS: jax.Array | None = None,
 ) -> Routing:
   """Top-1 routing of the Switch Transformer (arXiv 2101.03961, equations 1 to 6).
 
@@ -44,10 +51,11 @@ def switch_route(
 
   Args:
     x_GSD: router input.
-    w_DE: router weights, no bias.
+    w_DE: router weights.
+    b_E: added to the logits; Switch itself has none.
     valid_GS: False for padding, which is left out of weights, losses and statistics.
   """
-  return top_k_route(x_GSD, w_DE, k=1, normalize=False, valid_GS=valid_GS)
+  return top_k_route(x_GSD, w_DE, k=1, normalize=False, b_E=b_E, valid_GS=valid_GS)
 
 
 def top_k_route(
@@ -56,6 +64,7 @@ def top_k_route(
   *,
   k: int,
   normalize: bool,
+  b_E: jax.Array | None = None,
   valid_GS: jax.Array | None = None,
 ) -> Routing:
   """The k most probable experts a token; weights are probabilities, divided by their sum when
@@ -64,7 +73,7 @@ def top_k_route(
   The balance loss is E * sum_e f_e P_e with f_e the share of all choices (mean convention:
   uniform routing gives 1 for every k); f carries no gradient.
   """
-  logits_GSE = router_logits(x_GSD, w_DE)
+  logits_GSE = router_logits(x_GSD, w_DE, b_E)
   probs_GSE = jax.nn.softmax(logits_GSE)
   weight_GSX, expert_GSX = jax.lax.top_k(probs_GSE, k)
   gate_GS = weight_GSX[..., 0]

@@ -29,7 +29,7 @@ _CPU_UNROLL = 8
 
 # Tensors worth keeping so that backward repeats no matmul and no kernel.
 MINIMAL_NAMES = (
-  "query", "key", "value", "attention_out", "attention_lse",
+  "query", "key", "value", "latent", "attention_out", "attention_lse",
   "mlp_up", "mlp_gate", "expert_up", "expert_gate",
 )  # fmt: skip
 
@@ -279,7 +279,7 @@ def init_caches(spec: ModelSpec, batch: int, length: int, dtype=jnp.float32) -> 
   """Empty KV caches for `length` positions of every layer."""
 
   def segment_caches(segment):
-    one = lambda a: empty_cache(batch, length, a.kv_heads, a.head_dim, dtype)
+    one = lambda a: empty_cache(batch, length, *a.cached, dtype)
     stack = lambda x: jnp.zeros((segment.repeats, *x.shape), x.dtype)
     return tuple(jax.tree.map(stack, one(layer.attention)) for layer in segment.layers)
 

@@ -21,7 +21,7 @@ from layers.spec import (
   Segment,
 )
 
-_ATTENTION = AttentionSpec(num_heads=4, head_dim=32, position=RotarySpec())
+_ATTENTION = AttentionSpec(num_heads=2, head_dim=64, position=RotarySpec())
 _EXPERT = MlpSpec(hidden=384, activation="silu", gated=True)
 _DENSE = LayerSpec(_ATTENTION, _EXPERT)
 _SPARSE = LayerSpec(_ATTENTION, MoeSpec(num_experts=8, expert=_EXPERT))
@@ -50,7 +50,7 @@ def config() -> Config:
       stable_fraction=0.5,
       final_fraction=0.0,
     ),  # fmt: skip
-    train=TrainConfig(steps=400, log_every=10),
-    checkpoint=CheckpointConfig(every=200),
+    train=TrainConfig(steps=150, log_every=5),
+    checkpoint=CheckpointConfig(every=50),
     eval=EvalConfig(sample_prompt="The ", baselines=True, twin="dense_tiny"),
   )

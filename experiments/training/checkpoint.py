@@ -1,5 +1,9 @@
 """Orbax checkpoints of the state and of the data position; saved in the background."""
 
+import contextlib
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,11 @@ from ..config import ConfigError
 from .state import TrainState
 
 
+def saved_steps(folder: Path) -> list[int]:
+  """Steps of the finished checkpoints in a `checkpoints/` folder, oldest first."""
+  return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+
+
 class Checkpoints:
   """The `checkpoints/` folder of a run: one numbered folder a saved step.
 
@@ -17,23 +26,39 @@ class Checkpoints:
   """
 
   def __init__(self, folder: Path, *, keep: int = 2, read_only: bool = False):
+    self._folder = folder
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=None if read_only else keep, read_only=read_only, create=not read_only
+      max_to_keep=None if read_only else keep,
+      read_only=read_only,
+      create=not read_only,
+      cleanup_tmp_directories=not read_only,  # what a killed process left half written
     )
-    self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+    handlers = {
+      "params": ocp.StandardCheckpointHandler(),
+      "optimizer": ocp.StandardCheckpointHandler(),
+      "data": ocp.JsonCheckpointHandler(),
+    }
+    self._manager = ocp.CheckpointManager(
+      folder.absolute(), item_handlers=handlers, options=options
+    )
 
   def __enter__(self) -> "Checkpoints":
     return self
 
   def __exit__(self, *_: Any) -> None:
-    self._manager.close()
+    with _system_errors(self._folder):
+      self._manager.close()
 
   def newest(self) -> int | None:
     """The newest finished step, or None."""
     return self._manager.latest_step()
 
   def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
-    """Start saving; returns once the arrays are copied. A step already there is left alone."""
+    """Start saving; returns once the arrays are copied. A step already there is left alone.
+
+    Raises:
+      OSError: this save, or the one before it, could not be written. Finished ones are intact.
+    """
     if self._manager.latest_step() == step:
       return
     args = ocp.args.Composite(
@@ -41,11 +66,17 @@ class Checkpoints:
       optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
       data=ocp.args.JsonSave(data),
     )
-    self._manager.save(step, args=args, force=True)
+    with _system_errors(self._folder):
+      self._manager.save(step, args=args, force=True)
 
   def wait(self) -> None:
-    """Until every save has finished; raises what a background save raised."""
-    self._manager.wait_until_finished()
+    """Until every save has finished.
+
+    Raises:
+      OSError: one could not be written.
+    """
+    with _system_errors(self._folder):
+      self._manager.wait_until_finished()
 
   def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
     """State on the mesh of `abstract`, and the data position.
@@ -73,12 +104,17 @@ class Checkpoints:
 
   def _check(self, step: int, item: str, abstract: Any) -> None:
     # Orbax casts dtypes without a word, so compare before restoring.
-    saved = self._manager.item_metadata(step)[item].tree
-    have = {_name(p): leaf for p, leaf in jax.tree.leaves_with_path(saved)}
+    saved = self._manager.item_metadata(step)[item]
+    if saved is None:
+      raise ConfigError(f"checkpoint of step {step} in {self._folder} has no readable {item!r}")
+    have = {_name(p): leaf for p, leaf in jax.tree.leaves_with_path(saved.tree)}
     want = {_name(p): leaf for p, leaf in jax.tree.leaves_with_path(abstract)}
     for name in sorted(have.keys() ^ want.keys()):
       where = "is only in the checkpoint" if name in have else "is not in the checkpoint"
-      raise ConfigError(f"checkpoint of step {step}: {item}/{name} {where}; model changed?")
+      raise ConfigError(
+        f"checkpoint of step {step}: {item}/{name} {where}; the {_owner(item)} must be the one "
+        "that was saved"
+      )
     for name, leaf in want.items():
       saved_kind, kind = (have[name].shape, have[name].dtype), (leaf.shape, leaf.dtype)
       if saved_kind != kind:
@@ -88,5 +124,21 @@ class Checkpoints:
         )
 
 
+def _owner(item: str) -> str:
+  return "model" if item == "params" else "optimizer"
+
+
 def _name(path) -> str:
   return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+@contextlib.contextmanager
+def _system_errors(folder: Path) -> Iterator[None]:
+  """TensorStore wraps what the system refuses in a ValueError; make it an OSError again."""
+  try:
+    yield
+  except ValueError as e:
+    code = re.search(r"os_error_code='(\d+)'", str(e))
+    if code is None:
+      raise
+    raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from e

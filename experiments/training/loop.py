@@ -1,9 +1,10 @@
 """The training loop: restore or draw the state, step, log, evaluate, save, report."""
 
 import contextlib
+import itertools
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +20,11 @@ from mesh.rules import spec_for
 
 from ..config import Config
 from ..data.load import Dataset
-from ..data.loader import make_loader
+from ..data.loader import Loader, make_loader
+from ..overrides import Change
 from .checkpoint import Checkpoints
 from .evaluate import HeldOut, evaluate
+from .folder import record_changes, write_config
 from .metrics import MetricsWriter, summarise
 from .progress import ProgressDisplay
 from .report import write_report
@@ -36,6 +39,7 @@ _IN_FLIGHT = 4
 class Outcome(NamedTuple):
   """How a call of `train` ended."""
 
+  start: int  # steps that were finished before
   step: int
   state: TrainState
   heldout: HeldOut | None  # None when stopped early
@@ -51,27 +55,44 @@ class Profile(NamedTuple):
   stop: int
 
 
+class Resume(NamedTuple):
+  """What a resumed run changes (`overrides.check_resume`), why, and may its data be other data?"""
+
+  changes: Sequence[Change] = ()
+  reason: str = ""
+  allow_other_data: bool = False
+
+
 class CompileOnce:
   """A jitted step that says so, and why, if an input makes it compile a second time."""
 
-  def __init__(self, step: Callable, note: Callable[[str], None]):
+  def __init__(self, step: Any, note: Callable[[str], None]):
     self._step, self._note = step, note
-    self._seen: dict[str, tuple] | None = None
+    self._compiled, self._seen = 0, {}
 
   def __call__(self, *args: Any) -> Any:
-    now = {
-      jax.tree_util.keystr(path): (x.shape, x.dtype, x.sharding)
-      for path, x in jax.tree.leaves_with_path(args)
-    }
-    if self._seen is not None and now != self._seen:
-      changed = [k for k in now.keys() | self._seen.keys() if now.get(k) != self._seen.get(k)]
-      first = min(changed)
-      self._note(
-        f"recompiling the step: {len(changed)} inputs changed, e.g. {first} "
-        f"from {self._seen.get(first)} to {now.get(first)}"
-      )
-    self._seen = now
-    return self._step(*args)
+    result = self._step(*args)
+    compiled = self._step._cache_size()
+    if compiled != self._compiled:  # donated arrays still tell shape and sharding
+      now = {
+        jax.tree_util.keystr(path): (str(x.aval), x.sharding)
+        for path, x in jax.tree.leaves_with_path(args)
+      }
+      if self._compiled:
+        self._note(self._cause(now))
+      self._compiled, self._seen = compiled, now
+    return result
+
+  def _cause(self, now: dict[str, tuple]) -> str:
+    seen = self._seen
+    changed = sorted(k for k in now.keys() | seen.keys() if now.get(k) != seen.get(k))
+    if not changed:
+      return "recompiled the step: no input changed, so a context did (mesh, rules, JAX settings)"
+    before, after = (" ".join(map(str, x.get(changed[0], ("absent",)))) for x in (seen, now))
+    return (
+      f"recompiled the step: {len(changed)} inputs changed, e.g. {changed[0]} from {before} "
+      f"to {after}"
+    )
 
 
 def train(
@@ -80,6 +101,7 @@ def train(
   folder: Path,
   *,
   profile: Profile | None = None,
+  resume: Resume = Resume(),
   baselines: Callable[[], dict[str, float]] = dict,
 ) -> Outcome:
   """Train to `config.train.steps` in run directory `folder`, resuming from its newest checkpoint.
@@ -88,6 +110,10 @@ def train(
     baselines: called for the report, bits a byte by name.
 
   Ctrl-C and SIGTERM finish the step, save, and return with `stopped_by` set.
+
+  Raises:
+    ConfigError: the checkpoint is of another model, optimizer or data.
+    OSError: the disk refused a write; checkpoints finished before are whole.
   """
   config, mesh = setup.config, setup.mesh
   total = config.train.steps
@@ -106,28 +132,38 @@ def train(
 
   with contextlib.ExitStack() as stack:
     stack.enter_context(use_mesh(mesh, setup.rules))
+    stack.enter_context(contextlib.closing(loader))
+    stop = stack.enter_context(_stop_signal())
     checkpoints = stack.enter_context(
       Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
     )
+    primary = is_primary()
+    display = ProgressDisplay(total, config.name, enabled=primary)
 
     # Restore or draw the state
     start = checkpoints.newest() or 0
     if start:
       state, position = checkpoints.restore(start, setup.abstract)
-      loader.restore(position)
+      display.note(_restore_data(loader, position, resume.allow_other_data))
+      display.note(f"resumed from step {start}" if start < total else f"finished at step {start}")
     else:
       state = init_state(setup.model, setup.optimizer, setup.abstract, config.train.seed)
-    writer = stack.enter_context(contextlib.closing(MetricsWriter(folder, resume_step=start)))
-    display = stack.enter_context(ProgressDisplay(total, start, config.name))
-    stop = stack.enter_context(_stop_signal())
+    writer = None
+    if primary:
+      write_config(folder, config)
+      if start and resume.changes:
+        record_changes(folder, start, resume.reason, resume.changes)
+      writer = stack.enter_context(contextlib.closing(MetricsWriter(folder, resume_step=start)))
+    if profile is not None and not start < profile.start <= total:
+      display.note(f"no profile: step {profile.start} is not among steps {start + 1} to {total}")
     timer = _StepTimer(config, mesh)
     step_fn = CompileOnce(jitted, display.note)
-    if start:
-      display.note(f"resumed from step {start}")
 
     # Step
-    pending, heldout, tracing = [], None, False
-    batch = place(next(loader)) if start < total else None
+    pending, heldout, tracing, stopped = [], None, False, False
+    if start < total:
+      stack.enter_context(display.live(start))
+      batch = place(next(loader))
     for step in range(start + 1, total + 1):
       if profile is not None and step == profile.start:
         jax.profiler.start_trace(str(folder / "profile"))
@@ -147,45 +183,60 @@ def train(
         jax.block_until_ready(metrics.loss)
         timer.restart()
         display.started()
+      stopped = stop.received is not None  # read once: a signal may come at any moment
+      last = stopped or step == total
 
       # Log
-      if step % config.train.log_every == 0 or step == total or step == start + 1:
+      if step % config.train.log_every == 0 or last or step == start + 1:
         host = jax.device_get(pending)
         row = summarise(host) | {"learning_rate": float(setup.schedule(step - 1))}
         row |= timer.interval(0 if step == start + 1 else len(pending))
-        writer.write(step, row)
+        if writer:
+          writer.write(step, row)
         display.update(step, row)
         pending = []
 
-      # Evaluate, save
-      if config.eval.every and step % config.eval.every == 0 and step < total:
-        with timer.pause():
-          heldout = held_out(setup, dataset, eval_step, state.params, place)
-          writer.write(step, _heldout_row(heldout))
-          display.note(f"step {step}  held-out {heldout.bits_per_byte:.3f} bits/byte")
-      if step % config.checkpoint.every == 0 or step == total or stop.received:
+      # Save, evaluate
+      if step % config.checkpoint.every == 0 or last:
+        if stopped:
+          display.note(f"stopping: saving step {step} (once more Ctrl-C: at once, unsaved)")
         with timer.pause():
           checkpoints.save(step, state, position)
-      if tracing and (step + 1 == profile.stop or step == total):
+      if tracing and (step + 1 == profile.stop or last):
         jax.block_until_ready(state)
         jax.profiler.stop_trace()
         tracing = False
         display.note(f"profile of steps {profile.start}:{step + 1} in {folder / 'profile'}")
-      if stop.received:
+      if stopped:
         break
+      if config.eval.every and step % config.eval.every == 0 and step < total:
+        with timer.pause():
+          heldout = held_out(setup, dataset, eval_step, state.params, place, stop)
+        if heldout is not None and writer:
+          writer.write(step, _heldout_row(heldout))
+          display.note(f"step {step}  held out: {_describe(heldout)}")
 
     # Finish
-    final = int(state.step)
-    if final == total:
-      heldout = held_out(setup, dataset, eval_step, state.params, place)
-      if start < total:
-        writer.write(final, _heldout_row(heldout))
+    heldout = None
+    if not stopped:
+      heldout = held_out(setup, dataset, eval_step, state.params, place, stop)
+    if heldout is not None and writer and start < total:
+      writer.write(int(state.step), _heldout_row(heldout))
     checkpoints.wait()
-  if is_primary():
+  if primary:
     layers = [i for group in moe_layers(config.model) for i in group]
-    lines = baselines() if final == total else {}
+    lines = {} if heldout is None else baselines()
     write_report(folder, title=_title(setup), moe_layer_indices=layers, baselines=lines)
-  return Outcome(final, state, heldout, stop.received, timer.seconds, setup)
+  stopped_by = None if heldout is not None else stop.received
+  return Outcome(start, int(state.step), state, heldout, stopped_by, timer.seconds, setup)
+
+
+def _restore_data(loader: Loader, position: dict[str, Any], allow_other: bool) -> str:
+  """Continue in the data where `position` says, and say so only if it is not possible."""
+  if allow_other and position["fingerprint"] != loader.state()["fingerprint"]:
+    return "other data than the checkpoint's: read from its start"
+  loader.restore(position)
+  return ""
 
 
 def batch_rows(setup: Setup) -> np.ndarray:
@@ -207,17 +258,37 @@ def make_held_out_step(setup: Setup, dataset: Dataset):
   return jax.jit(make_eval_step(setup.model, lengths_V))
 
 
-def held_out(setup: Setup, dataset: Dataset, eval_step, params: Any, place) -> HeldOut:
-  """Held-out loss over the evaluation split, or its first `eval.batches` batches."""
-  config = setup.config
-  loader = make_loader(dataset, config.data, "heldout", local_rows=batch_rows(setup))
-  batches = (b for i, b in enumerate(loader) if config.eval.batches is None
-             or i < config.eval.batches)  # fmt: skip
-  return evaluate(eval_step, params, batches, place)
+class Stop:
+  """Whether a signal asked to stop."""
+
+  received: int | None = None
 
 
-def _heldout_row(heldout: HeldOut) -> dict[str, float]:
+def held_out(
+  setup: Setup, dataset: Dataset, eval_step, params: Any, place, stop: Stop | None = None
+) -> HeldOut | None:
+  """Held-out loss over the evaluation split, or its first `eval.batches` batches.
+
+  None when `stop` was set before the end: part of a split is not comparable.
+  """
+  stop = Stop() if stop is None else stop
+  data = setup.config.data
+  loader = make_loader(dataset, data, "heldout", local_rows=batch_rows(setup))
+  with contextlib.closing(loader):
+    batches = itertools.islice(loader, setup.config.eval.batches)
+    whole = itertools.takewhile(lambda _: stop.received is None, batches)
+    result = evaluate(eval_step, params, whole, place)
+  return result if stop.received is None else None
+
+
+def _heldout_row(heldout: HeldOut) -> dict[str, Any]:
   return {"heldout_loss": heldout.loss, "heldout_bits_per_byte": heldout.bits_per_byte}
+
+
+def _describe(heldout: HeldOut) -> str:
+  if heldout.bits_per_byte is None:
+    return f"{heldout.loss:.3f} nats a token"
+  return f"{heldout.bits_per_byte:.3f} bits a byte"
 
 
 def _title(setup: Setup) -> str:
@@ -260,14 +331,10 @@ class _StepTimer:
     }
 
 
-class _Stop:
-  received: int | None = None
-
-
 @contextlib.contextmanager
-def _stop_signal() -> Iterator[_Stop]:
+def _stop_signal() -> Iterator[Stop]:
   """Note SIGINT and SIGTERM instead of dying; a second Ctrl-C interrupts at once."""
-  stop = _Stop()
+  stop = Stop()
 
   def receive(number: int, _frame: Any) -> None:
     if stop.received is not None and number == signal.SIGINT:

@@ -2,14 +2,21 @@
 
 import json
 import math
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
+from ..config import ConfigError
 from .step import StepMetrics
+
+_BOARD_SECONDS = 5.0  # between flushes of the events, each of which waits for the disk
 
 
 def summarise(steps: list[StepMetrics]) -> dict[str, Any]:
@@ -43,7 +50,8 @@ class MetricsWriter:
   """Appends to `metrics.jsonl` and to TensorBoard events in `tensorboard/`.
 
   Rows of steps after `resume_step` (written by a run that died before saving them) are dropped,
-  so that the file holds each step once.
+  so that the file holds each step once. Everything is written in the calling thread: a thread of
+  its own loses its queue when the process dies, and hangs when the disk is full.
   """
 
   def __init__(self, folder: Path, *, resume_step: int = 0):
@@ -53,33 +61,53 @@ class MetricsWriter:
     temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
     temporary.replace(self.path)
     self._file = self.path.open("a")
-    self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+    board = folder / "tensorboard"
+    board.mkdir(exist_ok=True)
+    self._board = EventsWriter(str(board / "events"), f".{resume_step}.{os.getpid()}")
+    self._flushed = time.monotonic()
+    if resume_step:  # TensorBoard then hides what an earlier process wrote from this step on
+      start = SessionLog(status=SessionLog.START)
+      self._event(resume_step + 1, session_log=start)
 
   def write(self, step: int, row: dict[str, Any]) -> None:
-    """One row; flushed at once, since a dying process flushes nothing."""
+    """One row; flushed at once, since a dying process flushes nothing. JSON has no NaN: null."""
+    row = {name: _finite(value) for name, value in row.items()}
     self._file.write(json.dumps({"step": step, **row}) + "\n")
     self._file.flush()
-    for name, value in row.items():
-      if isinstance(value, (int, float)) and math.isfinite(value):
-        self._board.add_scalar(name, value, step)
-    self._board.flush()
+    scalars = {k: v for k, v in row.items() if isinstance(v, (int, float))}
+    values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+    self._event(step, summary=Summary(value=values))
+    if time.monotonic() - self._flushed > _BOARD_SECONDS:
+      self._board.flush()
+      self._flushed = time.monotonic()
+
+  def _event(self, step: int, **what: Any) -> None:
+    self._board.write_event(Event(wall_time=time.time(), step=step, **what))
 
   def close(self) -> None:
     self._file.close()
     self._board.close()
 
 
+def _finite(value: Any) -> Any:
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-  """Rows of a run; a last line cut off by a crash is left out."""
+  """Rows of a run; a last line cut off by a crash is left out.
+
+  Raises:
+    ConfigError: another line is damaged.
+  """
   path = folder / "metrics.jsonl"
   if not path.exists():
     return []
   rows = []
-  lines = path.read_text().splitlines()
-  for number, line in enumerate(lines):
+  lines = path.read_text(errors="replace").splitlines()
+  for number, line in enumerate(lines, start=1):
     try:
       rows.append(json.loads(line))
-    except json.JSONDecodeError:
-      if number != len(lines) - 1:
-        raise
+    except json.JSONDecodeError as e:
+      if number != len(lines):
+        raise ConfigError(f"{path} line {number} is not JSON; repair or remove the file") from e
   return rows

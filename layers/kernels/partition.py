@@ -31,12 +31,3 @@ def sharding_like(x: jax.Array) -> NamedSharding:
 
 def replicated_like(x: jax.Array) -> NamedSharding:
   return NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec())
-
-
-def num_shards() -> int:
-  """Devices that an array here may be spread over: the mesh, but for a shard_map's manual axes."""
-  mesh = jax.sharding.get_abstract_mesh()
-  count = 1
-  for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True):
-    count *= 1 if kind == AxisType.Manual else size
-  return count

@@ -46,7 +46,7 @@ def attention(
   block = block_size()
   static = _Static(mask, scale, softcap, own_row, _even_block(T, block), _even_block(S, block))
   q_ids, kv_ids = (q_positions_BT, q_segments_BT), (kv_positions_BS, kv_segments_BS)
-  run = _dense if max(T, S) <= block or T * S <= block**2 else _blockwise
+  run = _dense if block**2 >= T * S else _blockwise
   return run(static, q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids)
 
 

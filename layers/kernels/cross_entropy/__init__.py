@@ -35,6 +35,7 @@ def cross_entropy(
   softcap: float | None = None,
   z_loss: float = 0.0,
   tied: bool = False,
+  shards: tuple[int, int] = (1, 1),
   implementation: str | None = None,
 ) -> CrossEntropy:
   """Cross-entropy of `softcap(scale * (x @ w + bias))` against integer targets, in nats.
@@ -49,6 +50,8 @@ def cross_entropy(
     scale: factor on the logits.
     softcap: c gives c * tanh(logit / c) (Gemma 2, arXiv 2408.00118).
     z_loss: factor of log(Z)^2 (PaLM, arXiv 2204.02311, section 5).
+    shards: on a mesh, how many ways B and T are sharded. It changes no result: chunks are sized
+      for a device, and each sums its own part of dw, so that parts meet once and not every chunk.
     implementation: "xla" (chunks of tokens; the gradient is computed with the loss, in the same
       pass) or "reference" (whole logits); None is "xla".
 
@@ -59,10 +62,10 @@ def cross_entropy(
   Raises:
     ValueError: shapes that do not fit, or an unknown implementation.
   """
-  _check(x_BTD, w_DV, targets_BT, weights_BT, bias_V, tied, softcap)
+  _check(x_BTD, w_DV, targets_BT, weights_BT, bias_V, tied, softcap, shards)
   chosen = select(implementation, current_platform(), {"xla": anywhere, "reference": anywhere})
   run = {"xla": xla, "reference": reference}[chosen].cross_entropy
-  run = partial(run, scale=scale, softcap=softcap, z_loss=z_loss, tied=tied)
+  run = partial(run, scale=scale, softcap=softcap, z_loss=z_loss, tied=tied, shards=shards)
   vocab = w_DV.shape[0 if tied else 1]
   weights_BT = weights_BT.astype(jnp.float32)
   # An id past the end reads NaN downstream; ids of unweighted tokens must not.
@@ -78,7 +81,7 @@ def cross_entropy(
   return CrossEntropy(total, jax.lax.stop_gradient(nll_BT), jax.lax.stop_gradient(log_z_BT))
 
 
-def _check(x_BTD, w_DV, targets_BT, weights_BT, bias_V, tied, softcap) -> None:
+def _check(x_BTD, w_DV, targets_BT, weights_BT, bias_V, tied, softcap, shards) -> None:
   if x_BTD.ndim != 3 or w_DV.ndim != 2 or w_DV.shape[1 if tied else 0] != x_BTD.shape[2]:
     layout = "[V, D]" if tied else "[D, V]"
     raise ValueError(
@@ -95,3 +98,5 @@ def _check(x_BTD, w_DV, targets_BT, weights_BT, bias_V, tied, softcap) -> None:
     raise ValueError(f"the bias needs the shape [V] = ({vocab},), got {bias_V.shape}")
   if softcap is not None and softcap <= 0:
     raise ValueError(f"softcap must be positive, got {softcap}")
+  if any(size % count for size, count in zip(targets_BT.shape, shards, strict=True)):
+    raise ValueError(f"[B, T] = {targets_BT.shape} does not divide over shards={shards}")

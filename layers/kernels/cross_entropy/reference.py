@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 
 def cross_entropy(
-  x_BTD, w_DV, bias_V, targets_BT, weights_BT, *, scale, softcap, z_loss, tied
+  x_BTD, w_DV, bias_V, targets_BT, weights_BT, *, scale, softcap, z_loss, tied, shards
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Total, negative log-likelihood and log Z; arguments as in the package."""
+  del shards
   x_BTD, w_DV = x_BTD.astype(jnp.float32), w_DV.astype(jnp.float32)
   logits_BTV = jnp.matmul(x_BTD, w_DV.T if tied else w_DV, precision="highest")
   if bias_V is not None:

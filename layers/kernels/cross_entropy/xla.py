@@ -4,7 +4,8 @@ The loss is a scalar, so its gradient is known but for one factor as soon as the
 are: the forward rule forms dx and dw there and the backward rule only multiplies. That is three
 matmuls of [tokens, D, V] in place of four, and one chunk of logits alive at a time.
 
-Letters: B batch, T positions, D model width, V vocabulary, C tokens of a row in one chunk.
+Letters: B batch, T positions, D model width, V vocabulary, C positions of T in one chunk, R shards
+of B, S shards of T.
 """
 
 from functools import partial
@@ -14,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ..partition import num_shards
 from ..select import current_platform
 
 CHUNK_BYTES = 32 * 2**20  # float32 logits of a chunk, a device
@@ -31,25 +31,25 @@ class _Static(NamedTuple):
   softcap: float | None
   z_loss: float
   tied: bool
+  shards: tuple[int, int]
   chunk: int
 
 
 def cross_entropy(
-  x_BTD, w_DV, bias_V, targets_BT, weights_BT, *, scale, softcap, z_loss, tied, chunk=None
+  x_BTD, w_DV, bias_V, targets_BT, weights_BT, *, scale, softcap, z_loss, tied, shards
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Total, nll, log Z; arguments as in the package. `chunk`: positions of T at a time."""
-  if chunk is None:
-    chunk = chunk_length(*targets_BT.shape, w_DV.shape[0 if tied else 1])
-  static = _Static(scale, softcap, z_loss, tied, chunk)
+  """Total, nll, log Z; arguments as in the package."""
+  (B, T), V = targets_BT.shape, w_DV.shape[0 if tied else 1]
+  chunk = shards[1] * chunk_length(B // shards[0], T // shards[1], V)
+  static = _Static(scale, softcap, z_loss, tied, shards, chunk)
   return _cross_entropy(static, x_BTD, w_DV, bias_V, targets_BT, weights_BT)
 
 
 def chunk_length(batch: int, length: int, vocab: int) -> int:
-  """Positions of each row in a chunk; divides `length` if a near divisor exists."""
-  tokens = max(
-    CHUNK_BYTES // (4 * vocab), MIN_TOKENS.get(current_platform(), MIN_TOKENS_ACCELERATOR)
-  )
-  chunks = -(-length // min(max(tokens * num_shards() // batch, 1), length))
+  """Positions of each row in a chunk, sizes those of a device; it divides `length` if it can."""
+  least = MIN_TOKENS.get(current_platform(), MIN_TOKENS_ACCELERATOR)
+  tokens = max(CHUNK_BYTES // (4 * vocab), least)
+  chunks = -(-length // min(max(tokens // batch, 1), length))
   chunks = next((n for n in range(chunks, 2 * chunks) if length % n == 0), chunks)
   return -(-length // chunks)
 
@@ -84,8 +84,7 @@ _cross_entropy.defvjp(_forward, _backward)
 
 def _scan_chunks(static, x_BTD, w_DV, bias_V, targets_BT, weights_BT, *, gradients):
   """((total, nll, log_z), (dx, dw, dbias)); the gradients are None if not asked for."""
-  B, T = targets_BT.shape
-  C = min(static.chunk, T)
+  (B, T), C = targets_BT.shape, static.chunk
   chunks = -(-T // C)
 
   def split(a):
@@ -105,17 +104,18 @@ def _scan_chunks(static, x_BTD, w_DV, bias_V, targets_BT, weights_BT, *, gradien
   if chunks == 1:
     sums, outputs = _chunk(static, *inputs, w_DV, bias_V, gradients)
   else:
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, f32), (w_DV, bias_V))
-    sums = (f32(0), zeros if gradients else (None, None))
+    zeros = lambda p: jnp.zeros((*static.shards, *p.shape), f32)
+    sums = jax.tree.map(zeros, (w_DV, bias_V)) if gradients else (None, None)
     sums, outputs = jax.lax.scan(step, sums, jax.tree.map(split, inputs))
     outputs = jax.tree.map(join, outputs)
-  total, (dw_DV, dbias_V) = sums
   nll_BT, log_z_BT, dx_BTD = outputs
+  total = jnp.sum(weights_BT * (nll_BT + static.z_loss * log_z_BT**2))
+  dw_DV, dbias_V = jax.tree.map(lambda a: jnp.sum(a, axis=(0, 1)), sums)
   return (total, nll_BT, log_z_BT), (dx_BTD, dw_DV, dbias_V)
 
 
 def _chunk(static, x_BCD, targets_BC, weights_BC, w_DV, bias_V, gradients):
-  """((total, (dw, dbias)), (nll, log_z, dx)) of one chunk."""
+  """((dw, dbias) of each shard, (nll, log_z, dx)) of one chunk."""
   VD = "vd" if static.tied else "dv"
   logits_BCV = jnp.einsum(f"bcd,{VD}->bcv", x_BCD, w_DV, preferred_element_type=f32)
   if bias_V is not None:
@@ -125,11 +125,9 @@ def _chunk(static, x_BCD, targets_BC, weights_BC, w_DV, bias_V, gradients):
     logits_BCV = static.softcap * jnp.tanh(logits_BCV / static.softcap)
   max_BC = jnp.max(logits_BCV, axis=-1)
   log_z_BC = max_BC + jnp.log(jnp.sum(jnp.exp(logits_BCV - max_BC[..., None]), axis=-1))
-  target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-  nll_BC = log_z_BC - target_BC
-  total = jnp.sum(weights_BC * (nll_BC + static.z_loss * log_z_BC**2))
+  nll_BC = log_z_BC - jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
   if not gradients:
-    return (total, (None, None)), (nll_BC, log_z_BC, None)
+    return (None, None), (nll_BC, log_z_BC, None)
 
   g_BCV = jnp.exp(logits_BCV - log_z_BC[..., None])
   if static.z_loss:
@@ -141,8 +139,16 @@ def _chunk(static, x_BCD, targets_BC, weights_BC, w_DV, bias_V, gradients):
   g_BCV = g_BCV * (static.scale * weights_BC)[..., None]
   if static.softcap is not None:
     g_BCV = g_BCV * (1 - (logits_BCV / static.softcap) ** 2)
-  dbias_V = None if bias_V is None else jnp.sum(g_BCV, axis=(0, 1))
+
+  def by_shard(a):
+    """[R, B / R, S, C / S, ...]: sums over tokens stay on a device until the last chunk."""
+    (R, S), (B, C) = static.shards, a.shape[:2]
+    return a.reshape(R, B // R, S, C // S, *a.shape[2:])
+
+  dbias_RSV = None if bias_V is None else jnp.sum(by_shard(g_BCV), axis=(1, 3))
   g_BCV = g_BCV.astype(x_BCD.dtype)
   dx_BCD = jnp.einsum(f"bcv,{VD}->bcd", g_BCV, w_DV, preferred_element_type=f32)
-  dw_DV = jnp.einsum(f"bcv,bcd->{VD}", g_BCV, x_BCD, preferred_element_type=f32)
-  return (total, (dw_DV, dbias_V)), (nll_BC, log_z_BC, dx_BCD.astype(x_BCD.dtype))
+  dw_RSDV = jnp.einsum(
+    f"rbscv,rbscd->rs{VD}", by_shard(g_BCV), by_shard(x_BCD), preferred_element_type=f32
+  )
+  return (dw_RSDV, dbias_RSV), (nll_BC, log_z_BC, dx_BCD.astype(x_BCD.dtype))

@@ -1,0 +1,151 @@
+"""Multi-head latent attention (MLA): keys and values of all heads from one small latent a token.
+
+B batch, T query positions, S key positions, D model width, N heads, H unrotated part of a head,
+P rotated part, W value size, Z latent behind keys and values, Y latent behind queries.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from mesh.constrain import constrain
+
+from .attention import Rows, cached_keys, rotate
+from .cache import KVCache
+from .kernels.attention import attention
+from .linear import dense
+from .masks import Causal
+from .norms import Norm
+from .params import declare, kernel_init
+from .spec import InitSpec, LatentAttentionSpec
+
+
+def latent_attention(
+  q_BTNH: jax.Array,
+  q_BTNP: jax.Array,
+  latent_BSZ: jax.Array,
+  key_BSP: jax.Array,
+  w_key_ZNH: jax.Array,
+  w_value_ZNW: jax.Array,
+  *,
+  scale: float | None = None,
+  q_positions_BT: jax.Array | None = None,
+  kv_positions_BS: jax.Array | None = None,
+  segments_BT: jax.Array | None = None,
+  implementation: str | None = None,
+) -> jax.Array:
+  """Causal attention on latents (DeepSeek-V2, arXiv 2405.04434, equations 9 to 19), [B, T, N, W].
+
+  Head n has the key [latent @ w_key, key_BSP] and the value latent @ w_value. They are written
+  out for a whole row. With `kv_positions_BS` (a cache) they are not: w_key moves to the queries
+  and w_value to the results, so that all heads read the latents themselves as one key and value
+  (section 2.1.2), more arithmetic a pair but nothing of size S * N.
+
+  Args:
+    q_BTNH, q_BTNP: unrotated and rotated part of the queries.
+    latent_BSZ: normalised latents of the keys and values.
+    key_BSP: the rotated key that all heads share.
+    scale: factor on q . k; None is (H + P) ** -0.5.
+    q_positions_BT, kv_positions_BS, segments_BT, implementation: as for `attention`; segments
+      only without `kv_positions_BS`.
+  """
+  (N, H), P, dtype = q_BTNH.shape[2:], q_BTNP.shape[-1], q_BTNH.dtype
+  absorb = kv_positions_BS is not None
+  if absorb:
+    q_BTNZ = jnp.einsum(
+      "btnh,znh->btnz", q_BTNH, w_key_ZNH.astype(dtype), preferred_element_type=jnp.float32
+    )
+    q = jnp.concatenate([q_BTNZ.astype(dtype), q_BTNP], axis=-1)
+    k, v = jnp.concatenate([latent_BSZ, key_BSP], axis=-1)[:, :, None], latent_BSZ[:, :, None]
+  else:
+    key_BSNP = jnp.broadcast_to(key_BSP[:, :, None], (*key_BSP.shape[:2], N, P))
+    k_BSNH = checkpoint_name(dense(latent_BSZ, w_key_ZNH), "key")
+    q = jnp.concatenate([q_BTNH, q_BTNP], axis=-1)
+    k = jnp.concatenate([k_BSNH, key_BSNP], axis=-1)
+    v = checkpoint_name(dense(latent_BSZ, w_value_ZNW), "value")
+  o = attention(
+    q,
+    k,
+    v,
+    mask=Causal(),
+    q_positions_BT=q_positions_BT,
+    kv_positions_BS=kv_positions_BS,
+    q_segments_BT=segments_BT,
+    scale=(H + P) ** -0.5 if scale is None else scale,
+    implementation=implementation,
+  )
+  if not absorb:
+    return o
+  o_BTNW = jnp.einsum(
+    "btnz,znw->btnw", o, w_value_ZNW.astype(dtype), preferred_element_type=jnp.float32
+  )
+  return o_BTNW.astype(dtype)
+
+
+class LatentAttention(nn.Module):
+  """Linen shell of `latent_attention`; `x -> (y, cache)`, as `layers.attention.Attention`.
+
+  A cache holds the rotated key and the latent: P + Z numbers a position, whatever N is.
+
+  Attributes:
+    spec: sizes, positions, scale (`layers.spec.LatentAttentionSpec`).
+    embed_dim: model width D.
+    init_spec: initialisers.
+    gain: factor on the initial output projection (depth scaling).
+  """
+
+  spec: LatentAttentionSpec
+  embed_dim: int
+  init_spec: InitSpec = InitSpec()  # not `init`: every Linen module has that method
+  gain: float = 1.0
+
+  @nn.compact
+  def __call__(
+    self, x_BTD: jax.Array, rows: Rows, cache: KVCache | None = None
+  ) -> tuple[jax.Array, KVCache | None]:
+    spec, N, H, W = self.spec, self.spec.num_heads, self.spec.nope_dim, self.spec.value_dim
+    y = x_BTD if spec.q_lora is None else self._latent(x_BTD, "query", spec.q_lora)
+    q = dense(y, self._heads("query", y.shape[-1], H + spec.rope_dim))
+    q = checkpoint_name(constrain(q, "act_batch", "act_seq", "act_heads", None), "query")
+    q_BTNP = rotate(q[..., H:], rows.positions_BT, spec.position)
+    latent_BTZ = self._latent(x_BTD, "latent", spec.kv_lora)
+    key_BTP = checkpoint_name(dense(x_BTD, self._down("rotary_key", spec.rope_dim)), "latent")
+    key_BTP = rotate(key_BTP[:, :, None], rows.positions_BT, spec.position)[:, :, 0]
+    kv_positions = None
+    if cache is not None:
+      new = key_BTP[:, :, None], latent_BTZ[:, :, None]
+      cache, key, latent, kv_positions = cached_keys(cache, *new, rows.positions_BT)
+      key_BTP, latent_BTZ = key[:, :, 0], latent[:, :, 0]
+    o_BTNW = latent_attention(
+      q[..., :H],
+      q_BTNP,
+      latent_BTZ,
+      key_BTP,
+      self._heads("key", spec.kv_lora, H),
+      self._heads("value", spec.kv_lora, W),
+      scale=spec.scale,
+      q_positions_BT=rows.positions_BT,
+      kv_positions_BS=kv_positions,
+      segments_BT=None if cache is not None else rows.segments_BT,
+      implementation=spec.implementation,
+    )
+    o_BTNW = constrain(o_BTNW, "act_batch", "act_seq", "act_heads", None)
+    init = kernel_init(self.init_spec, N * W, self.gain)
+    axes = ("heads", "head_dim", "embed")
+    w_NWD = declare(self, "out", (N, W, self.embed_dim), axes, init)
+    return dense(o_BTNW, w_NWD, num_in=2), cache
+
+  def _latent(self, x_BTD, name: str, width: int):
+    down = checkpoint_name(dense(x_BTD, self._down(f"{name}_down", width)), "latent")
+    return Norm(self.spec.norm, width, axis=None, name=f"{name}_norm")(down)
+
+  def _down(self, name: str, width: int):
+    D = self.embed_dim
+    return declare(self, name, (D, width), ("embed", None), kernel_init(self.init_spec, D))
+
+  def _heads(self, name: str, width: int, size: int):
+    # A latent is what these matrices read, as others read the model width: it is sharded alike.
+    axes = ("embed", "heads", "head_dim")
+    shape = (width, self.spec.num_heads, size)
+    return declare(self, name, shape, axes, kernel_init(self.init_spec, width))

@@ -1,0 +1,77 @@
+"""Every command in README and docs runs: small, in a temporary directory, with real arguments."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RUN = "python -m experiments."
+
+# What stands for something of the reader's.
+STAND_INS = {
+  "--config.data.path=FILE": f"--config.data.path={ROOT / 'LICENSE'}",
+  "TEXT/*.jsonl": "text/*.jsonl",
+}
+# So that each command takes seconds: the debug config where a page trains a larger one.
+SMALL = {
+  "--config=moe_tiny": "--config=debug",
+  "--config=dense_1b": "--config=debug",
+  "--config=moe_small": "--config=debug",
+  "runs/moe_tiny": "runs/debug",
+  "--config.train.steps=800": "--config.train.steps=22",
+}
+EXPECTED_CODE = {"--config=moe_70b": 2}
+
+
+def commands(page: Path) -> list[str]:
+  blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text(), re.DOTALL)
+  lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+  return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def test_pages_have_commands():
+  assert len(commands(ROOT / "docs" / "training.md")) > 10
+
+
+@pytest.mark.xdist_group("docs")
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_run(page, tmp_path):
+  """All of a page's lines in order, in one directory, as a reader would type them."""
+  (tmp_path / "text").mkdir()
+  line = '{"text": "The quick brown fox jumps over the lazy dog, again and again and again."}\n'
+  (tmp_path / "text" / "a.jsonl").write_text(line * 400)
+  for command in commands(page):
+    if command.startswith("bash tpu_setup/"):
+      script = shlex.split(command.replace("--type=", "--dry-run --type="))
+      script[1] = str(ROOT / script[1])
+      done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True)
+      assert done.returncode == 0, done.stderr
+    elif RUN in command and "venv" not in command:
+      run(command, tmp_path)
+
+
+def run(command: str, folder: Path) -> None:
+  expected = next((code for mark, code in EXPECTED_CODE.items() if mark in command), 0)
+  if ".plan " in command:
+    command = command.replace("moe_70b", "debug").replace("v5p-64", "v5e:2x2")
+    command += " --config.data.batch_size=16"
+    expected = 0
+  for old, new in {**STAND_INS, **SMALL}.items():
+    command = command.replace(old, new)
+  environment = dict(os.environ, PYTHONPATH=str(ROOT))
+  environment.pop("XLA_FLAGS", None)
+  words = shlex.split(command)
+  while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+    name, _, value = words.pop(0).partition("=")
+    environment[name] = value
+  if "train_tokenizer" in command:
+    words.append("--vocab_size=300")
+  words[0] = sys.executable
+  done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+  assert done.returncode == expected, f"{command}\n{done.stdout}\n{done.stderr}"

@@ -1,15 +1,19 @@
 """What every program shares: flags, dotted overrides, named configs, exit codes."""
 
+import contextlib
 import difflib
+import errno
 import importlib
+import io
 import os
 import pkgutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from . import configs, platform
 from .config import Config, ConfigError
@@ -17,46 +21,55 @@ from .overrides import apply_overrides
 
 FINISHED, OUR_FAULT, USER_MISTAKE, RESTART, INTERRUPTED = 0, 1, 2, 75, 130
 
-_CONFIG = flags.DEFINE_string("config", "moe_tiny", "Named config, or FAMILY:SIZE.")
-_WORKDIR = flags.DEFINE_string("workdir", "", "Run directory; default runs/<config>.")
+_CONFIG = flags.DEFINE_string("config", "moe_tiny", "A named config, or FAMILY:SIZE.")
+_WORKDIR = flags.DEFINE_string("workdir", "", "Run directory; default runs/CONFIG.")
 
 # --config.section.field=value, in the order given; filled when flags are parsed.
 _overrides: list[tuple[str, str]] = []
 
 
 def run(main: Callable[[], int | None]) -> None:
-  """Parse flags, run `main`, and exit with its code.
+  """Run a program as this process: `execute` the command line, and exit with its code."""
+  if sys.stdout is not None:
+    sys.stdout = _lasting(sys.stdout)
+  code = execute(main, sys.argv)
+  if sys.stdout is not None:
+    sys.stdout.flush()
+  sys.exit(code)
+
+
+def execute(main: Callable[[], int | None], argv: list[str]) -> int:
+  """Parse flags, run `main`, and return the exit code.
 
   A `ConfigError` (the user's mistake) is one line on stderr and exit code 2; anything else keeps
-  its full trace and exits with 1.
+  its full trace and gives 1.
   """
-
-  def guarded(argv: list[str]) -> int:
-    if len(argv) > 1:
-      return _mistake(f"unexpected argument {argv[1]!r}; flags start with --")
-    try:
-      if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells twenty lines a checkpoint
-      platform.prepare()
-      return main() or FINISHED
-    except ConfigError as e:
-      return _mistake(str(e))
-    except KeyboardInterrupt:
-      print("\ninterrupted", file=sys.stderr)
-      return INTERRUPTED
-    except Exception:
-      traceback.print_exc()
-      return OUR_FAULT
-
-  def finish(argv: list[str]) -> None:
-    code = guarded(argv)
-    sys.stdout.flush()
-    sys.exit(code)
-
-  app.run(finish, flags_parser=_parse)
+  try:
+    if {"--help", "-help", "-h"} & set(argv[1:]):
+      print(_usage(main))
+      return FINISHED
+    rest = _parse(argv)[1:]
+    if rest:
+      raise ConfigError(f"unexpected argument {rest[0]!r}; flags start with -- (--help lists them)")
+    if not flags.FLAGS["verbosity"].present:
+      # Orbax and absl log failures at length that are raised, and answered, all the same.
+      logging.set_verbosity(logging.FATAL)
+    platform.prepare()
+    return main() or FINISHED
+  except (ConfigError, flags.Error) as e:
+    print(f"error: {e}", file=sys.stderr)
+    return USER_MISTAKE
+  except KeyboardInterrupt:
+    print("\ninterrupted", file=sys.stderr)
+    return INTERRUPTED
+  except Exception:
+    traceback.print_exc()
+    return OUR_FAULT
 
 
 def _parse(argv: list[str]) -> list[str]:
+  """Take out the overrides, let absl parse the flags, and return what is left."""
+  _overrides.clear()
   rest = [argv[0]]
   arguments = iter(argv[1:])
   for argument in arguments:
@@ -65,19 +78,55 @@ def _parse(argv: list[str]) -> list[str]:
       continue
     path, equals, value = argument.lstrip("-").removeprefix("config.").partition("=")
     if not equals:
-      value = next(arguments, None)
-      if value is None:
-        sys.exit(_mistake(f"--config.{path} needs a value: --config.{path}=VALUE"))
+      value = next(arguments, "--")
+      if value.startswith("--"):
+        raise ConfigError(f"--config.{path} needs a value: --config.{path}=VALUE")
     _overrides.append((path, value))
+  return flags.FLAGS(rest)
+
+
+def _usage(main: Callable) -> str:
+  """The program's docstring and its flags."""
+  program = sys.modules[main.__module__]
+  ours = {__name__, main.__module__, sys.argv[0]}  # the last is absl's name for `__main__`
+  by_module = flags.FLAGS.flags_by_module_dict()
+  lines = [(program.__doc__ or "").strip(), "", "Flags:"]
+  for flag in (flag for name in by_module if name in ours for flag in by_module[name]):
+    is_bool = flag.flag_type() == "bool"
+    lines.append(f"  --{flag.name}" + ("" if is_bool else f"={flag.default}"))
+    lines += textwrap.wrap(flag.help, 90, initial_indent=" " * 6, subsequent_indent=" " * 6)
+  lines += ["  --config.SECTION.FIELD=VALUE"]
+  lines += ["      Override any field of the config; `experiments.run --show` prints them all."]
+  return "\n".join(lines)
+
+
+class _Lasting(io.FileIO):
+  """Standard output that outlives its reader (`| head`, a `tee` that Ctrl-C ended first, a closed
+  terminal): what nobody reads is dropped, and the run goes on to save."""
+
+  def write(self, data) -> int:
+    try:
+      return super().write(data)
+    except OSError as e:
+      if e.errno not in (errno.EPIPE, errno.EIO):
+        raise
+      nowhere = os.open(os.devnull, os.O_WRONLY)
+      os.dup2(nowhere, self.fileno())
+      os.close(nowhere)
+      return len(data)
+
+
+def _lasting(stdout) -> io.TextIOWrapper:
   try:
-    return flags.FLAGS(rest)
-  except flags.Error as e:
-    sys.exit(_mistake(str(e).replace("FATAL Flags parsing error:", "").strip()))
-
-
-def _mistake(message: str) -> int:
-  print(f"error: {message}", file=sys.stderr)
-  return USER_MISTAKE
+    descriptor = stdout.fileno()
+  except (OSError, ValueError, AttributeError):  # not a file: an embedding program's own
+    return stdout
+  return io.TextIOWrapper(
+    io.BufferedWriter(_Lasting(descriptor, "w", closefd=False)),
+    encoding=stdout.encoding,
+    errors="replace",  # a terminal that can't show a bar of the expert load
+    line_buffering=stdout.isatty(),
+  )
 
 
 def config_names() -> list[str]:
@@ -110,14 +159,13 @@ def named_config(name: str) -> Config:
   raise ConfigError(f"no config named {name!r}; {hint} (--list shows all)")
 
 
-def requested_config() -> tuple[Config, Config]:
-  """The config `--config` names, and the same with the command line's overrides."""
-  base = named_config(_CONFIG.value)
-  return base, apply_overrides(base, _overrides)
+def requested_config() -> Config:
+  """The config `--config` names, with the command line's overrides."""
+  return override_config(named_config(_CONFIG.value))
 
 
 def override_config(config: Config) -> Config:
-  """`config` (read from a run directory) with the command line's overrides."""
+  """`config` with the command line's overrides."""
   return apply_overrides(config, _overrides)
 
 
@@ -127,16 +175,28 @@ def config_flag() -> tuple[str, bool]:
 
 
 def workdir(default_name: str) -> Path:
-  """`--workdir`, or runs/<config>."""
-  return Path(os.path.expanduser(_WORKDIR.value or f"runs/{default_name.replace(':', '-')}"))
+  """`--workdir`, or runs/<config>.
+
+  Raises:
+    ConfigError: a URL; run directories are folders.
+  """
+  path = _WORKDIR.value or f"runs/{default_name.replace(':', '-')}"
+  if "://" in path:
+    raise ConfigError(f"--workdir={path}: give a folder (mount the bucket, on a shared disk)")
+  return Path(os.path.expanduser(path))
 
 
 def require_workdir() -> Path:
-  """An existing run directory for programs that read one."""
+  """An existing run directory for programs that read one.
+
+  Raises:
+    ConfigError: there is none.
+  """
   folder = workdir(_CONFIG.value)
-  if not (folder / "config.json").is_file():
-    raise ConfigError(
-      f"{folder} holds no run (no config.json); train one first: "
-      f"python -m experiments.run --config={_CONFIG.value} --workdir={folder}"
-    )
-  return folder
+  with contextlib.suppress(OSError, ValueError):
+    if (folder / "config.json").is_file():
+      return folder
+  raise ConfigError(
+    f"{folder} holds no run (no config.json); train one first: "
+    f"python -m experiments.run --config={_CONFIG.value} --workdir={folder}"
+  )

@@ -1,5 +1,6 @@
 """The last words of a run: how good it is, beside what, a sample, and what to do next."""
 
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -13,27 +14,30 @@ from .training.progress import duration
 
 def print_closing(outcome: Outcome, folder: Path, baselines: dict[str, float]) -> None:
   """Held-out bits a byte beside the baselines, the files written, and the next commands."""
-  config = outcome.setup.config
+  config, heldout = outcome.setup.config, outcome.heldout
   console = Console(highlight=False, soft_wrap=True)
-  table = Table(box=None, pad_edge=False, title_justify="left")
-  table.add_column("held out, bits a byte", justify="left")
-  table.add_column("", justify="right")
-  mine = outcome.heldout.bits_per_byte
-  rows = sorted([(mine, config.name), *((v, k) for k, v in baselines.items())], reverse=True)
-  for value, name in rows:
-    style = "bold" if name == config.name else None
-    table.add_row(name, f"{value:.3f}", style=style)
   console.print()
-  console.print(table)
+  if outcome.start >= config.train.steps:
+    console.print(f"{folder} is finished at step {outcome.step:,}: nothing left to train\n")
+  if heldout.bits_per_byte is None:
+    console.print(f"Held out: {heldout.loss:.3f} nats a token")
+  else:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    rows = [(heldout.bits_per_byte, config.name), *((v, k) for k, v in baselines.items())]
+    for value, name in sorted(rows, reverse=True):
+      table.add_row(f"  {name}", f"{value:.3f}", style="bold" if name == config.name else None)
+    console.print("Held-out text, bits a byte (less is better)")
+    console.print(table)
   steps, run = config.train.steps, "python -m experiments.run"
-  console.print(
-    f"\n{steps:,} steps in {duration(outcome.seconds)}; loss curve, speed and expert load: "
-    f"{folder / 'report.png'}"
-  )
+  console.print()
+  if outcome.start < steps:
+    done, took = steps - outcome.start, duration(outcome.seconds)
+    console.print(f"{done:,} steps in {took}")
+  console.print(f"Loss curve, speed and expert load: {folder / 'report.png'}", markup=False)
   console.print("\nNext")
-  here = f"--workdir={folder}"
+  here = f"--workdir={shlex.quote(str(folder))}"
   for what, command in (
-    ("train longer", f"{run} --config={config.name} {here} --config.train.steps={2 * steps}"),
+    ("train longer", f"{run} {here} --config.train.steps={2 * steps}"),
     ("your own text", f"{run} --config={config.name} --config.data.path=FILE --workdir=runs/mine"),
     ("a bigger model", f"{run} --config=moe_small"),
     ("more samples", f"python -m experiments.generate {here} --prompt='The '"),
@@ -45,9 +49,16 @@ def print_sample(outcome: Outcome, tokenizer: Tokenizer) -> None:
   """A continuation of the config's prompt."""
   settings, setup = outcome.setup.config.eval, outcome.setup
   prompt = [int(i) for i in tokenizer.encode(settings.sample_prompt)]
-  draw = Draw(settings.temperature, 0, tokenizer.vocab_size)
+  room = setup.config.model.max_length - len(prompt)
+  if room < 1:
+    return  # the prompt fills the context
+  draw = Draw(tokenizer.vocab_size, settings.temperature)
   chunks = generate(
-    setup.model, outcome.state.params, [prompt], num_tokens=settings.sample_tokens, draw=draw
+    setup.model,
+    outcome.state.params,
+    [prompt],
+    num_tokens=min(settings.sample_tokens, room),
+    draw=draw,
   )
   tokens = [int(t) for chunk in chunks for t in chunk[0]]
   if tokenizer.eod in tokens:

@@ -27,6 +27,14 @@ def identity(default: Any) -> Any:
   return dataclasses.field(default=default, metadata={"change": "identity"})
 
 
+def _at_least(section: Any, name: str, **least: float) -> None:
+  """Raise ConfigError for a field of `section` (called `name`) below its least value."""
+  for field, bound in least.items():
+    value = getattr(section, field)
+    if value is not None and value < bound:
+      raise ConfigError(f"{name}.{field}={value}: must be at least {bound}")
+
+
 @dataclass(frozen=True)
 class MeshConfig:
   """Sizes of the mesh axes. All None: the best fit for the devices present, printed.
@@ -62,12 +70,9 @@ class DataConfig:
   def __post_init__(self):
     if self.row_length < 2:
       raise ConfigError(f"data.row_length={self.row_length}: a row needs at least 2 tokens")
-    if self.batch_size < 1:
-      raise ConfigError(f"data.batch_size={self.batch_size}: must be at least 1")
+    _at_least(self, "data", batch_size=1, seed=0, prefetch=0)
     if not 0 < self.holdout < 1:
       raise ConfigError(f"data.holdout={self.holdout}: must lie between 0 and 1")
-    if self.seed < 0 or self.prefetch < 0:
-      raise ConfigError(f"data.seed={self.seed}, data.prefetch={self.prefetch}: must not be < 0")
 
 
 @dataclass(frozen=True)
@@ -100,11 +105,19 @@ class TrainConfig:
   seed: int = identity(0)  # of weights, jitter, dropout
   log_every: int = free(10)
 
+  def __post_init__(self):
+    _at_least(self, "train", steps=1, microbatches=1, z_loss=0, seed=0, log_every=1)
+    if self.seed >= 1 << 32:  # JAX would keep the lower half only
+      raise ConfigError(f"train.seed={self.seed}: must be below 2^32")
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
   every: int = free(500)  # steps; the last step is always saved
   keep: int = free(2)
+
+  def __post_init__(self):
+    _at_least(self, "checkpoint", every=1, keep=1)
 
 
 @dataclass(frozen=True)
@@ -116,6 +129,9 @@ class EvalConfig:
   temperature: float = free(0.8)
   baselines: bool = free(False)  # a byte trigram model on the same split (byte tokens only)
   twin: str = free("")  # a config trained after this one and shown beside it
+
+  def __post_init__(self):
+    _at_least(self, "eval", every=0, batches=1, sample_tokens=1, temperature=0)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def main() -> int:
     raise ConfigError("--topology is missing: for example --topology=v5p:4x4x4 or v5p-128")
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-  _, config = cli.requested_config()
+  config = cli.requested_config()
   try:
     topology = parse_topology(_TOPOLOGY.value)
     devices = describe_devices(_TOPOLOGY.value)
@@ -41,12 +41,21 @@ def main() -> int:
     raise ConfigError(str(e)) from e
   setup = build(config, devices)
   axes = " x ".join(f"{name}={size}" for name, size in setup.mesh.shape.items() if size > 1)
-  print(f"{config.name} on {topology.chips} x {topology.chip}, mesh {axes}")
+  print(f"{config.name} on {topology.num_chips} x {topology.chip}, mesh {axes}")
   print(
     f"state    {gigabytes(training_bytes(setup))}, {gigabytes(bytes_per_device(setup))} a device"
   )
   began = time.monotonic()
-  memory = compile_step(setup).memory_analysis()
+  try:
+    memory = compile_step(setup).memory_analysis()
+  except jax.errors.JaxRuntimeError as e:
+    if "RESOURCE_EXHAUSTED" not in str(e):
+      raise
+    raise ConfigError(
+      f"{config.name} does not fit {topology.num_chips} x {topology.chip}: "
+      f"{str(e).splitlines()[0].removeprefix('RESOURCE_EXHAUSTED: ')} "
+      "Try more --config.train.microbatches, --config.train.remat=full, or a larger slice."
+    ) from e
   hbm = CHIPS[topology.chip].hbm_bytes // CHIPS[topology.chip].devices_per_chip
   print(f"compiled in {time.monotonic() - began:.0f} s")
   verdict = "fits" if memory.peak_memory_in_bytes <= hbm else "does NOT fit"

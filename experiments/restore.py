@@ -1,13 +1,13 @@
 """A trained model from its run directory, for programs that only read it."""
 
-import json
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import cli
-from .config import Config, ConfigError
-from .overrides import from_json
+from .config import ConfigError, MeshConfig
 from .training.checkpoint import Checkpoints
+from .training.folder import read_config
 from .training.setup import Setup, build
 
 
@@ -17,16 +17,30 @@ class Trained(NamedTuple):
   params: Any
 
 
-def restore(folder: Path) -> Trained:
-  """Parameters of the newest checkpoint, on the mesh that the devices here suggest.
+def open_run(folder: Path, *, batch: bool) -> Setup:
+  """The setup of a run, on the mesh that the devices here suggest, with the command's overrides.
 
-  The stored mesh sizes are dropped, since this machine may be another; overrides still apply.
+  The stored mesh sizes are dropped, since this machine may be another.
+
+  Args:
+    batch: whether batches of the config's size will be run.
 
   Raises:
-    ConfigError: no run or no checkpoint in the folder.
+    ConfigError: no run in the folder, or its model does not suit the devices.
   """
-  stored: Config = from_json(json.loads((folder / "config.json").read_text()))
-  setup = build(cli.override_config(stored))
+  stored = read_config(folder)
+  if stored is None:
+    raise ConfigError(f"{folder} holds no run (no config.json)")
+  here = dataclasses.replace(stored, mesh=MeshConfig(rules=stored.mesh.rules))
+  return build(cli.override_config(here), batch=batch)
+
+
+def restore(setup: Setup, folder: Path) -> Trained:
+  """Parameters of the newest checkpoint.
+
+  Raises:
+    ConfigError: no finished checkpoint in the folder, or one of another model.
+  """
   if not (folder / "checkpoints").is_dir():
     raise ConfigError(f"{folder} has no checkpoint yet")
   with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:

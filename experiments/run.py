@@ -10,6 +10,7 @@ from absl import flags
 
 from . import cli, show, start
 from .config import ConfigError
+from .training.loop import Profile
 
 _LIST = flags.DEFINE_bool("list", False, "Print all configs with their sizes, and stop.")
 _SHOW = flags.DEFINE_bool("show", False, "Print the resolved config and what was changed; stop.")
@@ -21,27 +22,28 @@ _ALLOW = flags.DEFINE_bool(
 
 
 def main() -> int:
-
   if _LIST.value:
     show.print_list()
     return cli.FINISHED
-  named, config, folder = start.resolve(reason=_REASON.value, allow=_ALLOW.value)
   if _SHOW.value:
-    show.print_config(named, config)
+    config = start.resolve(check=False).config
+    show.print_config(cli.named_config(config.name), config)
     return cli.FINISHED
-  stopped_by = start.run(config, folder, profile=_profile())
+  profile = _profile()
+  request = start.resolve(reason=_REASON.value, allow=_ALLOW.value)
+  stopped_by = start.run(request, profile=profile)
   if stopped_by is None:
     return cli.FINISHED
   return cli.INTERRUPTED if stopped_by == signal.SIGINT else cli.RESTART
 
 
-def _profile() -> tuple[int, int] | None:
+def _profile() -> Profile | None:
   if not _PROFILE.value:
     return None
   start, _, stop = _PROFILE.value.partition(":")
-  if not (start.isdigit() and stop.isdigit() and 0 < int(start) < int(stop)):
+  if not (start.isdecimal() and stop.isdecimal() and 0 < int(start) < int(stop)):
     raise ConfigError(f"--profile={_PROFILE.value}: give steps as START:STOP, e.g. --profile=20:25")
-  return int(start), int(stop)
+  return Profile(int(start), int(stop))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What `run` does around training: which config, may it run here, and what to say at the end."""
 
 import dataclasses
-import json
 from pathlib import Path
+from typing import NamedTuple
 
 from layers.count import count_params
 from mesh.multihost import initialize, is_primary
@@ -12,50 +12,69 @@ from .closing import print_closing, print_sample
 from .config import Config, ConfigError
 from .data.load import Dataset, load
 from .data.trigram import ngram_bits_per_byte
-from .overrides import check_resume, from_json, to_json
+from .overrides import check_resume
 from .planning.memory import gigabytes, refuse_if_too_large, training_bytes
-from .training.loop import Outcome, train
+from .training.checkpoint import saved_steps
+from .training.folder import claim, read_config, writing
+from .training.loop import Outcome, Profile, Resume, train
 from .training.setup import Setup, build
 
 _BASELINE = "interpolated byte trigrams"
 
 
-def resolve(*, reason: str, allow: bool) -> tuple[Config, Config, Path]:
-  """The named config, the one to run, and its folder.
+class Request(NamedTuple):
+  """What the command line asks for."""
 
-  A folder that holds a run has the last word: its stored config is the base of the overrides.
+  config: Config
+  folder: Path
+  resume: Resume
+
+
+def resolve(*, reason: str = "", allow: bool = False, check: bool = True) -> Request:
+  """The config to run and its folder.
+
+  A folder in which something was trained has the last word: its stored config is the base of the
+  overrides, and they may change only what a resume may. One that has no checkpoint starts afresh.
+
+  Args:
+    check: False to look only (`--show`).
 
   Raises:
     ConfigError: the folder holds another run, or an override changes what may not change.
   """
   name, given = cli.config_flag()
   folder = cli.workdir(name)
-  stored_path = folder / "config.json"
-  if not stored_path.is_file():
-    named, config = cli.requested_config()
-    return named, config, folder
-  stored = from_json(json.loads(stored_path.read_text()))
+  stored = read_config(folder)
+  if stored is None:
+    return Request(cli.requested_config(), folder, Resume())
   if given and stored.name != name:
     raise ConfigError(
       f"{folder} holds a run of {stored.name!r}, not of {name!r}; choose another --workdir"
     )
-  config = cli.override_config(stored)
-  check_resume(stored, config, reason=reason, allow=allow)
-  return stored, config, folder
+  begun = bool(saved_steps(folder / "checkpoints"))
+  config = cli.requested_config() if given and not begun else cli.override_config(stored)
+  changes = check_resume(stored, config, reason=reason, allow=allow) if begun and check else []
+  told = [change for change in changes if change.kind != "free"]
+  return Request(config, folder, Resume(told, reason, allow))
 
 
-def run(config: Config, folder: Path, *, profile: tuple[int, int] | None) -> int | None:
-  """Train in `folder` and print what a person wants to know; the signal that stopped it, or None.
+def run(request: Request, *, profile: Profile | None) -> int | None:
+  """Train and print what a person wants to know; the signal that stopped it, or None.
 
   Raises:
     ConfigError: the model does not fit, the data is missing or unreadable, the folder unwritable.
   """
-  initialize()
+  config, folder = request.config, request.folder
+  try:
+    initialize()
+  except ValueError as e:
+    raise ConfigError(str(e)) from e
   setup = build(config)
   refuse_if_too_large(setup)
+  twin = _twin_setup(config) if config.eval.twin else None
   dataset = load(config.data, config.model.vocab_size)
-  _store(config, folder)
   if is_primary():
+    claim(folder)
     _introduce(setup, dataset, folder)
   lines: dict[str, float] = {}
 
@@ -66,50 +85,62 @@ def run(config: Config, folder: Path, *, profile: tuple[int, int] | None) -> int
       lines[_BASELINE] = ngram_bits_per_byte(train_bytes, heldout_bytes)
     return lines
 
-  outcome = train(setup, dataset, folder, profile=profile, baselines=baselines)
-  if outcome.heldout is None:
-    if is_primary():
-      print(f"\nstopped and saved at step {outcome.step}; the same command resumes")
-    return outcome.stopped_by
-  twin = _train_twin(config, dataset, folder) if config.eval.twin else None
-  if twin is not None and twin.heldout is None:
-    return twin.stopped_by
-  if twin is not None:
-    lines[f"{config.eval.twin}, equal active FLOPs"] = twin.heldout.bits_per_byte
+  with writing(folder):
+    outcome = train(
+      setup, dataset, folder, profile=profile, resume=request.resume, baselines=baselines
+    )
+    if _stopped(outcome):
+      return outcome.stopped_by
+    if twin is not None:
+      beside = _train_twin(twin, dataset, folder / twin.config.name)
+      if beside is not None and _stopped(beside):
+        return beside.stopped_by
+      if beside is not None:
+        lines[f"{config.eval.twin}, equal active FLOPs"] = beside.heldout.bits_per_byte
   if is_primary():
     print_closing(outcome, folder, lines)
-    if config.eval.sample_prompt:
+    if config.eval.sample_prompt and dataset.tokenizer is not None:
       print_sample(outcome, dataset.tokenizer)
   return None
 
 
-def _train_twin(config: Config, dataset: Dataset, folder: Path) -> Outcome:
-  """The sibling config's model under this run's data, optimizer and steps, in a folder of its own."""
-  named = cli.named_config(config.eval.twin)
-  quiet = dataclasses.replace(config.eval, twin="", sample_prompt="")
-  twin = dataclasses.replace(config, name=named.name, model=named.model, eval=quiet)
-  twin_folder = folder / named.name
-  _store(twin, twin_folder)
-  if is_primary():
-    print(f"\nNow its twin {named.name}: the same steps, data and FLOPs a token, without experts.")
-  return train(build(twin), dataset, twin_folder)
+def _stopped(outcome: Outcome) -> bool:
+  if outcome.stopped_by is not None and is_primary():
+    saved = f"saved at step {outcome.step}" if outcome.step else "before the first step"
+    print(f"\nstopped, {saved}; the same command goes on from there")
+  return outcome.stopped_by is not None
 
 
-def _store(config: Config, folder: Path) -> None:
-  """Write the resolved config, atomically.
+def _twin_setup(config: Config) -> Setup:
+  """The sibling config's model under this run's data, optimizer and steps.
 
   Raises:
-    ConfigError: the folder can't be written.
+    ConfigError: there is no such config, or its model does not suit this mesh and data.
   """
-  if not is_primary():
-    return
   try:
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "config.json.tmp"
-    temporary.write_text(json.dumps(to_json(config), indent=1) + "\n")
-    temporary.replace(folder / "config.json")
-  except OSError as e:
-    raise ConfigError(f"can't write to the work directory {folder}: {e.strerror}") from e
+    named = cli.named_config(config.eval.twin)
+    model = dataclasses.replace(named.model, vocab_size=config.model.vocab_size)
+    quiet = dataclasses.replace(config.eval, twin="", sample_prompt="")
+    return build(dataclasses.replace(config, name=named.name, model=model, eval=quiet))
+  except ConfigError as e:
+    raise ConfigError(f"eval.twin={config.eval.twin}: {e} (--config.eval.twin= for none)") from e
+
+
+def _train_twin(setup: Setup, dataset: Dataset, folder: Path) -> Outcome | None:
+  """Train the twin in a folder of its own; None if what it did there before is not comparable."""
+  name = setup.config.name
+  stored = read_config(folder)
+  if stored is not None and saved_steps(folder / "checkpoints"):
+    try:
+      check_resume(stored, setup.config)
+    except ConfigError as e:
+      if is_primary():
+        print(f"\n{name} is left out, since it began otherwise: {e}")
+      return None
+  if is_primary():
+    claim(folder)
+    print(f"\nNow its twin {name}: the same steps, data and FLOPs a token, without experts.")
+  return train(setup, dataset, folder)
 
 
 def _introduce(setup: Setup, dataset: Dataset, folder: Path) -> None:
@@ -117,16 +148,19 @@ def _introduce(setup: Setup, dataset: Dataset, folder: Path) -> None:
   counts = count_params(config.model)
   axes = " x ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
   active = f", {counts.active:,} active" if counts.active != counts.total else ""
-  device = mesh.devices.flat[0]
-  print(f"{config.name}: {counts.total:,} parameters{active}; {config.model.num_layers} layers")
-  print(f"  mesh     {axes or 'one device'} ({mesh.devices.size} x {device.device_kind})")
+  count, kind = mesh.devices.size, mesh.devices.flat[0].device_kind
+  unit = "bytes" if data["tokenizer"] == "byte" else "tokens"
+  source = f"{config.data.path} " if config.data.path else f"{data['source']} "
+  tokens = config.train.steps * config.data.batch_size * config.data.row_length
+  print(f"{config.name}: {counts.total:,} parameters{active}, {config.model.num_layers} layers")
+  print(f"  devices  {count} x {kind}" + (f", mesh {axes}" if axes else ""))
   print(f"  memory   {gigabytes(training_bytes(setup))} of weights, gradients, optimizer state")
   print(
-    f"  data     {data['source']}, {data['tokens']:,} tokens of {data['tokenizer'][:12]}, "
-    f"{len(dataset.train):,} rows to train on, {len(dataset.heldout):,} held out"
+    f"  data     {source}({data['tokens']:,} {unit}: "
+    f"{len(dataset.train):,} rows to train on, {len(dataset.heldout):,} held out)"
   )
   print(
-    f"  batch    {config.data.batch_size} rows x {config.data.row_length} tokens, "
-    f"{config.train.steps:,} steps, {config.optimizer.name}"
+    f"  training {config.train.steps:,} steps of {config.data.batch_size} x "
+    f"{config.data.row_length} tokens ({tokens:,}), {config.optimizer.name}"
   )
-  print(f"  workdir  {folder}")
+  print(f"  workdir  {folder}\n")

@@ -156,8 +156,10 @@ class Attention(nn.Module):
     if isinstance(spec.position, AlibiSpec):
       return q_BTNH, Alibi(jnp.asarray(alibi_slopes(N), jnp.float32))
     if isinstance(spec.position, BucketedSpec):
-      table_UN = rows.table_UN if spec.position.shared else bucket_table(self, spec.position, N)
       p = spec.position
+      table_UN = rows.table_UN if p.shared else bucket_table(self, p, N)
+      if table_UN is None:
+        raise ValueError("attention with a shared bucket table needs it: Rows(table_UN=...)")
       return q_BTNH, Bucketed(table_UN, p.max_distance, p.bidirectional)
     if isinstance(spec.position, TransformerXLSpec):
       D = self.embed_dim

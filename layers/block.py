@@ -5,6 +5,7 @@ B batch, T positions, D model width.
 
 import jax
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from mesh.constrain import constrain
 
@@ -47,16 +48,13 @@ class Block(nn.Module):
   ) -> tuple[jax.Array, MoeStats | None, KVCache | None]:
     spec = self.spec
     norm = lambda name: Norm(spec.norm, self.embed_dim, name=name)
-    latent = isinstance(spec.attention, LatentAttentionSpec)
-    shell = LatentAttention if latent else Attention
-    attention = shell(spec.attention, self.embed_dim, self.init_spec, self.gain, name="attention")
     place = lambda x: constrain(x, "act_batch", "act_norm_seq", "act_embed")
     gather = lambda x: constrain(x, "act_batch", "act_seq", "act_embed")
     x_BTD = place(x_BTD)
 
     if spec.parallel:
       h_BTD = gather(norm("norm")(x_BTD))
-      a_BTD, cache = attention(h_BTD, rows, cache)
+      a_BTD, cache = self._attend(h_BTD, rows, cache)
       m_BTD, stats = self._mlp(h_BTD, rows, train)
       return x_BTD + place(self._drop(a_BTD + m_BTD, rows, 0)), stats, cache
 
@@ -64,7 +62,7 @@ class Block(nn.Module):
     after = spec.norm_placement == "both"
     with jax.named_scope("attention"):
       h_BTD = gather(norm("attention_norm")(x_BTD) if before else x_BTD)
-      a_BTD, cache = attention(h_BTD, rows, cache)
+      a_BTD, cache = self._attend(h_BTD, rows, cache)
       a_BTD = norm("attention_post_norm")(place(a_BTD)) if after else place(a_BTD)
       x_BTD = x_BTD + self._drop(a_BTD, rows, 0)
       if spec.norm_placement == "post":
@@ -78,13 +76,21 @@ class Block(nn.Module):
         x_BTD = norm("mlp_norm")(x_BTD)
     return x_BTD, stats, cache
 
+  def _attend(self, h_BTD, rows: Rows, cache: KVCache | None):
+    spec = self.spec.attention
+    shell = LatentAttention if isinstance(spec, LatentAttentionSpec) else Attention
+    attention = shell(spec, self.embed_dim, self.init_spec, self.gain, name="attention")
+    a_BTD, cache = attention(h_BTD, rows, cache)
+    return checkpoint_name(a_BTD, "attention_branch"), cache
+
   def _mlp(self, h_BTD, rows: Rows, train: bool):
     if not isinstance(self.spec.mlp, MoeSpec):
       mlp = Mlp(self.spec.mlp, self.embed_dim, self.init_spec, self.gain, name="mlp")
-      return mlp(h_BTD), None
+      return checkpoint_name(mlp(h_BTD), "mlp_branch"), None
     key_B = None if rows.key_B is None else fold(rows.key_B, 2)
     moe = SwitchMoE(self.spec.mlp, self.embed_dim, self.init_spec, self.gain, name="moe")
-    return moe(h_BTD, valid_BT=rows.valid_BT, key_B=key_B, train=train)
+    m_BTD, stats = moe(h_BTD, valid_BT=rows.valid_BT, key_B=key_B, train=train)
+    return checkpoint_name(m_BTD, "mlp_branch"), stats
 
   def _drop(self, x_BTD, rows: Rows, branch: int):
     if rows.key_B is None or self.spec.dropout == 0:

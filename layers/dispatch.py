@@ -6,7 +6,9 @@ Both directions, forward and backward, are row gathers: the slot of a token and 
 slot are inverse maps, so no gradient needs a scatter-add of rows (slow on CPU and TPU alike).
 """
 
+import functools
 import math
+import operator
 from typing import NamedTuple
 
 import jax
@@ -97,10 +99,11 @@ permute.defvjp(_permute_fwd, _permute_bwd)
 @jax.custom_vjp
 def unpermute(rows_GRD: jax.Array, weight_GSX: jax.Array, slots: Slots) -> jax.Array:
   """Weighted sum over each token's kept choices [G, S, D], in the dtype of the rows."""
-  return sum(
+  parts_XGSD = [
     _rows(rows_GRD, slots.slot_GSX[..., x]) * weight_GSX[..., x, None].astype(rows_GRD.dtype)
     for x in range(weight_GSX.shape[-1])
-  )
+  ]
+  return functools.reduce(operator.add, parts_XGSD)
 
 
 def _unpermute_fwd(rows_GRD, weight_GSX, slots):

@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mesh.constrain import constrain
 
 from .mlp import gated_activation
+from .spec import Activation
 
 
 def expert_mlp(
@@ -21,7 +22,7 @@ def expert_mlp(
   b_up_EF: jax.Array | None = None,
   b_gate_EF: jax.Array | None = None,
   b_down_ED: jax.Array | None = None,
-  activation: str = "silu",
+  activation: Activation = "silu",
   clamp: float | None = None,
   up_offset: float = 0.0,
 ) -> jax.Array:
@@ -35,7 +36,7 @@ def expert_mlp(
     up_ERF, gate_ERF, activation=activation, clamp=clamp, up_offset=up_offset
   )
   hidden_ERF = constrain(hidden_ERF, "act_expert", "act_batch", "act_mlp")
-  return _grouped(hidden_ERF, w_down_EFD, b_down_ED)
+  return checkpoint_name(_grouped(hidden_ERF, w_down_EFD, b_down_ED), "expert_down")
 
 
 def _grouped(x_ERD, w_EDF, b_EF):

@@ -18,7 +18,7 @@ from .mlp import Mlp
 from .noise import jitter_BTD
 from .params import declare, kernel_init
 from .router import Routing, switch_route, top_k_route
-from .spec import InitSpec, MoeSpec
+from .spec import Activation, InitSpec, MoeSpec
 
 
 class MoeStats(NamedTuple):
@@ -71,7 +71,7 @@ def moe(
   capacity_factor: float = 1.25,
   min_capacity: int = 4,
   group_size: int | None = None,
-  activation: str = "silu",
+  activation: Activation = "silu",
   clamp: float | None = None,
   up_offset: float = 0.0,
 ) -> tuple[jax.Array, Routing, jax.Array]:

@@ -56,7 +56,7 @@ def declare(
   if len(shape) != len(axes):
     raise ValueError(f"{name}: shape {shape} has {len(shape)} dims, axes {axes} name {len(axes)}")
 
-  def boxed(key):
+  def boxed(key: jax.Array) -> Any:  # Linen's `param` takes the value out of the box
     return Weight(init(key, shape, jnp.float32), names=axes, trainable=trainable)
 
   return module.param(name, boxed)

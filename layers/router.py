@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 
 class Routing(NamedTuple):
@@ -24,9 +25,7 @@ class Routing(NamedTuple):
   tokens: jax.Array  # valid tokens
 
 
-def router_logits(
-  x_GSD: jax.Array, w_DE: jax.Array, b_E: jax.Array | None = None
-) -> jax.Array:
+def router_logits(x_GSD: jax.Array, w_DE: jax.Array, b_E: jax.Array | None = None) -> jax.Array:
   """float32 logits [G, S, E], in full precision on every platform."""
   logits_GSE = jnp.einsum(
     "gsd,de->gse",
@@ -34,7 +33,9 @@ def router_logits(
     w_DE.astype(jnp.float32),
     precision=jax.lax.Precision.HIGHEST,
   )
-  return logits_GSE if b_E is None else logits_GSE + jnp.expand_dims(b_E, (0, 1))
+  if b_E is not None:
+    logits_GSE += jnp.expand_dims(b_E, (0, 1))
+  return checkpoint_name(logits_GSE, "router_logits")
 
 
 def switch_route(

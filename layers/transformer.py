@@ -30,7 +30,8 @@ _CPU_UNROLL = 8
 # Tensors worth keeping so that backward repeats no matmul and no kernel.
 MINIMAL_NAMES = (
   "query", "key", "value", "latent", "attention_out", "attention_lse",
-  "mlp_up", "mlp_gate", "expert_up", "expert_gate",
+  "attention_branch", "mlp_up", "mlp_gate", "mlp_branch",
+  "router_logits", "expert_up", "expert_gate", "expert_down",
 )  # fmt: skip
 
 # One entry a segment, one a layer of its group, arrays stacked over repeats.
@@ -111,7 +112,8 @@ def apply_segment(
         here = rows._replace(key_B=fold(rows.key_B, first_layer + index * width + j))
       cache = None if group_caches is None else group_caches[j]
       variables = {"params": group_params[f"layer_{j}"]}
-      x_BTD, layer_stats, cache = block.apply(variables, x_BTD, here, cache, train=train)
+      result: Any = block.apply(variables, x_BTD, here, cache, train=train)
+      x_BTD, layer_stats, cache = result
       if layer_stats is not None:
         stats.append(layer_stats)
       new_caches.append(cache)
@@ -230,17 +232,13 @@ class TransformerLM(nn.Module):
     return self.param(name, draw)
 
   def _shared_bucket_table(self, declare_it: bool = True) -> jax.Array | None:
-    shared = [
-      layer.attention
-      for layer in self.spec.layers
-      if isinstance(layer.attention.position, BucketedSpec) and layer.attention.position.shared
-    ]
-    if not shared:
-      return None
-    position, num_heads = shared[0].position, shared[0].num_heads
-    if not declare_it:
-      return jnp.zeros((position.num_buckets, num_heads))
-    return bucket_table(self, position, num_heads)
+    for layer in self.spec.layers:
+      position, num_heads = layer.attention.position, layer.attention.num_heads
+      if isinstance(position, BucketedSpec) and position.shared:
+        if declare_it:
+          return bucket_table(self, position, num_heads)
+        return jnp.zeros((position.num_buckets, num_heads))
+    return None
 
   def _head(self, x_BTD, embedding, targets_BT, weights_BT, z_loss):
     spec, head = self.spec, self.spec.head
@@ -279,9 +277,12 @@ def init_caches(spec: ModelSpec, batch: int, length: int, dtype=jnp.float32) -> 
   """Empty KV caches for `length` positions of every layer."""
 
   def segment_caches(segment):
-    one = lambda a: empty_cache(batch, length, *a.cached, dtype)
     stack = lambda x: jnp.zeros((segment.repeats, *x.shape), x.dtype)
-    return tuple(jax.tree.map(stack, one(layer.attention)) for layer in segment.layers)
+    caches = []
+    for layer in segment.layers:
+      key, value = layer.attention.cached
+      caches.append(jax.tree.map(stack, empty_cache(batch, length, key, value, dtype)))
+    return tuple(caches)
 
   return tuple(segment_caches(segment) for segment in spec.segments)
 

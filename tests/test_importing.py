@@ -1,4 +1,4 @@
-"""The library in somebody else's project: the wheel, the guide `docs/importing.md`, a vendored copy.
+"""The library in another project: the wheel, the guide `docs/importing.md`, a vendored copy.
 
 Everything runs in other processes, from folders outside the repository, without its import path.
 """

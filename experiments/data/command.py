@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
-from experiments.config import ConfigError
+from ..config import ConfigError
 
 
 def run(

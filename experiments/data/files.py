@@ -11,7 +11,7 @@ from typing import IO
 
 import fsspec
 
-from experiments.config import ConfigError
+from ..config import ConfigError
 
 _BLOCK = 1 << 22  # bytes read at once while hashing
 

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from experiments.config import ConfigError, DataConfig
-
+from ..config import ConfigError, DataConfig
 from . import files
 from .rows import ArrayPart, Rows, SyntheticRows, TokenStream, split_holdout
 from .shards import MANIFEST, open_shards

@@ -1,9 +1,10 @@
 """Batches of rows: shuffled, split over processes, read ahead, resumable.
 
 The order is a function of the seed alone. Step s takes rows s B to s B + B of it, each process
-those that its devices hold, so any number of processes sees the same global batches, and a position in the
-data is one number. It is kept with a fingerprint, as a bare position resumes on other data
-without a word. Threads read ahead; worker processes would cost seconds before the first batch.
+those that its devices hold, so any number of processes sees the same global batches, and a
+position in the data is one number. It is kept with a fingerprint, as a bare position resumes on
+other data without a word. Threads read ahead; worker processes would cost seconds before the
+first batch.
 
 Dimension letters: B batch, T positions.
 """
@@ -14,8 +15,7 @@ from typing import Any, Literal
 import grain  # 0.2 to 0.4 s after jax and orbax: not worth importing late
 import numpy as np
 
-from experiments.config import ConfigError, DataConfig
-
+from ..config import ConfigError, DataConfig
 from .load import Dataset, RowSource
 
 Batch = dict[str, np.ndarray]
@@ -131,8 +131,8 @@ def make_loader(
   its last batch filled up with empty rows.
 
   Args:
-    local_rows: the rows of each global batch that this process loads, as `mesh.multihost.local_rows`
-      gives them; None is all. Arrays are [len(local_rows), T].
+    local_rows: the rows of each global batch that this process loads, as
+      `mesh.multihost.local_rows` gives them; None is all. Arrays are [len(local_rows), T].
 
   Raises:
     ConfigError: the data has over 2^32 rows.

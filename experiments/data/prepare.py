@@ -23,8 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from experiments.config import ConfigError
-
+from ..config import ConfigError
 from . import command, files, shards
 from .sources import file_documents
 from .tokenizer import Tokenizer, load_tokenizer

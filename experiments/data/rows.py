@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from experiments.config import ConfigError
+from ..config import ConfigError
 
 
 class Part(Protocol):

@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.config import ConfigError
-
+from ..config import ConfigError
 from . import files
 from .tokenizer import Tokenizer
 

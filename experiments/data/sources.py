@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pydoc_data.topics import topics
 from typing import IO
 
-from experiments.config import ConfigError
-
+from ..config import ConfigError
 from . import files
 
 

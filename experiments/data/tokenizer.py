@@ -11,8 +11,7 @@ from typing import Protocol
 import numpy as np
 import tokenizers
 
-from experiments.config import ConfigError
-
+from ..config import ConfigError
 from . import files
 
 END_OF_DOCUMENT = "<|endoftext|>"

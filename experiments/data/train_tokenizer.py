@@ -8,8 +8,7 @@ import sys
 from absl import flags
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from experiments.config import ConfigError
-
+from ..config import ConfigError
 from . import command, files
 from .sources import text_documents
 from .tokenizer import END_OF_DOCUMENT, pieces

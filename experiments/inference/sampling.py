@@ -30,8 +30,8 @@ def sample_token(
   logits_BV = jnp.where(jnp.expand_dims(jnp.arange(V) < vocab_size, 0), logits_BV, -jnp.inf)
   if temperature == 0:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-  if top_k:
-    lowest_B1 = jax.lax.top_k(logits_BV, min(top_k, V))[0][:, -1:]
+  if 0 < top_k < V:
+    lowest_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
     logits_BV = jnp.where(logits_BV < lowest_B1, -jnp.inf, logits_BV)
   return jax.random.categorical(key, logits_BV / temperature, axis=-1).astype(jnp.int32)
 
@@ -71,9 +71,9 @@ def _decode(params, state: _Decoding, *, model, count, draw) -> tuple[_Decoding,
 class Draw(NamedTuple):
   """How to choose a token; hashable, so that it is part of the compiled program."""
 
+  vocab_size: int  # ids from here up are the padding of the table
   temperature: float = 0.8
   top_k: int = 0
-  vocab_size: int = 0
 
   def __call__(self, logits_BV: jax.Array, key: jax.Array) -> jax.Array:
     return sample_token(logits_BV, key, **self._asdict())
@@ -97,12 +97,17 @@ def generate(
     stride: tokens a compiled run makes before they are handed over.
 
   Raises:
-    ValueError: an empty prompt.
+    ValueError: no prompt, an empty one, or one that leaves no room for `num_tokens` in the context.
   """
-  if not all(prompts):
+  if not prompts or not all(prompts):
     raise ValueError("a prompt needs at least one token")
+  longest, context = max(map(len, prompts)), model.spec.max_length
+  if longest + num_tokens > context:
+    raise ValueError(f"{longest} + {num_tokens} tokens do not fit the context of {context}")
   lengths_B = np.array([len(p) for p in prompts], np.int32)
   width = max(16, 1 << int(lengths_B.max() - 1).bit_length())  # few shapes, few compilations
+  # Learned positions end at the context: beyond it padding would read what is not there.
+  width = max(min(width, model.spec.max_length), int(lengths_B.max()))
   tokens_BT = np.zeros((len(prompts), width), np.int32)
   for row, prompt in zip(tokens_BT, prompts, strict=True):
     row[: len(prompt)] = prompt

@@ -50,7 +50,7 @@ def refuse_if_too_large(setup: Setup) -> None:
     f"  {s.name:<14} {s.topology:<14} {s.chips:>4} chips  {gigabytes(s.hbm_bytes):>9}"
     for s in slices
   )
-  example = next((s for s in slices if s.name.startswith("v5p")), slices[0])
+  example = next((s.name for s in slices if s.name.startswith("v5p")), slices[0].name)
   name = setup.config.name
   raise ConfigError(
     f"{name} does not fit here: weights, gradients and optimizer state take {gigabytes(total)}, "
@@ -58,9 +58,9 @@ def refuse_if_too_large(setup: Setup) -> None:
     f"but {where}.\n"
     f"Smallest slices that hold it with {_RESERVE:.0%} to spare:\n{rows}\n"
     f"Compile for one without renting it:\n"
-    f"  python -m experiments.plan --config={name} --topology={example.topology}\n"
+    f"  python -m experiments.plan --config={name} --topology={example}\n"
     f"Launch on one:\n"
-    f"  bash tpu_setup/tpu_vm.sh launch --name={name.replace('_', '-')} --type={example.name} "
+    f"  bash tpu_setup/tpu_vm.sh launch --name={name.replace('_', '-')} --type={example} "
     f"--zone=ZONE -- --config={name} --workdir=/SHARED/{name}"
   )
 

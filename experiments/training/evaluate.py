@@ -12,7 +12,7 @@ from .step import Batch, EvalSums
 
 class HeldOut(NamedTuple):
   loss: float  # nats a target token
-  bits_per_byte: float  # of the UTF-8 text the targets stand for
+  bits_per_byte: float | None  # of the UTF-8 text the targets stand for; None: for none
   tokens: int
 
 
@@ -33,5 +33,6 @@ def evaluate(
     sums.append(eval_step(params, place(batch)))
     if len(sums) > 2:
       jax.block_until_ready(sums[-3])  # bounds what is in flight
-  nll, tokens, num_bytes = (float(sum(map(float, column))) for column in zip(*sums, strict=True))
-  return HeldOut(nll / max(tokens, 1), nll / math.log(2) / max(num_bytes, 1), int(tokens))
+  nll, tokens, num_bytes = (sum(float(getattr(s, name)) for s in sums) for name in EvalSums._fields)
+  bits = nll / math.log(2) / num_bytes if num_bytes else None
+  return HeldOut(nll / max(tokens, 1), bits, int(tokens))

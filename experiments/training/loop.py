@@ -144,8 +144,9 @@ def train(
     start = checkpoints.newest() or 0
     if start:
       state, position = checkpoints.restore(start, setup.abstract)
-      display.note(_restore_data(loader, position, resume.allow_other_data))
-      display.note(f"resumed from step {start}" if start < total else f"finished at step {start}")
+      if start < total:
+        display.note(f"resuming after step {start}")
+        _restore_data(loader, position, resume.allow_other_data, display.note)
     else:
       state = init_state(setup.model, setup.optimizer, setup.abstract, config.train.seed)
     writer = None
@@ -155,16 +156,16 @@ def train(
         record_changes(folder, start, resume.reason, resume.changes)
       writer = stack.enter_context(contextlib.closing(MetricsWriter(folder, resume_step=start)))
     if profile is not None and not start < profile.start <= total:
-      display.note(f"no profile: step {profile.start} is not among steps {start + 1} to {total}")
+      display.note(f"no profile: step {profile.start} is not among those left of {total}")
     timer = _StepTimer(config, mesh)
     step_fn = CompileOnce(jitted, display.note)
 
     # Step
-    pending, heldout, tracing, stopped = [], None, False, False
+    pending, tracing, stopped = [], False, stop.received is not None
     if start < total:
       stack.enter_context(display.live(start))
       batch = place(next(loader))
-    for step in range(start + 1, total + 1):
+    for step in () if stopped else range(start + 1, total + 1):
       if profile is not None and step == profile.start:
         jax.profiler.start_trace(str(folder / "profile"))
         tracing = True
@@ -199,7 +200,7 @@ def train(
       # Save, evaluate
       if step % config.checkpoint.every == 0 or last:
         if stopped:
-          display.note(f"stopping: saving step {step} (once more Ctrl-C: at once, unsaved)")
+          display.note(f"stopping: saving step {step} (Ctrl-C again stops at once)")
         with timer.pause():
           checkpoints.save(step, state, position)
       if tracing and (step + 1 == profile.stop or last):
@@ -211,10 +212,10 @@ def train(
         break
       if config.eval.every and step % config.eval.every == 0 and step < total:
         with timer.pause():
-          heldout = held_out(setup, dataset, eval_step, state.params, place, stop)
-        if heldout is not None and writer:
-          writer.write(step, _heldout_row(heldout))
-          display.note(f"step {step}  held out: {_describe(heldout)}")
+          result = held_out(setup, dataset, eval_step, state.params, place, stop)
+        if result is not None and writer:
+          writer.write(step, _heldout_row(result))
+          display.note(f"step {step}  held out: {_describe(result)}")
 
     # Finish
     heldout = None
@@ -227,16 +228,17 @@ def train(
     layers = [i for group in moe_layers(config.model) for i in group]
     lines = {} if heldout is None else baselines()
     write_report(folder, title=_title(setup), moe_layer_indices=layers, baselines=lines)
-  stopped_by = None if heldout is not None else stop.received
-  return Outcome(start, int(state.step), state, heldout, stopped_by, timer.seconds, setup)
+  return Outcome(start, int(state.step), state, heldout, stop.received, timer.seconds, setup)
 
 
-def _restore_data(loader: Loader, position: dict[str, Any], allow_other: bool) -> str:
-  """Continue in the data where `position` says, and say so only if it is not possible."""
+def _restore_data(
+  loader: Loader, position: dict[str, Any], allow_other: bool, note: Callable[[str], None]
+) -> None:
+  """Continue in the data where `position` says; in other data, if allowed, from its start."""
   if allow_other and position["fingerprint"] != loader.state()["fingerprint"]:
-    return "other data than the checkpoint's: read from its start"
-  loader.restore(position)
-  return ""
+    note("the data is not what the checkpoint was trained on: reading it from its start")
+  else:
+    loader.restore(position)
 
 
 def batch_rows(setup: Setup) -> np.ndarray:
@@ -333,7 +335,7 @@ class _StepTimer:
 
 @contextlib.contextmanager
 def _stop_signal() -> Iterator[Stop]:
-  """Note SIGINT and SIGTERM instead of dying; a second Ctrl-C interrupts at once."""
+  """Note SIGINT, SIGTERM and a lost terminal instead of dying; a second Ctrl-C interrupts."""
   stop = Stop()
 
   def receive(number: int, _frame: Any) -> None:
@@ -341,7 +343,10 @@ def _stop_signal() -> Iterator[Stop]:
       raise KeyboardInterrupt
     stop.received = number
 
-  previous = {n: signal.signal(n, receive) for n in (signal.SIGINT, signal.SIGTERM)}
+  numbers = [signal.SIGINT, signal.SIGTERM]
+  if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
+    numbers.append(signal.SIGHUP)
+  previous = {number: signal.signal(number, receive) for number in numbers}
   try:
     yield stop
   finally:

@@ -24,8 +24,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.config import ConfigError, OptimizerConfig
-
+from ..config import ConfigError, OptimizerConfig
 from . import stacked
 
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import optax
 
-from experiments.config import ConfigError, OptimizerConfig
+from ..config import ConfigError, OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:

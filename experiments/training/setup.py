@@ -33,13 +33,19 @@ class Setup(NamedTuple):
   abstract: TrainState
 
 
-def build(config: Config, devices: list[jax.Device] | None = None) -> Setup:
+def build(
+  config: Config, devices: list[jax.Device] | None = None, *, batch: bool = True
+) -> Setup:
   """Resolve a config for these devices (default: all there are).
 
+  Args:
+    batch: whether batches will be run; their sizes must then divide over the mesh.
+
   Raises:
-    ConfigError: an impossible mesh, a size its mesh axes do not divide, an unknown remat policy.
+    ConfigError: an impossible mesh, a size its mesh axes do not divide, an unknown remat policy,
+      no device at all.
   """
-  devices = jax.devices() if devices is None else devices
+  devices = _devices() if devices is None else devices
   asked = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
   experts = [layer.mlp.num_experts for layer in config.model.layers
              if isinstance(layer.mlp, MoeSpec)]  # fmt: skip
@@ -52,7 +58,8 @@ def build(config: Config, devices: list[jax.Device] | None = None) -> Setup:
     )
     mesh = make_mesh(sizes, devices)
     validate(rules, mesh)
-    _check_batch(config, rules, mesh)
+    if batch:
+      _check_batch(config, rules, mesh)
     model = TransformerLM(
       config.model,
       dtype=compute_dtype(config, devices[0].platform),
@@ -66,6 +73,13 @@ def build(config: Config, devices: list[jax.Device] | None = None) -> Setup:
   except ValueError as e:
     raise ConfigError(str(e)) from e
   return Setup(config, mesh, rules, model, optimizer, schedule, layout, abstract)
+
+
+def _devices() -> list[jax.Device]:
+  try:
+    return jax.devices()
+  except RuntimeError as e:  # JAX_PLATFORMS names what is not there
+    raise ConfigError(f"JAX finds no device: {str(e).splitlines()[0]}") from e
 
 
 def compute_dtype(config: Config, platform: str) -> Any:

@@ -1,9 +1,10 @@
-"""Kernels under a mesh with explicit axes: the partitioner places what is inside."""
+"""Kernels under a mesh with explicit axes and inside `shard_map`."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
@@ -12,8 +13,10 @@ def auto_partitioned(function: Callable, out_shardings: Any, *args: Any) -> Any:
 
   A kernel's loops, gathers and contractions have no unambiguous sharding of their own, so in
   explicit mode only its results carry one. `out_shardings` matches the results. Without explicit
-  axes in context this is a plain call.
+  axes in context this is a plain call. Inside `shard_map` arguments that some devices share with
+  others are made to vary with the rest, so that their gradients are summed over devices.
   """
+  args = vary_with(args, args)
   mesh = jax.sharding.get_abstract_mesh()
   explicit = tuple(
     name
@@ -23,6 +26,20 @@ def auto_partitioned(function: Callable, out_shardings: Any, *args: Any) -> Any:
   if not explicit:
     return function(*args)
   return jax.sharding.auto_axes(function, axes=explicit, out_sharding=out_shardings)(*args)
+
+
+def vary_with(arrays: Any, tree: Any) -> Any:
+  """`tree` unchanged, but typed as varying over each manual mesh axis that any of `arrays` does.
+
+  Under `shard_map` a loop must start from values of the type that its steps return, and a
+  custom_vjp must return gradients of the type of its arguments.
+  """
+  if AxisType.Manual not in jax.sharding.get_abstract_mesh().axis_types:
+    return tree
+  # Sums of no elements: zeros that have the types of the arrays.
+  parts = (jnp.sum(jnp.ravel(a)[:0].astype(jnp.float32)) for a in jax.tree.leaves(arrays))
+  nothing = sum(parts, start=jnp.zeros(()))
+  return jax.tree.map(lambda a: a + nothing.astype(a.dtype), tree)
 
 
 def sharding_like(x: jax.Array) -> NamedSharding:

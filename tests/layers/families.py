@@ -79,9 +79,7 @@ def gpt_neo(count, d, heads, *, vocab=50257, length=2048, window=256):
 
 def gpt_j(count=28, d=4096, heads=16, *, rotary=64, vocab=50400, length=2048):
   """One norm for both branches, interleaved rotary on part of a head, a head with bias."""
-  attention = AttentionSpec(
-    heads, d // heads, position=RotarySpec(dims=rotary, interleaved=True)
-  )
+  attention = AttentionSpec(heads, d // heads, position=RotarySpec(dims=rotary, interleaved=True))
   mlp = MlpSpec(4 * d, "gelu_tanh", gated=False, bias=True)
   return ModelSpec(
     vocab,
@@ -160,9 +158,7 @@ def gopher(count, d, heads, head_dim, *, vocab=32_000, biases=False):
 
 def gemma2(count, d, heads, kv, head_dim, ff, *, scale, vocab=256_000, window=4096, cap=50.0):
   """Four norms a layer, soft caps, local and global layers in turn (arXiv 2408.00118)."""
-  everything = AttentionSpec(
-    heads, head_dim, kv, position=RotarySpec(), scale=scale, softcap=cap
-  )
+  everything = AttentionSpec(heads, head_dim, kv, position=RotarySpec(), scale=scale, softcap=cap)
   local = replace(everything, window=window)
   mlp = MlpSpec(ff, "gelu_tanh")
   layers = [LayerSpec(a, mlp, UNIT_NORM, "both") for a in (local, everything)]

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers.count import abstract_params
-from layers.params import unbox
 from layers.spec import LinearScaling, YarnScaling
 from layers.transformer import TransformerLM
 from tests.layers import families
+from tests.layers.stacks import random_params
 from tests.oracles import decoder
 
 D, T, V = 16, 12, 29
@@ -30,7 +29,7 @@ FAMILIES = {
   "gopher": families.gopher(2, D, 2, 12, vocab=V),
   "gopher_biases": families.gopher(1, D, 2, 8, vocab=V, biases=True),
   "gemma2": families.gemma2(2, D, 4, 2, 6, 24, scale=0.3, vocab=V, window=3, cap=2.0),
-  "gemma3": families.gemma3(8, D, 2, 1, 8, 24, scale=0.3, vocab=V, window=3),
+  "gemma3": families.gemma3(7, D, 2, 1, 8, 24, scale=0.3, vocab=V, window=3),
   "qwen3": families.llama(2, D, 2, 1, 24, V, head_dim=12, qk_norm=True, scaling=YARN),
   "llama4": families.chunked(4, D, 2, 1, 24, V, chunk=4, experts=3),
   "t5": families.t5(2, D, 2, 12, 24, vocab=V, buckets=6, distance=9),
@@ -43,17 +42,6 @@ FAMILIES = {
     original=16,
   ),
 }  # fmt: skip
-
-
-def random_params(spec, seed=0):
-  """Every leaf random, also those that start as zeros or ones."""
-  rng = np.random.default_rng(seed)
-
-  def draw(path, leaf):
-    values = 0.25 * rng.normal(size=leaf.shape)
-    return (values + (path[-1].key == "scale")).astype(np.float32)
-
-  return jax.tree_util.tree_map_with_path(draw, unbox(abstract_params(spec)))
 
 
 def rows():
@@ -71,9 +59,7 @@ def test_against_float64(name):
   params = random_params(spec)
   tokens, targets, positions, segments = rows()
   valid = segments > 0
-  run = partial(
-    TransformerLM(spec).apply, positions_BT=positions, segments_BT=segments, train=True
-  )
+  run = partial(TransformerLM(spec).apply, positions_BT=positions, segments_BT=segments, train=True)
   weights = jnp.asarray(valid, jnp.float32)
 
   @jax.jit
@@ -82,9 +68,7 @@ def test_against_float64(name):
     return run({"params": params}, tokens).logits_BTV, scored.loss
 
   logits, loss = both(params)
-  want = decoder.logits(
-    spec, params, tokens, positions=positions, segments=segments, train=True
-  )
+  want = decoder.logits(spec, params, tokens, positions=positions, segments=segments, train=True)
   np.testing.assert_allclose(np.asarray(logits)[valid], want[valid], atol=2e-5)
 
   nll, log_z = decoder.losses(want, targets)

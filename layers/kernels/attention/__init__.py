@@ -83,7 +83,7 @@ def attention(
       raise ValueError(f"{name} needs the shape {shape}, got {array.shape}")
   if q_positions_BT is None:
     q_positions_BT = jnp.arange(T, dtype=jnp.int32)[None]
-  if q_segments_BT is not None:
+  if q_segments_BT is not None and kv_segments_BS is not None:
     q_BTNH = jnp.where((q_segments_BT > 0)[..., None, None], q_BTNH, 0)
     k_BSKH = jnp.where((kv_segments_BS > 0)[..., None, None], k_BSKH, 0)
     v_BSKH = jnp.where((kv_segments_BS > 0)[..., None, None], v_BSKH, 0)

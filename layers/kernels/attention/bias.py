@@ -8,6 +8,7 @@ P distances, W distances that occur between a run of queries and a run of keys.
 
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,18 +110,16 @@ def _bucket_table(num_buckets: int, max_distance: int, bidirectional: bool) -> n
   return np.array(ahead + behind, np.int32)
 
 
-def split_rows(bias: Bias | None) -> tuple[jax.Array | None, Bias | None]:
-  """(the array that has a row for each query, what all queries share)."""
+def split_rows(bias: Bias | None) -> tuple[jax.Array | None, Any]:
+  """(the array that has a row for each query, or None; what all queries share)."""
   if isinstance(bias, RelativeKeys):
-    return bias.q_BTNH, RelativeKeys(None, bias.r_PNH)
+    return bias.q_BTNH, bias.r_PNH
   return None, bias
 
 
-def join_rows(rows_BTNH: jax.Array | None, shared: Bias | None) -> Bias | None:
+def join_rows(rows_BTNH: jax.Array | None, shared: Any) -> Bias | None:
   """Inverse of `split_rows`; the rows may be some of the queries only."""
-  if isinstance(shared, RelativeKeys):
-    return RelativeKeys(rows_BTNH, shared.r_PNH)
-  return shared
+  return shared if rows_BTNH is None else RelativeKeys(rows_BTNH, shared)
 
 
 def term(

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from ..partition import vary_with
 from ..select import current_platform
 from .bias import join_rows, split_rows, term
 
@@ -154,8 +155,6 @@ def _blocks(x, block, heads=None):
 
   With `heads` = K the array is [B, T, K * G, H] and becomes [T / block, B, K, G, block, H].
   """
-  if x is None:
-    return None
   B, T = x.shape[:2]
   count = -(-T // block)
   x = jnp.pad(x, [(0, 0), (0, count * block - T)] + [(0, 0)] * (x.ndim - 2))
@@ -253,7 +252,8 @@ def _forward_blocks(static, q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids)
     else:
       m, total = jnp.broadcast_to(_group(sink_N, K), shape), jnp.ones(shape, f32)
     acc = jnp.zeros((*q.shape[:-1], v_BSKH.shape[-1]), f32)
-    m, total, acc = jax.lax.fori_loop(low, high, step, (m, total, acc))
+    start = vary_with(q, (m, total, acc))
+    m, total, acc = jax.lax.fori_loop(low, high, step, start)
     seen = total > 0
     total = jnp.where(seen, total, 1)
     # Rows that see nothing get a huge log-sum-exp: exp(logit - lse) is 0 in the backward pass.
@@ -272,8 +272,7 @@ def _add_at(blocks, j, x):
 
 def _query_inputs(static, K, q_BTNH, rows_BTNH, q_ids):
   q = _blocks(q_BTNH, static.q_block, K)
-  rows = _blocks(rows_BTNH, static.q_block)
-  q_ids = jax.tree.map(partial(_blocks, block=static.q_block), q_ids)
+  rows, q_ids = jax.tree.map(partial(_blocks, block=static.q_block), (rows_BTNH, q_ids))
   return jnp.arange(q.shape[0]), q, rows, q_ids
 
 
@@ -283,7 +282,7 @@ def _backward(static, residuals, do_BTNH):
   keys = _keys(static, k_BSKH, v_BSKH, kv_ids)
   rows, shared = split_rows(bias)
   as_f32 = partial(jax.tree.map, lambda x: x.astype(f32))
-  zeros = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, f32))
+  zeros = lambda tree: vary_with(q_BTNH, jax.tree.map(lambda x: jnp.zeros(x.shape, f32), tree))
   # A copy for each row of the batch, and float32, which its gradient is summed in over blocks.
   shared = jax.tree.map(lambda x: jnp.broadcast_to(x.astype(f32), (B, *x.shape)), shared)
   delta_BTN1 = jnp.sum(do_BTNH.astype(f32) * o_BTNH.astype(f32), axis=-1, keepdims=True)
@@ -295,10 +294,9 @@ def _backward(static, residuals, do_BTNH):
     def step(j, carry):
       dq, drows, (dk_blocks, dv_blocks, dshared) = carry
       k, v, kv_positions, visible, offset = keys.tile(static, i, j, q_ids)
-      s, pull = jax.vjp(
-        lambda *s: _logits_by_row(static, *s, q_ids[0], kv_positions, offset),
-        _scores(q, k), rows, shared,
-      )  # fmt: skip
+      positions = (q_ids[0], kv_positions)
+      logits = lambda s, rows, shared: _logits_by_row(static, s, rows, shared, *positions, offset)
+      s, pull = jax.vjp(logits, _scores(q, k), rows, shared)
       p = jnp.exp(s - lse)
       if visible is not None:
         p = jnp.where(visible, p, 0)
@@ -321,10 +319,8 @@ def _backward(static, residuals, do_BTNH):
   sums = zeros((keys.k, keys.v, shared))
   (dk, dv, dshared), (dq, drows) = jax.lax.scan(query_block, sums, inputs)
 
-  dbias = join_rows(
-    None if drows is None else jnp.moveaxis(drows, 0, 1).reshape(B, -1, *rows.shape[2:])[:, :T],
-    jax.tree.map(lambda d: jnp.sum(d, axis=0), dshared),
-  )
+  drows = jax.tree.map(lambda d: jnp.moveaxis(d, 0, 1).reshape(B, -1, *d.shape[3:])[:, :T], drows)
+  dbias = join_rows(drows, jax.tree.map(lambda d: jnp.sum(d, axis=0), dshared))
   dbias = jax.tree.map(lambda d, x: d.astype(x.dtype), dbias, bias)
   dsink_N = None
   if sink_N is not None:

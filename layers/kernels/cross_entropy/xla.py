@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from ..partition import vary_with
 from ..select import current_platform
 
 CHUNK_BYTES = 32 * 2**20  # float32 logits of a chunk, a device
@@ -97,15 +98,16 @@ def _scan_chunks(static, x_BTD, w_DV, bias_V, targets_BT, weights_BT, *, gradien
     return jnp.moveaxis(a, 0, 2).reshape(B, chunks * C, *a.shape[3:])[:, :T]
 
   def step(sums, inputs):
-    addends, outputs = _chunk(static, *inputs, w_DV, bias_V, gradients)
+    addends, outputs = _chunk(static, inputs, w_DV, bias_V, gradients)
     return jax.tree.map(jnp.add, sums, addends), outputs
 
   inputs = (x_BTD, targets_BT, weights_BT)
   if chunks == 1:
-    sums, outputs = _chunk(static, *inputs, w_DV, bias_V, gradients)
+    sums, outputs = _chunk(static, inputs, w_DV, bias_V, gradients)
   else:
     zeros = lambda p: jnp.zeros((*static.shards, *p.shape), f32)
     sums = jax.tree.map(zeros, (w_DV, bias_V)) if gradients else (None, None)
+    sums = vary_with(x_BTD, sums)
     sums, outputs = jax.lax.scan(step, sums, jax.tree.map(split, inputs))
     outputs = jax.tree.map(join, outputs)
   nll_BT, log_z_BT, dx_BTD = outputs
@@ -114,8 +116,9 @@ def _scan_chunks(static, x_BTD, w_DV, bias_V, targets_BT, weights_BT, *, gradien
   return (total, nll_BT, log_z_BT), (dx_BTD, dw_DV, dbias_V)
 
 
-def _chunk(static, x_BCD, targets_BC, weights_BC, w_DV, bias_V, gradients):
+def _chunk(static, inputs, w_DV, bias_V, gradients):
   """((dw, dbias) of each shard, (nll, log_z, dx)) of one chunk."""
+  x_BCD, targets_BC, weights_BC = inputs
   VD = "vd" if static.tied else "dv"
   logits_BCV = jnp.einsum(f"bcd,{VD}->bcv", x_BCD, w_DV, preferred_element_type=f32)
   if bias_V is not None:

@@ -247,12 +247,13 @@ def test_window_of_the_whole_row_is_causal(monkeypatch):
   in_blocks(monkeypatch)
   arrays, _, _ = make("causal")
   q, k, v = arrays["q"], arrays["k"], arrays["v"]
-  outputs = [attention(q, k, v, mask=m) for m in (Rule(), Rule(window=40), Rule(window=100))]
-  assert jnp.array_equal(outputs[0], outputs[1])
-  assert jnp.array_equal(outputs[0], outputs[2])
+  causal, windowed = (
+    jax.jit(partial(attention, mask=mask))(q, k, v) for mask in (Rule(), Rule(window=40))
+  )
+  assert jnp.array_equal(causal, windowed)
 
 
-@pytest.mark.parametrize("size", [8, 24, 32])
+@pytest.mark.parametrize("size", [8, 24])
 def test_block_sizes_agree(size, monkeypatch):
   in_blocks(monkeypatch, size)
   close(run("relative", "xla"), reference("relative"), 1e-5)
@@ -266,8 +267,8 @@ def test_memory_is_linear():
     return compiled.memory_analysis().temp_size_in_bytes
 
   assert temp_bytes("xla", 2048) < 2.5 * temp_bytes("xla", 1024)
-  assert temp_bytes("reference", 2048) > 3 * temp_bytes("reference", 1024)
-  assert temp_bytes("xla", 2048) < temp_bytes("reference", 2048) / 8
+  square = 4 * 2048**2
+  assert temp_bytes("xla", 2048) < square / 4 < square <= temp_bytes("reference", 2048)
 
 
 def test_remat_policy_keeps_the_forward_pass(monkeypatch):

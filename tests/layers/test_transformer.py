@@ -1,0 +1,238 @@
+"""Identities of the whole decoder: causality, packing, scan, recomputation, noise, statistics.
+
+What it computes is in test_families; how weights start, in test_init.
+"""
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from layers.attention import Rows
+from layers.block import Block
+from layers.embedding import Embedding
+from layers.linear import dense
+from layers.noise import fold
+from layers.norms import Norm
+from layers.spec import Segment
+from layers.transformer import MINIMAL_NAMES, TransformerLM, moe_layers, remat_policy
+from tests.layers.stacks import POSITIONS, SWITCH, D, T, V, random_params, random_tokens
+
+STACKS = {"positions": POSITIONS, "switch": SWITCH}
+ONES = np.ones((2, T), np.int32)
+STEPS = np.tile(np.arange(T, dtype=np.int32), (2, 1))
+
+
+@functools.cache
+def scored(name):
+  """A jitted (params, tokens, targets, weights, positions, segments) -> (nll, d total / d table)."""
+  model = TransformerLM(STACKS[name], unroll=1)
+
+  @jax.jit
+  def run(params, tokens, targets, weights, positions, segments):
+    def total(table):
+      moved = params | {"embedding": params["embedding"] | {"table": table}}
+      loss = model.apply(
+        {"params": moved},
+        tokens,
+        targets_BT=targets,
+        weights_BT=weights,
+        positions_BT=positions,
+        segments_BT=segments,
+        train=True,
+      ).loss
+      return loss.total, loss.nll_BT
+
+    return jax.grad(total, has_aux=True)(params["embedding"]["table"])[::-1]
+
+  return run
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_causality(name):
+  """No loss depends on a later token, and each does on every token up to its own."""
+  params, run = random_params(STACKS[name]), scored(name)
+  tokens = np.stack([np.random.default_rng(s).permutation(V)[:T] for s in (0, 1)]).astype(np.int32)
+  targets = random_tokens(2, T)
+  t = np.array([4, 9])
+  only_t = (np.arange(T)[None] == t[:, None]).astype(np.float32)
+  for row in (0, 1):
+    weights = only_t * (np.arange(2) == row)[:, None]
+    nll, grad = run(params, tokens, targets, weights, STEPS, ONES)
+    moves = np.abs(np.asarray(grad))[tokens[row]].max(-1)
+    assert np.all(moves[t[row] + 1 :] == 0)
+    assert np.all(moves[: t[row] + 1] > 0)
+  after = np.arange(T)[None] > t[:, None]
+  other, _ = run(params, np.where(after, 3, tokens), targets, weights, STEPS, ONES)
+  np.testing.assert_allclose(other[~after], nll[~after], atol=1e-6)
+  assert np.all(np.abs(other - nll)[after] > 1e-6)
+
+
+def test_packed_documents_are_alone_and_padding_is_nothing():
+  params, run = random_params(POSITIONS), scored("positions")
+  (first, second), targets = random_tokens(2, T), random_tokens(2, T, seed=2)
+  a, b = 5, 7
+
+  def rows(*lists):
+    """Rows of (tokens, targets, weights, positions, segments) from lists of (row, length)."""
+    out = [
+      np.zeros((2, T), dtype) for dtype in (np.int32, np.int32, np.float32, np.int32, np.int32)
+    ]
+    for row, documents in enumerate(lists):
+      at = 0
+      for number, (which, length) in enumerate(documents, start=1):
+        here = slice(at, at + length)
+        values = (first, second)[which], targets[which], np.ones(T), np.arange(T), number * ONES[0]
+        for array, value in zip(out, values, strict=True):
+          array[row, here] = value[:length]
+        at += length
+    return out
+
+  packed, packed_grad = run(params, *rows([(0, a), (1, b)], []))
+  alone = rows([(0, a)], [(1, b)])
+  nll, grad = run(params, *alone)
+  np.testing.assert_allclose(packed[0, :a], nll[0, :a], atol=1e-5)
+  np.testing.assert_allclose(packed[0, a:], nll[1, :b], atol=1e-5)
+  np.testing.assert_allclose(packed_grad, grad, atol=1e-4)
+
+  padding = alone[4] == 0
+  alone[0] = np.where(padding, 30, alone[0])  # token 30 occurs nowhere else
+  assert 30 not in alone[0][~padding]
+  moved, moved_grad = run(params, *alone)
+  np.testing.assert_allclose(moved[~padding], nll[~padding], atol=1e-6)
+  assert np.all(np.asarray(moved_grad)[30] == 0)
+
+
+def by_hand(spec, params, tokens, key_B, train):
+  """The decoder as a loop over Block.apply, one layer at a time."""
+  positions = jnp.asarray(STEPS)
+  embedding = Embedding(spec.embedding, spec.vocab_size, D, spec.init)
+  apply = lambda shell, weights, *args, **kwargs: shell.apply({"params": weights}, *args, **kwargs)
+  x = apply(embedding, params["embedding"], tokens, positions, key_B=key_B)
+  index, stats = 0, []
+  for i, segment in enumerate(spec.segments):
+    for repeat in range(segment.repeats):
+      for j, layer in enumerate(segment.layers):
+        weights = jax.tree.map(lambda w: w[repeat], params[f"segment_{i}"][f"layer_{j}"])  # noqa: B023
+        rows = Rows(positions, key_B=None if key_B is None else fold(key_B, index))
+        x, layer_stats, _ = apply(Block(layer, D), weights, x, rows, train=train)
+        stats.append(layer_stats)
+        index += 1
+  x = apply(Norm(spec.final_norm, D), params["final_norm"], x)
+  return dense(x, params["head"]), stats
+
+
+def test_scan_is_a_loop_over_blocks_however_the_layers_are_grouped():
+  """Values, noise and statistics; unrolled or not; one segment of repeats or several."""
+  params, tokens = random_params(SWITCH), random_tokens(2, T)
+  key_B = jax.random.split(jax.random.key(3), 2)
+  want, want_stats = jax.jit(functools.partial(by_hand, SWITCH, train=True))(params, tokens, key_B)
+
+  (segment,) = SWITCH.segments
+  take = lambda index: jax.tree.map(lambda w: w[index : index + 1], params["segment_0"])
+  apart = replace(SWITCH, segments=(Segment(segment.layers),) * segment.repeats)
+  apart_params = params | {"segment_0": take(0), "segment_1": take(1)}
+  for model, weights in (
+    (TransformerLM(SWITCH, unroll=1), params),
+    (TransformerLM(SWITCH, unroll=2), params),
+    (TransformerLM(apart), apart_params),
+  ):
+    run = jax.jit(functools.partial(model.apply, train=True))
+    out = run({"params": weights}, tokens, key_B=key_B)
+    np.testing.assert_allclose(out.logits_BTV, want, atol=1e-5)
+    layers = moe_layers(model.spec)
+    assert sorted(i for entry in layers for i in entry) == [1, 3]
+    for entry, stats in zip(layers, out.stats, strict=True):
+      for position, layer in enumerate(entry):
+        here = jax.tree.map(lambda s: s[position], stats)  # noqa: B023
+        jax.tree.map(
+          functools.partial(np.testing.assert_allclose, atol=1e-5), here, want_stats[layer]
+        )
+    assert sum(float(stats.dropped.sum()) for stats in out.stats) > 0
+
+
+def test_noise_follows_its_row_and_needs_a_key():
+  run = jax.jit(functools.partial(TransformerLM(SWITCH, unroll=1).apply, train=True))
+  params = {"params": random_params(SWITCH)}
+  same = np.tile(random_tokens(1, T), (2, 1))
+  keys = jax.random.split(jax.random.key(0), 2)
+  noisy = np.asarray(run(params, same, key_B=keys).logits_BTV)
+  assert np.abs(noisy[0] - noisy[1]).max() > 1e-2
+  swapped = run(params, same, key_B=keys[::-1]).logits_BTV
+  np.testing.assert_array_equal(swapped, noisy[::-1])
+  quiet = np.asarray(run(params, same, key_B=None).logits_BTV)
+  np.testing.assert_array_equal(quiet[0], quiet[1])
+  np.testing.assert_array_equal(quiet, run(params, same, key_B=None).logits_BTV)
+  assert np.abs(noisy - quiet).max() > 1e-2
+
+
+REMAT = ("none", "full", "dots", "minimal")
+
+
+def loss_with(remat, params, tokens):
+  model = TransformerLM(SWITCH, remat=remat, unroll=1)
+  out = model.apply({"params": params}, tokens, targets_BT=tokens, train=True)
+  return out.loss.total / tokens.size + sum(stats.aux_loss.sum() for stats in out.stats)
+
+
+def test_recomputation_changes_no_number():
+  params, tokens = random_params(SWITCH), random_tokens(2, T)
+  results = [
+    jax.jit(jax.value_and_grad(functools.partial(loss_with, remat)))(params, tokens)
+    for remat in REMAT
+  ]
+  equal = functools.partial(np.testing.assert_allclose, atol=1e-6)
+  for other in results[1:]:
+    jax.tree.map(equal, other, results[0])
+
+
+def test_recomputation_keeps_less():
+  params, tokens = random_params(SWITCH), jnp.asarray(random_tokens(2, T))
+
+  def kept(remat):
+    """How many numbers the forward pass leaves for the backward pass."""
+    loss = functools.partial(loss_with, remat, tokens=tokens)
+    pull = jax.eval_shape(lambda p: jax.vjp(loss, p)[1], params)
+    return sum(leaf.size for leaf in jax.tree.leaves(pull))
+
+  some = ("query", "mlp_up")
+  sizes = {remat: kept(remat) for remat in (*REMAT, some, "query")}
+  assert sizes["full"] < sizes["query"] < sizes[some] < sizes["minimal"] < sizes["none"]
+  assert sizes["full"] < sizes["dots"] < sizes["none"]
+
+
+def test_minimal_repeats_no_product_with_weights():
+  """Of matrix products only the two inside a small (unblocked) attention are done again."""
+  params, tokens = random_params(SWITCH), jnp.asarray(random_tokens(2, T))
+
+  def products(jaxpr):
+    total = 0
+    for equation in jaxpr.eqns:
+      total += equation.primitive.name == "dot_general"
+      for value in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
+        if is_jaxpr(value):
+          total += products(getattr(value, "jaxpr", value))
+    return total
+
+  is_jaxpr = lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")
+  count = lambda remat: products(
+    jax.make_jaxpr(jax.grad(functools.partial(loss_with, remat)))(params, tokens).jaxpr
+  )
+  layers = len(SWITCH.segments[0].layers)
+  none = count("none")
+  assert count("minimal") == none + 2 * layers
+  assert count("full") > none + 8 * layers
+
+
+def test_an_unknown_policy_is_refused_with_the_known_ones():
+  with pytest.raises(
+    ValueError, match=r"'quer': use none, full, dots, minimal, or names among.*query"
+  ):
+    remat_policy("quer")
+  with pytest.raises(ValueError, match="'half'"):
+    remat_policy(("query", "half"))
+  assert remat_policy("none") is None
+  assert callable(remat_policy(MINIMAL_NAMES))

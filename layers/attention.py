@@ -40,7 +40,7 @@ class Rows(NamedTuple):
   table_UN: jax.Array | None = None  # shared distance-bucket table
 
   @property
-  def valid_BT(self) -> jax.Array | None:
+  def valid_BT(self) -> jax.Array | None:  # noqa: N802 (an array, named as one)
     return None if self.segments_BT is None else self.segments_BT > 0
 
 

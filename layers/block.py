@@ -78,8 +78,11 @@ class Block(nn.Module):
 
   def _attend(self, h_BTD, rows: Rows, cache: KVCache | None):
     spec = self.spec.attention
-    shell = LatentAttention if isinstance(spec, LatentAttentionSpec) else Attention
-    attention = shell(spec, self.embed_dim, self.init_spec, self.gain, name="attention")
+    common = (self.embed_dim, self.init_spec, self.gain)
+    if isinstance(spec, LatentAttentionSpec):
+      attention = LatentAttention(spec, *common, name="attention")
+    else:
+      attention = Attention(spec, *common, name="attention")
     a_BTD, cache = attention(h_BTD, rows, cache)
     return checkpoint_name(a_BTD, "attention_branch"), cache
 

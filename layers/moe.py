@@ -53,7 +53,7 @@ def route_groups(
   Raises:
     ValueError: when the row length is not a multiple of `group_size`.
   """
-  B, T, D = x_BTD.shape
+  _, T, D = x_BTD.shape
   S = T if group_size is None else min(group_size, T)
   if T % S:
     raise ValueError(f"a row of {T} tokens does not divide into routing groups of {S}")

@@ -51,7 +51,7 @@ def config() -> Config:
     ),
     optimizer=OptimizerConfig(
       name="muon",
-      learning_rate=0.02,
+      learning_rate=0.01,
       adam_learning_rate=0.003,
       schedule="wsd",
       warmup_steps=100,

@@ -43,7 +43,7 @@ def config() -> Config:
     data=DataConfig(source="pydoc", row_length=256, batch_size=16),
     optimizer=OptimizerConfig(
       name="muon",
-      learning_rate=0.02,
+      learning_rate=0.01,
       adam_learning_rate=0.005,
       schedule="wsd",
       warmup_steps=20,

@@ -93,7 +93,7 @@ def make_train_step(
     with jax.named_scope("optimizer"):
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
       params = optax.apply_updates(state.params, updates)
-    metrics = StepMetrics(nll, aux, optax.global_norm(grads), jnp.sum(batch["weights"]), stats)
+    metrics = StepMetrics(nll, aux, optax.tree.norm(grads), jnp.sum(batch["weights"]), stats)
     return TrainState(state.step + 1, params, opt_state), metrics
 
   return step

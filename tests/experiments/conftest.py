@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from tests.experiments.programs import ONE_DEVICE, Result, call
+from tests.experiments.programs import DEBUG, Result, call
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,7 +23,7 @@ def caches(compile_cache, tmp_path_factory):
 def finished(tmp_path_factory) -> tuple[Path, Result]:
   """A run of config `debug` on one device, and what it printed. Not to be changed."""
   folder = tmp_path_factory.mktemp("finished") / "run"
-  result = call("run", "--config=debug", f"--workdir={folder}", ONE_DEVICE)
+  result = call("run", *DEBUG, f"--workdir={folder}")
   assert result.code == 0, result.err
   return folder, result
 

@@ -22,9 +22,10 @@ from experiments.training.setup import build
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {"run": run, "generate": generate, "evaluate": evaluate, "plan": plan}
 
-# One of the eight devices that tests have; no sample, two batches of evaluation.
-ONE_DEVICE = "--config.mesh.data=1"
-QUICK = (ONE_DEVICE, "--config.eval.sample_prompt=", "--config.eval.batches=2")
+# Config `debug` on one of the eight devices that tests have, its schedule independent of the
+# number of steps, so that one compiled program serves all runs; and the same without a sample.
+DEBUG = ("--config=debug", "--config.mesh.data=1", "--config.optimizer.decay_steps=40")
+QUICK = (*DEBUG, "--config.eval.sample_prompt=", "--config.eval.batches=2")
 
 
 class Result(NamedTuple):
@@ -47,11 +48,15 @@ def call(program: str, *arguments: object) -> Result:
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
-  """Of a user whose home and temporary folder lie in `folder`; compiled programs are shared."""
+  """Of a user whose home and temporary folder lie in `folder`.
+
+  XLA_FLAGS, and with it eight devices, are those of the tests, so that compiled programs are found
+  in their cache.
+  """
   home, temporary = folder / "home", folder / "tmp"
   home.mkdir(exist_ok=True)
   temporary.mkdir(exist_ok=True)
-  kept = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_", "XDG_", "MPL"))}
+  kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XDG_", "MPL"))}
   return kept | {
     "PYTHONPATH": str(ROOT),
     "HOME": str(home),

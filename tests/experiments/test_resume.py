@@ -1,6 +1,7 @@
 """A stopped run goes on as if it had not been stopped, and only as the same run."""
 
 import json
+import re
 import shutil
 import signal
 
@@ -39,62 +40,53 @@ checkpoint.Checkpoints.save = die
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-  """One run as it should be, and one stopped in four ways; both by the same command."""
+def stopped(finished, tmp_path_factory):
+  """A run like `finished`, stopped in three ways and then finished; always the same command."""
   home = tmp_path_factory.mktemp("stopped")
-
-  def go(name, script=""):
-    arguments = (f"--workdir={name}", "--config.train.steps=18", "--config.checkpoint.every=5")
-    return spawn(home, "run", "--config=debug", *QUICK, *arguments, script=script)
-
-  whole = go("whole")
-  parts = [
-    go("parts", script)
-    for script in (
-      STOP.format(step=8, name="SIGKILL"),  # resumes from 5
-      DIE_SAVING.format(step=10),  # from 5 or 10
-      STOP.format(step=12, name="SIGINT"),
-      STOP.format(step=14, name="SIGTERM"),
-      "",
-    )
-  ]
-  return home, whole, parts
+  command = ("run", *QUICK, "--workdir=run", "--config.checkpoint.every=5")
+  scripts = (
+    DIE_SAVING.format(step=10),
+    STOP.format(step=12, name="SIGINT"),
+    STOP.format(step=14, name="SIGTERM"),
+    "",
+  )
+  return home, [spawn(home, *command, script=script) for script in scripts]
 
 
-def test_bit_exact_after_every_way_to_stop(stopped):
-  home, whole, parts = stopped
-  assert whole.code == 0, whole.err
-  assert [part.code for part in parts] == [-signal.SIGKILL, -signal.SIGKILL, 130, 75, 0]
-  assert state_hash(home / "parts") == state_hash(home / "whole")
-  np.testing.assert_array_equal(losses(home / "parts"), losses(home / "whole"))
+def test_bit_exact_after_every_way_to_stop(stopped, trained):
+  home, results = stopped
+  assert [r.code for r in results] == [-signal.SIGKILL, 130, 75, 0], results[-1].err
+  assert state_hash(home / "run") == state_hash(trained)
+  np.testing.assert_array_equal(losses(home / "run"), losses(trained))
 
 
-def test_each_step_is_logged_once(stopped):
-  home, *_ = stopped
-  assert steps(home / "parts") == list(range(1, 19))
-  assert metrics(home / "parts")[-1].keys() == metrics(home / "whole")[-1].keys()
+def test_each_step_is_logged_once(stopped, trained):
+  home, _ = stopped
+  assert steps(home / "run") == steps(trained) == list(range(1, 21))
+  assert metrics(home / "run")[-1].keys() == metrics(trained)[-1].keys()
 
 
 def test_what_a_stopped_run_says(stopped):
-  home, _, parts = stopped
-  interrupted, terminated, last = parts[2:]
-  for result, step in ((interrupted, 12), (terminated, 14)):
+  home, (_, interrupted, terminated, last) = stopped
+  # Killed in the middle of saving step 10, it has that one or the one before.
+  assert re.search("resuming after step (5|10)\n", interrupted.out)
+  for result, step in ((interrupted, 13), (terminated, 15)):  # the step under way is finished
     assert f"stopping: saving step {step}" in result.out
     assert f"stopped, saved at step {step}; the same command goes on from there" in result.out
-  assert "resuming after step 14" in last.out
-  assert saved_steps(home / "parts" / "checkpoints") == [15, 18]
-  assert not list((home / "parts" / "checkpoints").glob("*tmp*"))
+  assert "resuming after step 15" in last.out
+  assert saved_steps(home / "run" / "checkpoints") == [15, 20]
+  assert not list((home / "run" / "checkpoints").glob("*tmp*"))
 
 
 def test_no_noise_and_nothing_outside(stopped):
-  """stderr is empty; only the run directories and the cache folder were written."""
-  home, whole, parts = stopped
-  assert [r.err for r in (whole, *parts)] == [""] * 6
-  assert sorted(p.name for p in home.iterdir()) == ["home", "parts", "tmp", "whole"]
+  """stderr is empty; only the run directory and the cache folder were written."""
+  home, results = stopped
+  assert [r.err for r in results] == [""] * 4
+  assert sorted(p.name for p in home.iterdir()) == ["home", "run", "tmp"]
   assert not list((home / "tmp").iterdir())
   assert [p.name for p in (home / "home").iterdir()] == [".cache"]
   assert [p.name for p in (home / "home" / ".cache").iterdir()] == ["meshyard"]
-  assert sorted(p.name for p in (home / "whole").iterdir()) == [
+  assert sorted(p.name for p in (home / "run").iterdir()) == [
     "checkpoints", "config.json", "metrics.jsonl", "report.png", "tensorboard",
   ]  # fmt: skip
 
@@ -206,10 +198,10 @@ def test_a_change_that_does_not_fit_the_checkpoint_loses_nothing(copy, changes, 
 def test_a_run_without_a_checkpoint_starts_afresh(copy):
   """Nothing was trained yet, so nothing binds."""
   shutil.rmtree(copy / "checkpoints")
-  result = go_on(copy, "--config=debug", "--config.train.steps=6", "--config.train.seed=3", *QUICK)
+  result = go_on(copy, *QUICK, "--config.train.steps=6", "--config.data.seed=3")
   assert result.code == 0, result.err
   assert steps(copy) == list(range(1, 7))
-  assert read_config(copy).train.seed == 3
+  assert read_config(copy).data.seed == 3
 
 
 def test_a_folder_of_another_config_is_refused(trained):
@@ -235,7 +227,7 @@ def test_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
   monkeypatch.setattr(metrics.MetricsWriter, "write", first)
   monkeypatch.setattr(checkpoint.Checkpoints, "save", second)
   handler = signal.getsignal(signal.SIGINT)
-  result = call("run", "--config=debug", f"--workdir={tmp_path / 'run'}", *QUICK)
+  result = call("run", *QUICK, f"--workdir={tmp_path / 'run'}")
   assert result.code == 130
   assert result.err.strip() == "interrupted"
   assert signal.getsignal(signal.SIGINT) is handler

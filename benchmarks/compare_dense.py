@@ -38,7 +38,9 @@ def main() -> None:
       print(found[-1]["name"], f"{statistics.median(found[-1]['seconds']):.3f} s", file=sys.stderr)
   rate = lambda r: r["tokens"] / statistics.median(r["seconds"])
   ours = statistics.median(rate(r) for r in results[0])
-  print("| program | tokens/s (median, min to max of rounds) | meshyard is | warm-up | peak memory |")
+  print(
+    "| program | tokens/s (median, min to max of rounds) | meshyard is | warm-up | peak memory |"
+  )
   print("|---|---|---|---|---|")
   for found in results:
     rates = sorted(map(rate, found))

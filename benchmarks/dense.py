@@ -26,7 +26,9 @@ LAYER = LayerSpec(
 )
 CONFIG = Config(
   name="dense_20m",
-  model=ModelSpec(vocab_size=32_000, embed_dim=256, max_length=256, segments=(Segment((LAYER,), 4),)),
+  model=ModelSpec(
+    vocab_size=32_000, embed_dim=256, max_length=256, segments=(Segment((LAYER,), 4),)
+  ),
   data=DataConfig(source="synthetic", row_length=256, batch_size=4),
   optimizer=OptimizerConfig(name="adamw", learning_rate=3e-4, warmup_steps=10),
   train=TrainConfig(steps=1000),

@@ -2,7 +2,7 @@
 
 python benchmarks/startup.py [--config=moe_tiny] [--runs=3]
 
-Each run is a new process in a new work directory. Cold: an empty cache folder. Warm: the folder that
+Each run is a new process in a new work directory. Cold: an empty cache folder. Warm: the one that
 the cold run filled.
 """
 

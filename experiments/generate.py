@@ -18,9 +18,7 @@ _PROMPT = flags.DEFINE_string("prompt", "", "Text to continue; none starts a new
 _TOKENS = flags.DEFINE_integer("max_tokens", 256, "Tokens to add at most.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy.", lower_bound=0.0)
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw among the k likeliest; 0 is all.", lower_bound=0)
-_SEED = flags.DEFINE_integer(
-  "seed", 0, "Of the draws.", lower_bound=0, upper_bound=(1 << 32) - 1
-)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0, upper_bound=(1 << 32) - 1)
 
 
 def main() -> int:

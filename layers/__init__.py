@@ -7,7 +7,6 @@ Specs (`AttentionSpec`, `MoeSpec`, `ModelSpec`, ...) are frozen dataclasses that
 
 from .attention import Attention, Rows, causal_mask
 from .block import Block
-from .bridge import to_nnx
 from .cache import KVCache, empty_cache, update_cache
 from .count import count_params, train_flops_per_token
 from .dispatch import assign_slots, expert_capacity, permute, unpermute
@@ -21,7 +20,7 @@ from .masks import BlockLocal, Causal, Local, Mask
 from .mlp import Mlp, activate, mlp
 from .moe import ExpertWeights, MoeStats, SwitchMoE, moe
 from .norms import Norm, layer_norm, rms_norm
-from .params import init_params
+from .params import init_params, to_nnx
 from .positions import alibi_slopes, apply_rotary, rotary_table
 from .router import Routing, switch_route, top_k_route
 from .spec import (

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import linen as nn
 
 from mesh.constrain import constrain
@@ -97,9 +98,8 @@ def moe(
   C = expert_capacity(S, E, X, capacity_factor, min_capacity)
   with jax.named_scope("dispatch"):
     slots = assign_slots(routing.expert_GSX, valid_GS, num_experts=E, capacity=C)
-    rows_GECD = permute(x_GSD, slots).reshape(G, E, C, D)
     # Sharded over groups before, over experts after: under jit this is the all-to-all.
-    rows_EGCD = jnp.swapaxes(rows_GECD, 0, 1)
+    rows_EGCD = rearrange(permute(x_GSD, slots), "g (e c) d -> e g c d", e=E)
     rows_EGCD = constrain(rows_EGCD, "act_expert", "act_batch", None, None)
   with jax.named_scope("experts"):
     out_ERD = expert_mlp(
@@ -116,7 +116,7 @@ def moe(
     )
   with jax.named_scope("combine"):
     out_EGCD = constrain(out_ERD.reshape(E, G, C, D), "act_expert", "act_batch", None, None)
-    out_GRD = jnp.swapaxes(out_EGCD, 0, 1).reshape(G, E * C, D)
+    out_GRD = rearrange(out_EGCD, "e g c d -> g (e c) d")
     out_GRD = constrain(out_GRD, "act_batch", None, None)
     y_GSD = unpermute(out_GRD, routing.weight_GSX, slots)
   return y_GSD.reshape(B, T, D), routing, slots.dropped

@@ -5,6 +5,7 @@ the logical axes and whether an optimizer may touch the leaf; `unbox` strips tha
 `trainable` read it.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -92,3 +93,32 @@ def trainable(tree: Any) -> Any:
 def init_params(shell: nn.Module, key: jax.Array, *inputs: Any, **kwargs: Any) -> Any:
   """Unboxed parameters of `shell` for these inputs; works with and without a mesh."""
   return unbox(shell.init(key, *inputs, **kwargs)["params"])
+
+
+def to_nnx(shell: nn.Module, rngs: Any, *inputs: Any, **kwargs: Any) -> Any:
+  """An NNX module of a Linen shell, its weights drawn for `inputs`; with and without a mesh.
+
+  `flax.nnx.bridge.ToNNX` by itself keeps the logical axes as if they were mesh axes, and raises
+  where there is no mesh to match; here the parameters are plain.
+
+  Args:
+    shell: any shell of this package.
+    rngs: `flax.nnx.Rngs`.
+    inputs, kwargs: as for a call of the shell.
+
+  Returns:
+    A module called like the shell, whose parameters are `nnx.Param`s.
+  """
+  # NNX is a second module system, which most programs never load.
+  from flax import nnx
+
+  class Plain(type(shell)):
+    def init_with_output(self, *args: Any, **kwargs: Any) -> Any:
+      out, variables = super().init_with_output(*args, **kwargs)
+      return out, unbox(variables)
+
+  fields = (
+    f.name for f in dataclasses.fields(shell) if f.init and f.name not in ("parent", "name")
+  )
+  module = nnx.bridge.ToNNX(Plain(**{name: getattr(shell, name) for name in fields}), rngs)
+  return nnx.bridge.lazy_init(module, *inputs, **kwargs)

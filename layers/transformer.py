@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mesh.constrain import constrain
+from mesh.constrain import constrain, shard_counts
 
 from .attention import Rows, bucket_table
 from .block import Block
@@ -270,6 +270,7 @@ class TransformerLM(nn.Module):
       softcap=head.softcap,
       z_loss=z_loss,
       tied=head.tied,
+      shards=shard_counts("act_batch", "act_seq", shape=targets_BT.shape),
     )
 
 

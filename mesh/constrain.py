@@ -70,3 +70,14 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
   if explicit:
     return jax.sharding.reshard(x, spec)
   return jax.lax.with_sharding_constraint(x, spec)
+
+
+def shard_counts(*logical: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """How many ways `constrain` splits each dim of an array of this shape; 1 where it does not."""
+  rules, mesh = _active_rules.value, jax.sharding.get_abstract_mesh()
+  if rules is None or mesh.empty:
+    return (1,) * len(logical)
+  kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+  sizes = {a: n for a, n in mesh.shape.items() if kinds[a] is not AxisType.Manual}
+  ways = [math.prod(sizes[a] for a in axes) for axes in assign(logical, rules, sizes)]
+  return tuple(1 if size % n else n for size, n in zip(shape, ways, strict=True))

@@ -40,7 +40,7 @@ LONG_FUNCTIONS = {
 LATE_IMPORTS = {
   ("experiments/training/report.py", "matplotlib"): "a second to import, only to draw a report",
   ("experiments/training/report.py", "matplotlib.figure"): "the same",
-  ("layers/bridge.py", "flax.nnx"): "a second module system, which most programs never load",
+  ("layers/params.py", "flax.nnx"): "a second module system, which most programs never load",
 }
 
 # Inside `layers`, imports go to a lower rank, or among the leaf functions of rank 1.

@@ -60,7 +60,7 @@ def config() -> Config:
       beta2=0.95,
       weight_decay=0.1,
       clip_norm=1.0,
-    ),  # fmt: skip
+    ),
     # 17,800 steps of 1024 x 4096 = 4.19e6 tokens: 7.47e10 tokens.
     train=TrainConfig(
       steps=17_800, compute_dtype="bfloat16", remat="minimal", z_loss=1e-4, log_every=10

@@ -10,7 +10,7 @@ Result: not yet run.
 import dataclasses
 
 from experiments.config import Config
-from layers.spec import LayerSpec, MoeSpec, ModelSpec, Segment
+from layers.spec import LayerSpec, ModelSpec, MoeSpec, Segment
 
 from . import dense_1b
 

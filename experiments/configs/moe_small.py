@@ -1,6 +1,7 @@
-"""The step up from moe_tiny: 43 million parameters on the source of Python's own standard library.
+"""The step up from moe_tiny: 47 million parameters on the source of Python's standard library.
 
-Its top level: about 4.7 MB of text that every CPython carries; give other text with --config.data.path=GLOB.
+Its top level, about 4.7 MB of text that every CPython carries; give other text with
+--config.data.path=GLOB.
 
 Command: python -m experiments.run --config=moe_small
 Hardware: one 24 GB GPU for an evening, or a laptop overnight (about 5e15 model FLOPs).
@@ -57,7 +58,7 @@ def config() -> Config:
       warmup_steps=100,
       stable_fraction=0.6,
       final_fraction=0.0,
-    ),  # fmt: skip
+    ),
     train=TrainConfig(steps=2000, log_every=10, remat="minimal"),
     checkpoint=CheckpointConfig(every=200),
     eval=EvalConfig(every=200, batches=16, sample_prompt="def ", baselines=True),

@@ -49,7 +49,7 @@ def config() -> Config:
       warmup_steps=20,
       stable_fraction=0.5,
       final_fraction=0.0,
-    ),  # fmt: skip
+    ),
     train=TrainConfig(steps=150, log_every=5),
     checkpoint=CheckpointConfig(every=50),
     eval=EvalConfig(sample_prompt="The ", baselines=True, twin="dense_tiny"),

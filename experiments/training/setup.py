@@ -15,8 +15,7 @@ from mesh.rules import PRESETS, Rules, assign, validate
 from mesh.topology import count_slices, make_mesh, resolve_sizes
 
 from ..config import Config, ConfigError
-from .optimizer import make_optimizer
-from .schedules import make_schedule
+from .optimizer import make_optimizer, make_schedule
 from .state import Layout, TrainState, abstract_state, param_layout
 
 
@@ -33,9 +32,7 @@ class Setup(NamedTuple):
   abstract: TrainState
 
 
-def build(
-  config: Config, devices: list[jax.Device] | None = None, *, batch: bool = True
-) -> Setup:
+def build(config: Config, devices: list[jax.Device] | None = None, *, batch: bool = True) -> Setup:
   """Resolve a config for these devices (default: all there are).
 
   Args:

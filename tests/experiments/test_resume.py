@@ -168,9 +168,7 @@ def test_an_intervention_needs_a_reason_and_is_recorded(copy):
 def test_allowed_change_of_data_reads_the_new_data_from_its_start(copy, tmp_path):
   refused = go_on(copy, "--config.data.seed=1", "--config.train.steps=22")
   assert refused.code == 2
-  allowed = go_on(
-    copy, "--config.data.seed=1", "--config.train.steps=22", "--allow_config_change"
-  )
+  allowed = go_on(copy, "--config.data.seed=1", "--config.train.steps=22", "--allow_config_change")
   assert allowed.code == 0, allowed.err
   assert "reading it from its start" in allowed.out
   step, _, position = state_hash(copy)
@@ -255,5 +253,3 @@ def test_stored_config_is_what_was_resolved(trained):
   config = json.loads((trained / "config.json").read_text())
   assert config == json.loads(json.dumps(to_json(read_config(trained))))
   assert config["mesh"]["data"] == 1 and config["train"]["steps"] == 20
-
-

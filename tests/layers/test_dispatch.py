@@ -24,7 +24,7 @@ def test_capacity_is_the_ceiling_with_k_included(tokens, experts, k, factor, wan
 
 
 def test_worked_example_first_choices_before_second():
-  """Top-2 lists of the routing example at C=1: token 0 takes both of its experts, token 3 the third."""
+  """The routing example's top-2 lists at C=1: token 0 takes both its experts, token 3 the third."""
   experts = jnp.array([[[0, 1], [0, 2], [0, 1], [2, 1]]])
   slots = _assign(experts, jnp.ones((1, 4), bool), num_experts=4, capacity=1)
   kept = np.argwhere(np.asarray(slots.slot_GSX[0]) < 4)

@@ -61,7 +61,7 @@ def test_padding_is_left_out_of_losses_and_statistics():
 
 def test_balance_gradient_flows_through_probabilities_only():
   """d/dlogits of E sum f_e P_e with f constant: f-weighted softmax Jacobian."""
-  grad = jax.grad(lambda l: switch_route(l[None], jnp.eye(4)).balance)(
+  grad = jax.grad(lambda x: switch_route(x[None], jnp.eye(4)).balance)(
     jnp.asarray(LOGITS, jnp.float32)
   )
   probs, order, _ = oracle.route(LOGITS, 1)

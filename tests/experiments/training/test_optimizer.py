@@ -12,8 +12,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from experiments.config import ConfigError, OptimizerConfig
 from experiments.training import stacked
-from experiments.training.optimizer import global_norm, leaf_rules, make_optimizer, state_axes
-from experiments.training.schedules import make_schedule
+from experiments.training.optimizer import (
+  global_norm,
+  leaf_rules,
+  make_optimizer,
+  make_schedule,
+  state_axes,
+)
 from tests.oracles import optimizers as oracle
 
 # leaf: shape, logical axes, shape of one slice's matrix or vector, batch dims, muon's rule, decay

@@ -50,7 +50,7 @@ def config() -> Config:
       stable_fraction=0.5,
       final_fraction=0.0,
     ),
-    train=TrainConfig(steps=150, log_every=5),
-    checkpoint=CheckpointConfig(every=50),
+    train=TrainConfig(steps=120, log_every=5),
+    checkpoint=CheckpointConfig(every=40),
     eval=EvalConfig(sample_prompt="The ", baselines=True, twin="dense_tiny"),
   )

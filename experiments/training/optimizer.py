@@ -242,7 +242,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
   """
   peak, warmup = config.learning_rate, config.warmup_steps
   end = total_steps if config.decay_steps is None else config.decay_steps
-  _check(config, end)
+  _check_schedule(config, end)
   final = peak * config.final_fraction
   match config.schedule:
     case "cosine":
@@ -265,7 +265,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
   return optax.join_schedules([rise, decay], [warmup])
 
 
-def _check(config: OptimizerConfig, end: int) -> None:
+def _check_schedule(config: OptimizerConfig, end: int) -> None:
   if config.learning_rate <= 0:
     raise ConfigError(f"optimizer.learning_rate={config.learning_rate}: must be positive")
   if config.warmup_steps < 0:

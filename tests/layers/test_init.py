@@ -4,13 +4,11 @@ import functools
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from layers.count import abstract_params, count_params
-from layers.params import axes, declare, init_params, is_weight, trainable, unbox
+from layers.params import axes, init_params, is_weight, trainable, unbox
 from layers.spec import (
   AttentionSpec,
   EmbeddingSpec,
@@ -47,29 +45,31 @@ SPEC = ModelSpec(
       repeats=4,
     ),
   ),
+  init=InitSpec(scale=0.5, embed_stddev=0.05),
 )
 GAIN = 16**-0.5  # 8 layers write to the residual twice
 TOKENS = np.zeros((1, 1), np.int32)
 
 
 @functools.cache
-def drawn(init):
-  model = TransformerLM(replace(SPEC, init=init), unroll=1)
+def drawn():
+  """{path: array} of SPEC."""
+  model = TransformerLM(SPEC, unroll=1)
   params = jax.jit(lambda key: init_params(model, key, TOKENS))(jax.random.key(0))
   return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
           for path, leaf in jax.tree_util.tree_leaves_with_path(params)}  # fmt: skip
 
 
+NORMAL = {"embedding/table": 0.05, "embedding/position_table": 0.05, "layer_1/moe/router": 0.02}
 FAN_IN = {
-  "embedding/table": (0.02, 1.0), "embedding/position_table": (0.02, 1.0), "head": (D, 1.0),
+  "head": (D, 1.0),
   "layer_0/attention/query": (D, 1.0), "layer_0/attention/key": (D, 1.0),
   "layer_0/attention/value": (D, 1.0), "layer_0/attention/out": (4 * 16, GAIN),
   "layer_0/mlp/up": (D, 1.0), "layer_0/mlp/gate": (D, 1.0), "layer_0/mlp/down": (F, GAIN),
   "layer_1/attention/query": (D, 1.0), "layer_1/attention/latent_down": (D, 1.0),
   "layer_1/attention/rotary_key": (D, 1.0), "layer_1/attention/key": (Z, 1.0),
   "layer_1/attention/value": (Z, 1.0), "layer_1/attention/out": (4 * 16, GAIN),
-  "layer_1/moe/router": (0.02, 1.0), "layer_1/moe/up": (D, 1.0), "layer_1/moe/gate": (D, 1.0),
-  "layer_1/moe/down": (F, GAIN),
+  "layer_1/moe/up": (D, 1.0), "layer_1/moe/gate": (D, 1.0), "layer_1/moe/down": (F, GAIN),
 }  # fmt: skip
 CONSTANT = {
   "final_norm/scale": 1.0,
@@ -82,8 +82,8 @@ CONSTANT = {
 
 
 def test_spread_of_every_leaf():
-  """Variance scale / fan_in, tables and router 0.02, what writes to the residual times gain."""
-  leaves = drawn(InitSpec(scale=0.5, embed_stddev=0.05))
+  """Variance scale / fan_in, less where a layer writes to the residual; tables, router normal."""
+  leaves = drawn()
   seen = set()
   for path, leaf in leaves.items():
     name = path.removeprefix("segment_0/")
@@ -91,30 +91,35 @@ def test_spread_of_every_leaf():
     if name in CONSTANT:
       assert np.all(leaf == CONSTANT[name]), name
       continue
-    fan_in, gain = FAN_IN[name]
-    if name.startswith("embedding"):
-      want, cut = 0.05, np.inf
-    elif fan_in < 1:
-      want, cut = fan_in, np.inf
+    if name in NORMAL:
+      want, cut = NORMAL[name], np.inf
     else:
+      fan_in, gain = FAN_IN[name]
       want, cut = gain * (0.5 / fan_in) ** 0.5, 2.0 / 0.8796
     # The standard deviation of n normal draws is itself off by a share of (2 n) ** -0.5.
     assert np.std(leaf) == pytest.approx(want, rel=4 * (2 * leaf.size) ** -0.5), name
     assert abs(np.mean(leaf)) < 4 * want * leaf.size**-0.5, name
     assert np.abs(leaf).max() <= want * cut * 1.001, name
-  assert seen == FAN_IN.keys() | CONSTANT.keys()
+  assert seen == NORMAL.keys() | FAN_IN.keys() | CONSTANT.keys()
 
 
-def test_normal_initialisation_and_no_depth_scaling():
-  leaves = drawn(InitSpec(kind="normal", stddev=0.006, depth_scaled=False))
-  for name in ("layer_0/attention/query", "layer_0/mlp/down", "layer_1/moe/down"):
-    leaf = leaves[f"segment_0/{name}"]
-    assert np.std(leaf) == pytest.approx(0.006, rel=4 * (2 * leaf.size) ** -0.5)
-    assert np.abs(leaf).max() > 0.006 * 2.5  # not truncated
+@pytest.mark.parametrize("depth_scaled", [True, False])
+def test_normal_initialisation(depth_scaled):
+  init = InitSpec(kind="normal", stddev=0.006, depth_scaled=depth_scaled)
+  layer = LayerSpec(AttentionSpec(1, 2), MlpSpec(F, "relu", gated=False))
+  spec = replace(SPEC, segments=(Segment((layer,), 3),), init=init)
+  model = TransformerLM(spec, unroll=1)
+  mlp = jax.jit(lambda key: init_params(model, key, TOKENS)["segment_0"]["layer_0"]["mlp"])(
+    jax.random.key(0)
+  )
+  for name, gain in (("up", 1.0), ("down", 6**-0.5 if depth_scaled else 1.0)):
+    leaf, stddev = mlp[name], 0.006 * gain
+    assert np.std(leaf) == pytest.approx(stddev, rel=4 * (2 * leaf.size) ** -0.5)
+    assert np.abs(leaf).max() > 2.5 * stddev  # not truncated
 
 
 def test_every_layer_and_matrix_is_a_draw_of_its_own():
-  leaves = drawn(InitSpec(scale=0.5, embed_stddev=0.05))
+  leaves = drawn()
   rows = {}
   for path, leaf in leaves.items():
     if path.removeprefix("segment_0/") in CONSTANT:
@@ -130,7 +135,7 @@ def test_every_layer_and_matrix_is_a_draw_of_its_own():
 
 
 def test_counts_are_those_of_the_arrays():
-  sizes = {path: leaf.size for path, leaf in drawn(InitSpec(scale=0.5, embed_stddev=0.05)).items()}
+  sizes = {path: leaf.size for path, leaf in drawn().items()}
   counts = count_params(SPEC)
   assert counts.total == sum(sizes.values())
   experts = sum(n for path, n in sizes.items() if path.split("/")[-2:-1] == ["moe"])
@@ -152,8 +157,11 @@ def test_logical_axes_are_known_and_stacks_begin_with_layers():
 
 @pytest.mark.xdist_group("devices")
 def test_the_same_weights_on_eight_devices():
-  model = TransformerLM(SPEC, unroll=1)
-  boxed = abstract_params(SPEC)
+  plain = MlpSpec(F, "relu", gated=False)
+  layer = LayerSpec(AttentionSpec(4, 8, 2), MoeSpec(4, plain))
+  spec = replace(SPEC, segments=(Segment((layer,), 2),), embedding=EmbeddingSpec())
+  model = TransformerLM(spec, unroll=1)
+  boxed = abstract_params(spec)
   mesh = make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})
   placed = shardings(axes(boxed), unbox(boxed), PRESETS["all"], mesh)
   draw = lambda key: init_params(model, key, TOKENS)
@@ -161,28 +169,5 @@ def test_the_same_weights_on_eight_devices():
   with use_mesh(mesh, "all"):
     eight = jax.jit(draw, out_shardings=placed)(jax.random.key(1))
   jax.tree.map(np.testing.assert_array_equal, one, eight)
-  router = eight["segment_0"]["layer_1"]["moe"]["up"]
-  assert router.addressable_shards[0].data.size == router.size // 8
-
-
-def test_axes_must_name_every_dim():
-  class Wrong(nn.Module):
-    @nn.compact
-    def __call__(self):
-      return declare(self, "w", (2, 3), ("embed",), nn.initializers.zeros)
-
-  with pytest.raises(ValueError, match=r"w: shape \(2, 3\) has 2 dims, axes \('embed',\) name 1"):
-    Wrong().init(jax.random.key(0))
-
-
-def test_a_leaf_may_be_left_to_others_than_the_optimizer():
-  class Shell(nn.Module):
-    @nn.compact
-    def __call__(self):
-      zeros = nn.initializers.zeros
-      declare(self, "bias", (3,), (None,), zeros, trainable=False)
-      return declare(self, "w", (3,), (None,), zeros)
-
-  boxed = Shell().init(jax.random.key(0))["params"]
-  assert trainable(boxed) == {"bias": False, "w": True}
-  assert jax.tree.map(jnp.shape, unbox(boxed)) == {"bias": (3,), "w": (3,)}
+  up = eight["segment_0"]["layer_0"]["moe"]["up"]
+  assert up.addressable_shards[0].data.size == up.size // 8

@@ -1,5 +1,6 @@
 """The last words of a run: how good it is, beside what, a sample, and what to do next."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -31,8 +32,9 @@ def print_closing(outcome: Outcome, folder: Path, baselines: dict[str, float]) -
   steps, run = config.train.steps, "python -m experiments.run"
   console.print()
   if outcome.start < steps:
-    done, took = steps - outcome.start, duration(outcome.seconds)
-    console.print(f"{done:,} steps in {took}")
+    seconds = outcome.seconds
+    took = duration(seconds) if seconds >= 10 else f"{seconds:.1f} s"
+    console.print(f"{steps - outcome.start:,} steps in {took}")
   console.print(f"Loss curve, speed and expert load: {folder / 'report.png'}", markup=False)
   console.print("\nNext")
   here = f"--workdir={shlex.quote(str(folder))}"
@@ -64,5 +66,10 @@ def print_sample(outcome: Outcome, tokenizer: Tokenizer) -> None:
   if tokenizer.eod in tokens:
     tokens = tokens[: tokens.index(tokenizer.eod)]
   print(f"\nSample (temperature {settings.temperature})\n")
-  text = settings.sample_prompt + tokenizer.decode(tokens)
+  text = harmless(settings.sample_prompt + tokenizer.decode(tokens))
   print("\n".join("  | " + line for line in text.splitlines()))
+
+
+def harmless(text: str) -> str:
+  """`text` without what a terminal would obey: a young model draws any byte."""
+  return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "·", text)

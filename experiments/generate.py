@@ -9,6 +9,7 @@ from layers.spec import ModelSpec
 from mesh.constrain import use_mesh
 
 from . import cli
+from .closing import harmless
 from .config import ConfigError
 from .data.tokenizer import Tokenizer, load_tokenizer
 from .inference.sampling import Draw, generate
@@ -31,6 +32,7 @@ def main() -> int:
   params = restore(setup, folder).params
   room = setup.config.model.max_length - len(prompt)
   draw = Draw(tokenizer.vocab_size, _TEMPERATURE.value, _TOP_K.value)
+  show = harmless if sys.stdout.isatty() else str
   print(_PROMPT.value, end="", flush=True)
   tokens: list[int] = []
   shown = 0
@@ -49,11 +51,11 @@ def main() -> int:
         tokens = tokens[: tokens.index(tokenizer.eod)]
       text = tokenizer.decode(tokens)
       whole = text if ended else text.rstrip("\ufffd")  # the next chunk may finish a character
-      print(whole[shown:], end="", flush=True)
+      print(show(whole[shown:]), end="", flush=True)
       shown = max(shown, len(whole))
       if ended:
         break
-  print(text[shown:])
+  print(show(text[shown:]))
   if not ended and room < _TOKENS.value:
     length = setup.config.model.max_length
     print(f"(stopped where the context of {length} tokens is full)", file=sys.stderr)

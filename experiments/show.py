@@ -40,4 +40,5 @@ def print_config(named: Config, config: Config) -> None:
     mark = f"    # changed, was {changed[path]}" if path in changed else ""
     print(f"{path} = {value}{mark}")
   counts = count_params(config.model)
-  print(f"\n{counts.total:,} parameters, {counts.active:,} active, {len(changed)} fields changed")
+  fields = "1 field" if len(changed) == 1 else f"{len(changed)} fields"
+  print(f"\n{counts.total:,} parameters, {counts.active:,} active, {fields} changed")

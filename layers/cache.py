@@ -37,9 +37,11 @@ def update_cache(
   next token overwrites them.
   """
   write = jax.vmap(lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, 0))
-  new = KVCache(
-    write(cache.key_BSKH, key_BTKH.astype(cache.key_BSKH.dtype), start_B),
-    write(cache.value_BSKH, value_BTKH.astype(cache.value_BSKH.dtype), start_B),
-  )
-  place = lambda x: constrain(x, "cache_batch", "cache_seq", "cache_heads", None)
-  return KVCache(place(new.key_BSKH), place(new.value_BSKH))
+  place = lambda x, seq: constrain(x, "cache_batch", seq, "cache_heads", None)
+  start_B = constrain(start_B, "cache_batch")
+
+  def put(old, new):
+    new = place(new.astype(old.dtype), None)
+    return place(write(place(old, "cache_seq"), new, start_B), "cache_seq")
+
+  return KVCache(put(cache.key_BSKH, key_BTKH), put(cache.value_BSKH, value_BTKH))

@@ -47,7 +47,7 @@ def assign_slots(
   expert_GXS = jnp.swapaxes(expert_GSX, 1, 2)
   valid_GXS = jnp.broadcast_to(valid_GS[:, None], (G, X, S))
   choice_GKE = jax.nn.one_hot(expert_GXS.reshape(G, X * S), num_experts, dtype=jnp.int32)
-  choice_GKE = choice_GKE * valid_GXS.reshape(G, X * S, 1)
+  choice_GKE = choice_GKE * valid_GXS.reshape(G, X * S)[..., None]
   before_GKE = jnp.cumsum(choice_GKE, axis=1) - choice_GKE
   place_GXS = jnp.sum(before_GKE * choice_GKE, axis=-1).reshape(G, X, S)
   kept_GXS = valid_GXS & (place_GXS < capacity)

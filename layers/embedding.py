@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from mesh.constrain import constrain
 
-from .linear import dense
+from .linear import dense, explicit_spec
 from .noise import dropout_BTD
 from .norms import Norm
 from .params import declare, kernel_init
@@ -31,7 +32,13 @@ def embed_tokens(ids_BT: jax.Array, table_VD: jax.Array, *, dtype: Any) -> jax.A
     [B, T, D].
   """
   # Rows are cast, not the table: the gradient then sums the uses of a frequent token in float32.
-  rows = table_VD.at[ids_BT].get(mode="fill", fill_value=float("nan"), wrap_negative_indices=False)
+  spec = explicit_spec(ids_BT)
+  rows = table_VD.at[ids_BT].get(
+    mode="fill",
+    fill_value=float("nan"),
+    wrap_negative_indices=False,
+    out_sharding=None if spec is None else PartitionSpec(*spec, None),
+  )
   return rows.astype(dtype)
 
 

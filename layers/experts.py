@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mesh.constrain import constrain
 
+from .linear import product_sharding
 from .mlp import gated_activation
 from .spec import Activation
 
@@ -41,6 +42,10 @@ def expert_mlp(
 
 def _grouped(x_ERD, w_EDF, b_EF):
   y_ERF = jnp.einsum(
-    "erd,edf->erf", x_ERD, w_EDF.astype(x_ERD.dtype), preferred_element_type=jnp.float32
+    "erd,edf->erf",
+    x_ERD,
+    w_EDF.astype(x_ERD.dtype),
+    preferred_element_type=jnp.float32,
+    out_sharding=product_sharding(x_ERD, w_EDF, 1, 1),
   ).astype(x_ERD.dtype)
   return y_ERF if b_EF is None else y_ERF + b_EF[:, None].astype(x_ERD.dtype)

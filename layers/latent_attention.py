@@ -53,13 +53,15 @@ def latent_attention(
   (N, H), P, dtype = q_BTNH.shape[2:], q_BTNP.shape[-1], q_BTNH.dtype
   absorb = kv_positions_BS is not None
   if absorb:
-    q_BTNZ = jnp.einsum(
-      "btnh,znh->btnz", q_BTNH, w_key_ZNH.astype(dtype), preferred_element_type=jnp.float32
+    w_key_ZNH, w_value_ZNW = (
+      constrain(w.astype(dtype), None, "act_heads", None) for w in (w_key_ZNH, w_value_ZNW)
     )
+    q_BTNZ = jnp.einsum("btnh,znh->btnz", q_BTNH, w_key_ZNH, preferred_element_type=jnp.float32)
     q = jnp.concatenate([q_BTNZ.astype(dtype), q_BTNP], axis=-1)
     k, v = jnp.concatenate([latent_BSZ, key_BSP], axis=-1)[:, :, None], latent_BSZ[:, :, None]
   else:
     key_BSNP = jnp.broadcast_to(key_BSP[:, :, None], (*key_BSP.shape[:2], N, P))
+    key_BSNP = constrain(key_BSNP, "act_batch", "act_seq", "act_heads", None)
     k_BSNH = checkpoint_name(dense(latent_BSZ, w_key_ZNH), "key")
     q = jnp.concatenate([q_BTNH, q_BTNP], axis=-1)
     k = jnp.concatenate([k_BSNH, key_BSNP], axis=-1)
@@ -77,9 +79,7 @@ def latent_attention(
   )
   if not absorb:
     return o
-  o_BTNW = jnp.einsum(
-    "btnz,znw->btnw", o, w_value_ZNW.astype(dtype), preferred_element_type=jnp.float32
-  )
+  o_BTNW = jnp.einsum("btnz,znw->btnw", o, w_value_ZNW, preferred_element_type=jnp.float32)
   return o_BTNW.astype(dtype)
 
 

@@ -67,14 +67,20 @@ def _keep_dims() -> bool:
 def _product(x: jax.Array, w: jax.Array, num_in: int) -> jax.Array:
   lead = x.ndim - num_in
   dims = (tuple(range(lead, x.ndim)), tuple(range(num_in)))
-  x_spec, w_spec = _spec(x), _spec(w)
-  out = None
-  if x_spec is not None and w_spec is not None:
-    # Rows stay where they are, columns follow w; an axis can hold only one of them (FSDP: rows).
-    rows = x_spec[:lead]
-    taken = {axis for entry in rows for axis in _axes(entry)}
-    out = rows + tuple(None if taken & set(_axes(e)) else e for e in w_spec[num_in:])
-  return _dot(x, w, dims, out).astype(x.dtype)
+  return _dot(x, w, dims, product_sharding(x, w, num_in, w.ndim - num_in)).astype(x.dtype)
+
+
+def product_sharding(x: jax.Array, w: jax.Array, num_in: int, num_out: int) -> PartitionSpec | None:
+  """How [rows..., K...] times [..., K..., F...] lies in Explicit mode; None elsewhere.
+
+  Rows stay where they are, columns follow w; an axis can hold only one of them (FSDP: rows).
+  """
+  x_spec, w_spec = explicit_spec(x), explicit_spec(w)
+  if x_spec is None or w_spec is None:
+    return None
+  rows, columns = x_spec[: x.ndim - num_in], w_spec[w.ndim - num_out :]
+  taken = {axis for entry in rows for axis in _axes(entry)}
+  return PartitionSpec(*rows, *(None if taken & set(_axes(e)) else e for e in columns))
 
 
 # Autodiff of a bf16 product with float32 sums multiplies a float32 cotangent by bf16 values (no
@@ -93,8 +99,8 @@ def _product_mixed_bwd(num_in, saved, dy):
   lead, num_out = x.ndim - num_in, w.ndim - num_in
   columns = (tuple(range(lead, dy.ndim)), tuple(range(num_in, num_in + num_out)))
   rows = (tuple(range(lead)), tuple(range(lead)))
-  dx = _dot(dy, w.astype(dy.dtype), columns, _spec(x)).astype(x.dtype)
-  return dx, _dot(x, dy, rows, _spec(w)).astype(w.dtype)
+  dx = _dot(dy, w.astype(dy.dtype), columns, explicit_spec(x)).astype(x.dtype)
+  return dx, _dot(x, dy, rows, explicit_spec(w)).astype(w.dtype)
 
 
 _product_mixed.defvjp(_product_mixed_fwd, _product_mixed_bwd)
@@ -110,7 +116,7 @@ def _dot(a, b, contracting, out_spec) -> jax.Array:
   )
 
 
-def _spec(x: jax.Array) -> tuple | None:
+def explicit_spec(x: jax.Array) -> tuple | None:
   """One entry a dim of an array in Explicit mode; None elsewhere, where XLA decides."""
   sharding = jax.typeof(x).sharding
   if AxisType.Explicit not in sharding.mesh.axis_types:

@@ -201,5 +201,5 @@ class SwitchMoE(nn.Module):
       gate_EDF=declare(self, "gate", (E, D, F), into, init_in) if gated else None,
       up_bias_EF=vector("up_bias", F, "expert_mlp"),
       gate_bias_EF=vector("gate_bias", F, "expert_mlp") if gated else None,
-      down_bias_ED=vector("down_bias", D, "expert_embed"),
+      down_bias_ED=vector("down_bias", D, "norm"),  # added to rows that are spread over fsdp
     )

@@ -22,8 +22,8 @@ def fold(key_B: jax.Array, *data: jax.Array | int) -> jax.Array:
     Typed keys [B].
   """
   for value in data:
-    value_B = jnp.broadcast_to(jnp.asarray(value), key_B.shape)
-    key_B = jax.vmap(jax.random.fold_in)(key_B, value_B)
+    each = 0 if jnp.ndim(value) else None
+    key_B = jax.vmap(jax.random.fold_in, in_axes=(0, each))(key_B, value)
   return key_B
 
 

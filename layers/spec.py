@@ -318,6 +318,17 @@ class ModelSpec:
       f"max_length={self.max_length} exceeds the position table"
       + (f" of {table.length} rows" if table else ""),
     )
+    attentions = [layer.attention for layer in self.layers]
+    tables = {
+      (a.num_heads, a.position)
+      for a in attentions
+      if isinstance(a.position, BucketedSpec) and a.position.shared
+    }
+    _require(
+      len(tables) <= 1,
+      "layers that share a distance-bucket table need equal num_heads and position: "
+      f"got {sorted(map(str, tables))}",
+    )
 
   @property
   def layers(self) -> tuple[LayerSpec, ...]:

@@ -123,6 +123,7 @@ def apply_segment(
   if policy is not None:
     # Inside a loop the compiler cannot merge the recomputation away; unrolled, it could.
     group = jax.checkpoint(group, policy=policy, prevent_cse=unroll == repeats)
+  x_BTD = constrain(x_BTD, "act_batch", "act_norm_seq", "act_embed")  # placed as blocks leave it
   xs = (jnp.arange(repeats), params, caches)
   x_BTD, (stats, caches) = jax.lax.scan(group, x_BTD, xs, length=repeats, unroll=unroll)
   return x_BTD, stats, caches
@@ -202,7 +203,8 @@ class TransformerLM(nn.Module):
     if spec.final_norm is not None:
       x_BTD = Norm(spec.final_norm, spec.embed_dim, name="final_norm")(x_BTD)
     if at_B is not None:
-      x_BTD = jnp.take_along_axis(x_BTD, jnp.expand_dims(at_B, (1, 2)), axis=1)
+      x_BTD = constrain(x_BTD, "act_batch", None, "act_embed")
+      x_BTD = jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, 1))(x_BTD, at_B)
     with jax.named_scope("head"):
       logits_BTV, loss = self._head(x_BTD, embedding, targets_BT, weights_BT, z_loss)
     return LMOutput(logits_BTV, loss, tuple(stats), None if caches is None else tuple(new_caches))
@@ -259,7 +261,8 @@ class TransformerLM(nn.Module):
       if head.softcap is not None:
         logits_BTV = head.softcap * jnp.tanh(logits_BTV / head.softcap)
       return constrain(logits_BTV, "act_batch", "act_seq", "act_vocab"), None
-    weights_BT = jnp.ones(targets_BT.shape) if weights_BT is None else weights_BT
+    if weights_BT is None:
+      weights_BT = jnp.ones_like(targets_BT, jnp.float32)
     return None, cross_entropy(
       x_BTD,
       w.astype(self.dtype),

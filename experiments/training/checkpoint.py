@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,21 @@ class Checkpoints:
     )
 
   def __enter__(self) -> "Checkpoints":
+    self._unraisable = sys.unraisablehook
+    sys.unraisablehook = self._late_callback
     return self
 
   def __exit__(self, *_: Any) -> None:
-    with _system_errors(self._folder):
-      self._manager.close()
+    try:
+      with _system_errors(self._folder):
+        self._manager.close()
+    finally:
+      sys.unraisablehook = self._unraisable
+
+  def _late_callback(self, unraisable: Any) -> None:
+    """After a failed write, which is raised, TensorStore still calls into Orbax's ended loop."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+      self._unraisable(unraisable)
 
   def newest(self) -> int | None:
     """The newest finished step, or None."""

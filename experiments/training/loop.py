@@ -68,27 +68,26 @@ class CompileOnce:
 
   def __init__(self, step: Any, note: Callable[[str], None]):
     self._step, self._note = step, note
-    self._compiled, self._seen = 0, {}
+    self._seen: list[dict[str, tuple]] = []  # inputs of each compilation
 
   def __call__(self, *args: Any) -> Any:
     result = self._step(*args)
-    compiled = self._step._cache_size()
-    if compiled != self._compiled:  # donated arrays still tell shape and sharding
-      now = {
+    if self._step._cache_size() != len(self._seen):
+      now = {  # donated arrays still tell shape and sharding
         jax.tree_util.keystr(path): (str(x.aval), x.sharding)
         for path, x in jax.tree.leaves_with_path(args)
       }
-      if self._compiled:
+      if self._seen:
         self._note(self._cause(now))
-      self._compiled, self._seen = compiled, now
+      self._seen.append(now)
     return result
 
   def _cause(self, now: dict[str, tuple]) -> str:
-    seen = self._seen
-    changed = sorted(k for k in now.keys() | seen.keys() if now.get(k) != seen.get(k))
-    if not changed:
+    if now in self._seen:
       return "recompiled the step: no input changed, so a context did (mesh, rules, JAX settings)"
-    before, after = (" ".join(map(str, x.get(changed[0], ("absent",)))) for x in (seen, now))
+    last = self._seen[-1]
+    changed = sorted(k for k in now.keys() | last.keys() if now.get(k) != last.get(k))
+    before, after = (" ".join(map(str, x.get(changed[0], ("absent",)))) for x in (last, now))
     return (
       f"recompiled the step: {len(changed)} inputs changed, e.g. {changed[0]} from {before} "
       f"to {after}"

@@ -92,7 +92,7 @@ class ProgressDisplay:
     if done > 0 and step < self._total:
       left = f"{duration((now - self._began) / done * (self._total - step))} left"
     elif step == self._total:
-      left = f"done in {duration(now - self._began)}"
+      left = "done"
     speed, experts = describe_speed(row), describe_experts(row)
     if self._live is not None:
       self._live.lines = [speed, experts]

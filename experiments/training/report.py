@@ -1,11 +1,15 @@
 """The report of a run: one PNG with loss, learning rate, throughput and expert load."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .metrics import read_metrics
+
+_TRAIN, _HELDOUT, _QUIET = "#3b6ea5", "#c0392b", "#7f7f7f"
+_NUMBERED_CELLS = 16  # experts up to which each cell of the heatmap says its number
 
 
 def write_report(
@@ -21,65 +25,91 @@ def write_report(
     moe_layer_indices: the model layer behind each row of `load`.
     baselines: horizontal lines in the loss panel, bits a byte by name.
   """
-  rows = [row for row in read_metrics(folder) if "loss" in row]
+  every = read_metrics(folder)
+  rows = [row for row in every if "loss" in row]
+  heldout = [row for row in every if "heldout_loss" in row]
   if not rows:
     return None
   # Matplotlib takes a second to import, so only a program that draws pays for it.
   import matplotlib
   from matplotlib.figure import Figure
 
-  with matplotlib.rc_context(
-    {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-  ):
-    figure = Figure(figsize=(11, 7), layout="constrained")
+  style = {
+    "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+    "lines.linewidth": 1.6,
+  }  # fmt: skip
+  with matplotlib.rc_context(style):
+    figure = Figure(figsize=(12, 8), layout="constrained")
     axes = figure.subplots(2, 2, width_ratios=(3, 2))
-    _loss(axes[0, 0], rows, [r for r in read_metrics(folder) if "heldout_loss" in r], baselines)
-    _line(axes[0, 1], rows, "learning_rate", "learning rate")
-    _line(axes[1, 1], rows, "tokens_per_second", "tokens / s")
+    _loss(axes[0, 0], rows, heldout, baselines or {})
+    _line(axes[0, 1], rows, "learning_rate", "Learning rate")
+    _line(axes[1, 1], rows, "tokens_per_second", "Throughput, tokens / s")
     _load(axes[1, 0], figure, rows, moe_layer_indices)
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize=13)
     path = folder / "report.png"
-    figure.savefig(path, dpi=110)
+    temporary = folder / "report.png.tmp"
+    figure.savefig(temporary, dpi=110, format="png")
+    temporary.replace(path)
   return path
 
 
-def _loss(ax: Any, rows: list[dict], heldout: list[dict], baselines: dict[str, float] | None):
-  steps = [r["step"] for r in rows]
-  bits = lambda nats: np.asarray(nats) / np.log(2)
-  scale = next((r["heldout_bits_per_byte"] / bits(r["heldout_loss"]) for r in heldout), 1.0)
-  ax.plot(steps, bits([r["loss"] for r in rows]) * scale, lw=1.2, label="training")
+def _numbers(rows: Sequence[dict[str, Any]], name: str) -> np.ndarray:
+  """A column; NaN where a row has no number."""
+  return np.array([row[name] for row in rows], float)
+
+
+def _loss(ax: Any, rows: list[dict], heldout: list[dict], baselines: dict[str, float]):
+  steps, nats = _numbers(rows, "step"), _numbers(rows, "loss")
+  scale, unit = 1.0, "nats / token"
+  held = _numbers(heldout, "heldout_loss")
+  bits = _numbers(heldout, "heldout_bits_per_byte")
+  if np.isfinite(bits).any():  # tokens stand for as many bytes in training as in the held-out text
+    scale, unit, held = np.nanmean(bits / held), "bits / byte", bits
+  ax.plot(steps, nats * scale, color=_TRAIN, label="training")
+  for i, (name, value) in enumerate(baselines.items()):
+    style = ("--", ":", "-.")[i % 3]
+    ax.axhline(value, ls=style, lw=1.3, color=_QUIET, label=f"{name}: {value:.3f}")
   if heldout:
-    points = [r["heldout_bits_per_byte"] for r in heldout]
-    ax.plot([r["step"] for r in heldout], points, "o-", c="C3", ms=5, label="held out")
-    note = f"{points[-1]:.3f}"
-    ax.annotate(note, (heldout[-1]["step"], points[-1]), textcoords="offset points",
-                xytext=(-4, -14), ha="right", color="C3")  # fmt: skip
-  for i, (name, value) in enumerate((baselines or {}).items()):
-    ax.axhline(value, ls="--", lw=1, c=f"C{i + 4}", label=f"{name} {value:.3f}")
-  ax.set(title="loss", xlabel="step", ylabel="bits / byte" if heldout else "bits / token")
-  ax.legend(frameon=False)
+    label = f"held out: {held[-1]:.3f}"
+    ax.plot(_numbers(heldout, "step"), held, "o-", color=_HELDOUT, ms=6, label=label)
+  ax.set(title=f"Loss, {unit}", xlabel="step")
+  shown = np.concatenate([nats[len(nats) // 10 :] * scale, held, list(baselines.values())])
+  shown = shown[np.isfinite(shown)]
+  if len(shown):  # the first steps may leave the picture: what matters is the rest
+    low, high = shown.min(), shown.max()
+    room = 0.08 * max(high - low, 0.05 * abs(high))
+    ax.set_ylim(low - room, high + room)
+  ax.legend(frameon=False, loc="upper right")
 
 
 def _line(ax: Any, rows: list[dict], name: str, title: str):
-  points = [(r["step"], r[name]) for r in rows if r[name] is not None]
-  ax.plot([step for step, _ in points], [value for _, value in points], lw=1.2)
-  ax.set(title=title, xlabel="step", ylim=(0, None))
+  values = _numbers(rows, name)
+  ax.plot(_numbers(rows, "step"), values, color=_TRAIN, clip_on=False)
+  finite = values[np.isfinite(values)]
+  ax.set(title=title, xlabel="step", ylim=(0, 1.1 * finite.max() if finite.any() else 1))
+  ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}" if value < 1e6 else f"{value:.3g}")
 
 
 def _load(ax: Any, figure: Any, rows: list[dict], layers: list[int]):
+  ax.grid(False)
   if not layers:
     ax.set_axis_off()
-    ax.text(0.5, 0.5, "no mixture-of-experts layers", ha="center")
+    ax.text(0.5, 0.5, "no mixture-of-experts layers", ha="center", color=_QUIET)
     return
   recent = [r["load"] for r in rows if r["step"] > rows[-1]["step"] * 0.8]
   load_LE = np.mean(recent, axis=0)
-  load_LE = load_LE * load_LE.shape[1]
-  image = ax.imshow(load_LE, aspect="auto", cmap="RdYlBu_r", vmin=0, vmax=2)
-  ax.set(title="expert load, last fifth of the run (1 = fair share)", xlabel="expert",
+  num_experts = load_LE.shape[1]
+  load_LE = load_LE * num_experts
+  image = ax.imshow(load_LE, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
+  ax.set(title="Expert load in the last fifth (1 = fair share)", xlabel="expert",
          ylabel="layer", yticks=range(len(layers)), yticklabels=layers)  # fmt: skip
-  if load_LE.shape[1] <= 16:
-    ax.set_xticks(range(load_LE.shape[1]))
+  for side in ax.spines.values():
+    side.set_visible(False)
+  if num_experts <= _NUMBERED_CELLS:
+    ax.set_xticks(range(num_experts))
     for (i, j), value in np.ndenumerate(load_LE):
-      color = "black" if 0.4 < value < 1.6 else "white"
-      ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8)
-  figure.colorbar(image, ax=ax, fraction=0.05)
+      color = "black" if 0.45 < value < 1.55 else "white"
+      ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=color)
+  bar = figure.colorbar(image, ax=ax, fraction=0.04, extend="max", ticks=(0, 0.5, 1, 1.5, 2))
+  bar.outline.set_visible(False)

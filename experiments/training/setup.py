@@ -40,7 +40,7 @@ def build(config: Config, devices: list[jax.Device] | None = None, *, batch: boo
 
   Raises:
     ConfigError: an impossible mesh, a size its mesh axes do not divide, an unknown remat policy,
-      no device at all.
+      rows that do not suit the model, a kernel that can't run here, no device at all.
   """
   devices = _devices() if devices is None else devices
   asked = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
@@ -63,20 +63,22 @@ def build(config: Config, devices: list[jax.Device] | None = None, *, batch: boo
       remat=config.train.remat,
       unroll=None if devices[0].platform == "cpu" else 1,
     )
-    layout = param_layout(model)
+    layout = param_layout(model, config.data.row_length)
     schedule = make_schedule(config.optimizer, config.train.steps)
     optimizer = make_optimizer(config.optimizer, schedule, layout.axes, layout.trainable)
     abstract = abstract_state(layout, optimizer, mesh, rules)
-  except ValueError as e:
-    raise ConfigError(str(e)) from e
+  except (ValueError, NotImplementedError) as e:
+    raise ConfigError(str(e).splitlines()[0]) from e
   return Setup(config, mesh, rules, model, optimizer, schedule, layout, abstract)
 
 
 def _devices() -> list[jax.Device]:
   try:
     return jax.devices()
-  except RuntimeError as e:  # JAX_PLATFORMS names what is not there
-    raise ConfigError(f"JAX finds no device: {str(e).splitlines()[0]}") from e
+  except (RuntimeError, AssertionError) as e:  # JAX_PLATFORMS names what is not there
+    platforms = jax.config.jax_platforms or "any platform"
+    why = f": {str(e).splitlines()[0]}" if str(e) else ""
+    raise ConfigError(f"JAX finds no device for {platforms} (see JAX_PLATFORMS){why}") from e
 
 
 def compute_dtype(config: Config, platform: str) -> Any:

@@ -30,10 +30,19 @@ class Layout(NamedTuple):
   shapes: Any  # ShapeDtypeStructs
 
 
-def param_layout(model: TransformerLM) -> Layout:
-  """Shapes, logical axes and trainability of a model's parameters."""
-  tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  boxed = jax.eval_shape(model.init, jax.random.key(0), tokens_BT)["params"]
+def param_layout(model: TransformerLM, row_length: int = 1) -> Layout:
+  """Shapes, logical axes and trainability of a model's parameters.
+
+  Args:
+    row_length: of the rows it will see, so that what does not suit them is found here.
+
+  Raises:
+    ValueError, NotImplementedError: the model can't run rows of this length, or a named kernel
+      implementation can't run here.
+  """
+  tokens_BT = jax.ShapeDtypeStruct((1, row_length), jnp.int32)
+  draw = lambda tokens_BT: model.init(jax.random.key(0), tokens_BT)
+  boxed = jax.eval_shape(draw, tokens_BT)["params"]  # the key as well: nothing is compiled
   return Layout(axes(boxed), trainable(boxed), unbox(boxed))
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.experiments.programs import QUICK, call, losses, state_hash, steps
+from tests.experiments.programs import QUICK, call, losses, steps
 
 pytestmark = pytest.mark.xdist_group("devices")
 
@@ -12,9 +12,8 @@ pytestmark = pytest.mark.xdist_group("devices")
 def meshed(finished, tmp_path_factory):
   """Config `debug` on eight devices, to step 15."""
   folder = tmp_path_factory.mktemp("meshed") / "run"
-  mesh = ("--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.expert=2")
-  arguments = (*QUICK, *mesh, "--config.train.steps=15", f"--workdir={folder}")
-  return folder, call("run", *(a for a in arguments if a != "--config.mesh.data=1"))
+  mesh = ("--config.mesh.fsdp=4", "--config.mesh.expert=2")
+  return folder, call("run", *QUICK, *mesh, "--config.train.steps=15", f"--workdir={folder}")
 
 
 def test_fsdp_and_experts_give_the_same_losses(meshed, trained):
@@ -25,19 +24,19 @@ def test_fsdp_and_experts_give_the_same_losses(meshed, trained):
 
 
 def test_data_parallel_microbatches_give_the_same_losses(trained, tmp_path):
+  quick = (a for a in QUICK if not a.startswith("--config.mesh"))
   arguments = ("--config.mesh.data=4", "--config.train.microbatches=2", f"--workdir={tmp_path}/run")
-  result = call("run", *QUICK, *arguments)
+  result = call("run", *quick, *arguments)
   assert result.code == 0, result.err
   np.testing.assert_allclose(losses(tmp_path / "run"), losses(trained), rtol=1e-5)
 
 
 def test_a_run_goes_on_with_another_mesh_and_generates_on_all(meshed, trained):
   folder, _ = meshed
-  hashes = state_hash(folder)
   one = ("--config.mesh.fsdp=none", "--config.mesh.expert=none", "--config.mesh.data=1")
   result = call("run", f"--workdir={folder}", *one, "--config.train.steps=20")
   assert result.code == 0, result.err
-  assert hashes[0] == 15 and "resuming after step 15" in result.out
+  assert "resuming after step 15" in result.out
   assert steps(folder) == list(range(1, 21))
   np.testing.assert_allclose(losses(folder), losses(trained), rtol=1e-4)
   arguments = (f"--workdir={folder}", "--temperature=0", "--max_tokens=20", "--prompt=The ")

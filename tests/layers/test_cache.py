@@ -1,23 +1,22 @@
 """Prefill and decoding through the KV cache give what one pass over the whole row gives."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from layers.cache import empty_cache, update_cache
 from layers.transformer import TransformerLM, init_caches
-from tests.layers.stacks import POSITIONS, T, random_params, random_tokens
+from tests.layers.stacks import POSITIONS, T, quick_jit, random_params, random_tokens
 
 LENGTHS = np.array([5, 8], np.int32)  # of the prompts, both padded on the right to 8
 MODEL = TransformerLM(POSITIONS, unroll=1)
 
 
-@jax.jit
+@quick_jit
 def whole(params, tokens):
   return MODEL.apply({"params": params}, tokens).logits_BTV
 
 
-@jax.jit
+@quick_jit
 def prefill(params, prompts, lengths):
   segments = (jnp.arange(prompts.shape[1])[None] < lengths[:, None]).astype(jnp.int32)
   return MODEL.apply(
@@ -29,7 +28,7 @@ def prefill(params, prompts, lengths):
   )
 
 
-@jax.jit
+@quick_jit
 def decode(params, token, position, caches):
   return MODEL.apply({"params": params}, token, positions_BT=position, caches=caches)
 

@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from layers.spec import LinearScaling, YarnScaling
 from layers.transformer import TransformerLM
 from tests.layers import families
-from tests.layers.stacks import random_params
+from tests.layers.stacks import quick_jit, random_params
 from tests.oracles import decoder
 
 D, T, V = 16, 12, 29
@@ -41,6 +40,9 @@ FAMILIES = {
     2, D, 2, 24, 12, 4, 2, vocab=V, dense=1, q_lora=8, kv_lora=10, nope=6, rope=4, value=5,
     original=16,
   ),
+  "deepseek_v2_lite": families.deepseek_v3(
+    2, D, 2, 24, 12, 4, 2, vocab=V, dense=1, q_lora=None, kv_lora=10, nope=6, rope=4, value=8,
+  ),
 }  # fmt: skip
 
 
@@ -62,7 +64,7 @@ def test_against_float64(name):
   run = partial(TransformerLM(spec).apply, positions_BT=positions, segments_BT=segments, train=True)
   weights = jnp.asarray(valid, jnp.float32)
 
-  @jax.jit
+  @quick_jit
   def both(params):
     scored = run({"params": params}, tokens, targets_BT=targets, weights_BT=weights, z_loss=Z_LOSS)
     return run({"params": params}, tokens).logits_BTV, scored.loss

@@ -28,6 +28,7 @@ from mesh.axes import LOGICAL_AXES
 from mesh.constrain import use_mesh
 from mesh.rules import PRESETS, shardings
 from mesh.topology import make_mesh
+from tests.layers.stacks import quick_jit
 
 D, F, Z, V = 32, 64, 24, 96
 LATENT = LatentAttentionSpec(4, Z, nope_dim=8, rope_dim=8, value_dim=16)
@@ -55,7 +56,7 @@ TOKENS = np.zeros((1, 1), np.int32)
 def drawn():
   """{path: array} of SPEC."""
   model = TransformerLM(SPEC, unroll=1)
-  params = jax.jit(lambda key: init_params(model, key, TOKENS))(jax.random.key(0))
+  params = quick_jit(lambda key: init_params(model, key, TOKENS))(jax.random.key(0))
   return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
           for path, leaf in jax.tree_util.tree_leaves_with_path(params)}  # fmt: skip
 
@@ -109,7 +110,7 @@ def test_normal_initialisation(depth_scaled):
   layer = LayerSpec(AttentionSpec(1, 2), MlpSpec(F, "relu", gated=False))
   spec = replace(SPEC, segments=(Segment((layer,), 3),), init=init)
   model = TransformerLM(spec, unroll=1)
-  mlp = jax.jit(lambda key: init_params(model, key, TOKENS)["segment_0"]["layer_0"]["mlp"])(
+  mlp = quick_jit(lambda key: init_params(model, key, TOKENS)["segment_0"]["layer_0"]["mlp"])(
     jax.random.key(0)
   )
   for name, gain in (("up", 1.0), ("down", 6**-0.5 if depth_scaled else 1.0)):
@@ -165,9 +166,9 @@ def test_the_same_weights_on_eight_devices():
   mesh = make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})
   placed = shardings(axes(boxed), unbox(boxed), PRESETS["all"], mesh)
   draw = lambda key: init_params(model, key, TOKENS)
-  one = jax.jit(draw)(jax.random.key(1))
+  one = quick_jit(draw)(jax.random.key(1))
   with use_mesh(mesh, "all"):
-    eight = jax.jit(draw, out_shardings=placed)(jax.random.key(1))
+    eight = quick_jit(draw, out_shardings=placed)(jax.random.key(1))
   jax.tree.map(np.testing.assert_array_equal, one, eight)
   up = eight["segment_0"]["layer_0"]["moe"]["up"]
   assert up.addressable_shards[0].data.size == up.size // 8

@@ -10,16 +10,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from layers.attention import Rows
 from layers.block import Block
+from layers.count import abstract_params
 from layers.embedding import Embedding
 from layers.linear import dense
 from layers.noise import fold
 from layers.norms import Norm
+from layers.params import axes, unbox
 from layers.spec import MlpSpec, Segment
-from layers.transformer import MINIMAL_NAMES, TransformerLM, moe_layers, remat_policy
-from tests.layers.stacks import POSITIONS, SWITCH, D, T, V, random_params, random_tokens
+from layers.transformer import (
+  MINIMAL_NAMES,
+  TransformerLM,
+  init_caches,
+  moe_layers,
+  remat_policy,
+)
+from mesh.constrain import use_mesh
+from mesh.rules import PRESETS, shardings, spec_for
+from mesh.topology import make_mesh
+from tests.layers.stacks import POSITIONS, SWITCH, D, T, V, quick_jit, random_params, random_tokens
+from tests.oracles import decoder
 
 STACKS = {"positions": POSITIONS, "switch": SWITCH}
 ONES = np.ones((2, T), np.int32)
@@ -31,7 +44,7 @@ def scored(name):
   """Jitted: params, tokens, targets, weights, positions, segments -> nll, d total / d table."""
   model = TransformerLM(STACKS[name], unroll=1)
 
-  @jax.jit
+  @quick_jit
   def run(params, tokens, targets, weights, positions, segments):
     def total(table):
       moved = params | {"embedding": params["embedding"] | {"table": table}}
@@ -106,7 +119,7 @@ def test_packed_documents_are_alone_and_padding_is_nothing():
   assert np.all(np.asarray(moved_grad)[30] == 0)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(quick_jit, static_argnums=0)
 def one_block(layer, weights, x, rows):
   return Block(layer, D).apply({"params": weights}, x, rows, train=True)
 
@@ -143,7 +156,7 @@ def test_scan_is_a_loop_over_blocks_however_the_layers_are_grouped():
     (TransformerLM(SWITCH, unroll=2), params),
     (TransformerLM(apart), apart_params),
   ):
-    run = jax.jit(functools.partial(model.apply, train=True))
+    run = quick_jit(functools.partial(model.apply, train=True))
     out = run({"params": weights}, tokens, key_B=key_B)
     np.testing.assert_allclose(out.logits_BTV, want, atol=1e-5)
     layers = moe_layers(model.spec)
@@ -158,7 +171,7 @@ def test_scan_is_a_loop_over_blocks_however_the_layers_are_grouped():
 
 
 def test_noise_follows_its_row_and_needs_a_key():
-  run = jax.jit(functools.partial(TransformerLM(SWITCH, unroll=1).apply, train=True))
+  run = quick_jit(functools.partial(TransformerLM(SWITCH, unroll=1).apply, train=True))
   params = {"params": random_params(SWITCH)}
   same = np.tile(random_tokens(1, T), (2, 1))
   keys = jax.random.split(jax.random.key(0), 2)
@@ -170,6 +183,34 @@ def test_noise_follows_its_row_and_needs_a_key():
   np.testing.assert_array_equal(quiet[0], quiet[1])
   np.testing.assert_array_equal(quiet, run(params, same, key_B=None).logits_BTV)
   assert np.abs(noisy - quiet).max() > 1e-2
+
+
+def test_bfloat16_is_near_float64_and_reaches_every_weight_in_float32():
+  """Without experts: where a token goes may hang on the last bit."""
+  kinds = (POSITIONS.layers[i] for i in (0, 3, 5))  # rotary and sinks, Transformer-XL, latents
+  layers = tuple(replace(layer, mlp=MlpSpec(24)) for layer in kinds)
+  spec = replace(POSITIONS, segments=(Segment(layers, 2),))
+  params, tokens, targets = random_params(spec), random_tokens(2, T), random_tokens(2, T, seed=2)
+  model = TransformerLM(spec, jnp.bfloat16, unroll=1)
+
+  @quick_jit
+  def run(params):
+    def total(params):
+      loss = model.apply({"params": params}, tokens, targets_BT=targets).loss
+      return loss.total, loss.nll_BT
+
+    return jax.grad(total, has_aux=True)(params)
+
+  grads, nll = run(params)
+  want, _ = decoder.losses(decoder.logits(spec, params, tokens), targets)
+  assert nll.dtype == jnp.float32
+  assert np.abs(nll - want).max() < 0.1
+  assert np.abs(nll - want).mean() < 0.02
+  assert np.abs(nll - want).max() > 1e-5  # it did run in bfloat16
+  for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+    assert grad.dtype == jnp.float32, path
+    assert np.all(np.isfinite(grad)), path
+    assert np.any(grad != 0), path
 
 
 REMAT = ("none", "full", "dots", "minimal")
@@ -189,7 +230,7 @@ def loss_with(remat, params, tokens):
 def test_recomputation_changes_no_number():
   params, tokens = random_params(ONE), random_tokens(2, T)
   results = [
-    jax.jit(jax.value_and_grad(functools.partial(loss_with, remat)))(params, tokens)
+    quick_jit(jax.value_and_grad(functools.partial(loss_with, remat)))(params, tokens)
     for remat in REMAT
   ]
   equal = functools.partial(np.testing.assert_allclose, atol=1e-6)
@@ -249,3 +290,42 @@ def test_an_unknown_policy_is_refused_with_the_known_ones():
     remat_policy(("query", "half"))
   assert remat_policy("none") is None
   assert callable(remat_policy(MINIMAL_NAMES))
+
+
+@pytest.mark.xdist_group("devices")
+@pytest.mark.parametrize(
+  "explicit", [pytest.param(False, marks=pytest.mark.full), True], ids=["auto", "explicit"]
+)
+def test_eight_devices_compute_the_same(explicit):
+  """Loss, gradients and a cached decoding step, also when shardings are part of types."""
+  spec = replace(POSITIONS, segments=(Segment(POSITIONS.segments[1].layers[1:]),))
+  model, boxed = TransformerLM(spec, unroll=1), abstract_params(spec)
+  params, tokens = random_params(spec), random_tokens(8, T)
+  keys = jax.random.split(jax.random.key(0), 8)
+
+  def train(params, tokens, key_B):
+    out = model.apply({"params": params}, tokens, targets_BT=tokens, key_B=key_B, train=True)
+    return out.loss.total / tokens.size
+
+  def generate(params, tokens, at_B):
+    out = model.apply({"params": params}, tokens, caches=init_caches(spec, 8, T), at_B=at_B - 1)
+    next_token = jnp.argmax(out.logits_BTV, axis=-1)
+    step = model.apply(
+      {"params": params}, next_token, positions_BT=at_B[:, None], caches=out.caches
+    )
+    return out.logits_BTV, step.logits_BTV
+
+  lengths = np.arange(1, 9, dtype=np.int32)
+  programs = (
+    (jax.value_and_grad(train), tokens, keys),
+    (generate, tokens[:, :8], lengths),
+  )
+  mesh = make_mesh({"fsdp": 2, "expert": 2, "tensor": 2}, explicit=explicit)
+  rules = PRESETS["all"]
+  placed = jax.device_put(params, shardings(axes(boxed), unbox(boxed), rules, mesh))
+  rows = NamedSharding(mesh, spec_for(("act_batch",), rules, mesh))
+  for program, *inputs in programs:
+    want = quick_jit(program)(params, *inputs)
+    with use_mesh(mesh, rules):
+      got = quick_jit(program)(placed, *jax.device_put(inputs, rows))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), got, want)

@@ -1,0 +1,113 @@
+"""What a run logs: means over an interval, JSON lines, TensorBoard events."""
+
+import json
+import math
+import struct
+
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from experiments.config import ConfigError
+from experiments.training.metrics import MetricsWriter, read_metrics, summarise
+from experiments.training.step import StepMetrics
+from layers.moe import MoeStats
+
+
+def events(folder):
+  """TensorBoard events of a run, in order of writing."""
+  found = []
+  for path in sorted((folder / "tensorboard").iterdir(), key=lambda p: p.stat().st_mtime_ns):
+    data, at = path.read_bytes(), 0
+    while at < len(data):
+      (length,) = struct.unpack("<Q", data[at : at + 8])
+      found.append(Event.FromString(data[at + 12 : at + 12 + length]))
+      at += 12 + length + 4
+  return found
+
+
+def scalars(folder, tag):
+  return [(e.step, v.simple_value) for e in events(folder) for v in e.summary.value if v.tag == tag]
+
+
+def moe(load_LE, dropped, tokens=8):
+  """Statistics of a layer that stands L times in the model."""
+  load_LE = np.array(load_LE, np.float32)
+  each = np.ones(len(load_LE), np.float32)
+  return MoeStats(
+    aux_loss=each, balance=each, z=each, load_E=load_LE, dropped=dropped * each,
+    entropy=0.5 * tokens * each, gate=0.25 * tokens * each, tokens=tokens * each,
+  )  # fmt: skip
+
+
+def test_summary_is_a_mean_over_steps_and_a_share_over_choices():
+  first = StepMetrics(1.0, 0.1, 2.0, 8, (moe([[8, 0], [4, 4]], 4), moe([[1, 7], [2, 6]], 0)))
+  second = StepMetrics(3.0, 0.3, 4.0, 8, (moe([[0, 8], [4, 4]], 0), moe([[1, 7], [2, 6]], 0)))
+  row = summarise([first, second])
+  assert (row["loss"], row["aux_loss"], row["grad_norm"]) == (2.0, pytest.approx(0.2), 3.0)
+  assert row["load"] == [[0.5, 0.5], [0.5, 0.5], [0.125, 0.875], [0.25, 0.75]]
+  assert row["load_max_over_mean"] == 0.875 * 2
+  assert row["drop_rate"] == pytest.approx(8 / 64)
+  assert row["router_entropy"] == 0.5 and row["gate"] == 0.25
+
+
+def test_summary_of_a_dense_model_has_no_experts():
+  assert summarise([StepMetrics(1.0, 0.0, 2.0, 8, ())]).keys() == {"loss", "aux_loss", "grad_norm"}
+
+
+def test_rows_are_there_before_the_file_is_closed(tmp_path):
+  writer = MetricsWriter(tmp_path)
+  writer.write(1, {"loss": 2.5, "tokens_per_second": None})
+  assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.5, "tokens_per_second": None}]
+  writer.close()
+
+
+def test_resuming_drops_rows_after_the_checkpoint(tmp_path):
+  first = MetricsWriter(tmp_path)
+  for step in range(1, 6):
+    first.write(step, {"loss": float(step)})
+  first.close()
+  second = MetricsWriter(tmp_path, resume_step=3)
+  for step in (4, 5):
+    second.write(step, {"loss": 10.0 * step})
+  second.close()
+  rows = read_metrics(tmp_path)
+  assert [(r["step"], r["loss"]) for r in rows] == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50)]
+  # TensorBoard is told that the old run's steps from 4 on are void.
+  starts = [e for e in events(tmp_path) if e.session_log.status == SessionLog.START]
+  assert [e.step for e in starts] == [4]
+  assert scalars(tmp_path, "loss")[-2:] == [(4, 40.0), (5, 50.0)]
+
+
+def test_events_hold_the_numbers(tmp_path):
+  writer = MetricsWriter(tmp_path)
+  writer.write(7, {"loss": 2.5, "load": [[0.5, 0.5]], "mfu": None, "grad_norm": math.inf})
+  writer.close()
+  assert scalars(tmp_path, "loss") == [(7, 2.5)]
+  tags = {v.tag for e in events(tmp_path) for v in e.summary.value}
+  assert tags == {"loss"}
+  assert events(tmp_path)[0].file_version == "brain.Event:2"
+
+
+def test_json_has_no_nan(tmp_path):
+  writer = MetricsWriter(tmp_path)
+  writer.write(1, {"loss": math.nan, "grad_norm": math.inf})
+  writer.close()
+  row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+  assert row == {"step": 1, "loss": None, "grad_norm": None}
+
+
+def test_a_last_line_cut_off_by_a_crash_is_left_out(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
+  assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}]
+  writer = MetricsWriter(tmp_path, resume_step=1)
+  writer.write(2, {"loss": 3.0})
+  writer.close()
+  assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2]
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnoise\n{"step": 2}\n')
+  with pytest.raises(ConfigError, match="line 2 is not JSON"):
+    read_metrics(tmp_path)
+
+
+def test_no_file_no_rows(tmp_path):
+  assert read_metrics(tmp_path) == []

@@ -1,0 +1,103 @@
+"""What the display says of a row."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from experiments.training import progress
+from experiments.training.loop import _StepTimer
+from experiments.training.progress import ProgressDisplay, duration, load_bars
+from mesh import hardware
+
+ROW = {
+  "loss": 2.3456, "tokens_per_second": 17_887.4, "mfu": None, "drop_rate": 0.021,
+  "load": [[0.5, 0.25, 0.25, 0.0], [0.25] * 4], "load_max_over_mean": 2.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("seconds", "text"),
+  ((0.2, "0:00"), (59.6, "1:00"), (83, "1:23"), (3600, "1:00:00"), (90061, "25:01:01")),
+)
+def test_duration(seconds, text):
+  assert duration(seconds) == text
+
+
+def test_load_bars_are_full_at_twice_the_fair_share():
+  assert load_bars([0.5, 0.25, 0.25, 0.0]) == "█▅▅ "
+  assert load_bars([0.9, 0.05, 0.04, 0.01]) == "█▂▂▁"  # something is not nothing
+
+
+def test_row_with_and_without_a_known_chip():
+  assert progress.describe_speed(ROW) == "loss 2.346   17,887 tok/s"
+  assert progress.describe_speed(ROW | {"mfu": 0.412}) == "loss 2.346   17,887 tok/s   MFU 41.2%"
+  assert progress.describe_speed({"loss": None, "mfu": None}) == "loss nan"
+
+
+def test_experts_of_a_row():
+  assert progress.describe_experts(ROW) == "experts │█▅▅ │ │▅▅▅▅│   fullest 2.0x   dropped 2.1%"
+  many = ROW | {"load": [[1 / 64] * 64] * 16}
+  assert progress.describe_experts(many) == "experts fullest 2.0x   dropped 2.1%"
+  deep = progress.describe_experts(ROW | {"load": [[0.25] * 4] * 6})
+  assert deep.count("│▅▅▅▅│") == 4 and "…" in deep
+  assert progress.describe_experts({"loss": 1.0}) == ""
+
+
+@pytest.mark.parametrize(("kind", "share"), (("h100", 989e12), ("cpu", None)))
+def test_mfu_is_model_flops_over_the_peak_where_it_is_known(kind, share, monkeypatch):
+  """Peak of all devices of the mesh, with the timer's own clock."""
+  from experiments.cli import named_config
+  from experiments.training.setup import build
+  from layers.count import train_flops_per_token
+
+  config = named_config("debug")
+  setup = build(config)
+  monkeypatch.setattr("experiments.training.loop.find_chip", lambda _: hardware.CHIPS[kind])
+  clock = iter((100.0, 104.0, 104.0))
+  monkeypatch.setattr("experiments.training.loop.time.monotonic", lambda: next(clock))
+  row = _StepTimer(config, setup.mesh).interval(steps=10)
+  assert row["tokens_per_second"] == 10 * 8 * 64 / 4
+  if share is None:
+    assert row["mfu"] is None
+  else:
+    flops = row["tokens_per_second"] * train_flops_per_token(config.model, 64)
+    assert row["mfu"] == pytest.approx(flops / (share * setup.mesh.size))
+
+
+def shown(monkeypatch, terminal):
+  """What a display writes on 80 columns."""
+  out = io.StringIO()
+  make = lambda **settings: Console(file=out, force_terminal=terminal, width=80, **settings)
+  monkeypatch.setattr(progress, "Console", make)
+  monkeypatch.setattr("builtins.print", lambda *a, **k: out.write(" ".join(a) + "\n"))
+  display = ProgressDisplay(40, "run")
+  with display.live(10):
+    display.started()
+    display.update(11, ROW)
+    display.note("an event")
+    display.update(40, ROW | {"loss": 1.0})
+  return out.getvalue()
+
+
+def test_plain_lines_outside_a_terminal(monkeypatch):
+  lines = shown(monkeypatch, terminal=False).splitlines()
+  assert lines[0] == "run  compiling the step"
+  assert lines[1].startswith("run  step 11/40   loss 2.346   17,887 tok/s   experts │█▅▅ │")
+  assert lines[2] == "an event"
+  assert lines[3].startswith("run  step 40/40   loss 1.000") and lines[3].endswith("   done")
+  assert len(lines) == 4
+
+
+def test_live_lines_in_a_terminal(monkeypatch):
+  text = shown(monkeypatch, terminal=True)
+  for piece in ("step 40/40", "loss 1.000", "│█▅▅ │ │▅▅▅▅│", "an event", "done"):
+    assert piece in text
+
+
+def test_a_process_that_is_not_the_first_is_silent(monkeypatch, capsys):
+  display = ProgressDisplay(40, "run", enabled=False)
+  with display.live(0):
+    display.update(1, ROW)
+    display.note("an event")
+  assert capsys.readouterr().out == ""

@@ -89,7 +89,7 @@ def moe(
   """
   B, T, D = x_BTD.shape
   E = w_router_DE.shape[-1]
-  valid_BT = jnp.ones((B, T), bool) if valid_BT is None else valid_BT
+  valid_BT = jnp.ones_like(x_BTD[..., 0], bool) if valid_BT is None else valid_BT
   x_GSD, valid_GS = route_groups(x_BTD, valid_BT, group_size)
   router_x_GSD = x_GSD if router_x_BTD is None else router_x_BTD.reshape(x_GSD.shape)
   with jax.named_scope("route"):

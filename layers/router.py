@@ -80,7 +80,7 @@ def top_k_route(
   gate_GS = weight_GSX[..., 0]
   if normalize:
     weight_GSX = weight_GSX / weight_GSX.sum(-1, keepdims=True)
-  valid_GS = jnp.ones(gate_GS.shape, bool) if valid_GS is None else valid_GS
+  valid_GS = jnp.ones_like(gate_GS, bool) if valid_GS is None else valid_GS
   mask_GS = valid_GS.astype(jnp.float32)
   return _with_losses(logits_GSE, probs_GSE, expert_GSX, weight_GSX, gate_GS, mask_GS)
 

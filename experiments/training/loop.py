@@ -100,7 +100,7 @@ def train(
   folder: Path,
   *,
   profile: Profile | None = None,
-  resume: Resume = Resume(),
+  resume: Resume | None = None,
   baselines: Callable[[], dict[str, float]] = dict,
 ) -> Outcome:
   """Train to `config.train.steps` in run directory `folder`, resuming from its newest checkpoint.
@@ -145,13 +145,13 @@ def train(
       state, position = checkpoints.restore(start, setup.abstract)
       if start < total:
         display.note(f"resuming after step {start}")
-        _restore_data(loader, position, resume.allow_other_data, display.note)
+        _restore_data(loader, position, resume, display.note)
     else:
       state = init_state(setup.model, setup.optimizer, setup.abstract, config.train.seed)
     writer = None
     if primary:
       write_config(folder, config)
-      if start and resume.changes:
+      if start and resume is not None and resume.changes:
         record_changes(folder, start, resume.reason, resume.changes)
       writer = stack.enter_context(contextlib.closing(MetricsWriter(folder, resume_step=start)))
     if profile is not None and not start < profile.start <= total:
@@ -231,10 +231,11 @@ def train(
 
 
 def _restore_data(
-  loader: Loader, position: dict[str, Any], allow_other: bool, note: Callable[[str], None]
+  loader: Loader, position: dict[str, Any], resume: Resume | None, note: Callable[[str], None]
 ) -> None:
   """Continue in the data where `position` says; in other data, if allowed, from its start."""
-  if allow_other and position["fingerprint"] != loader.state()["fingerprint"]:
+  may_differ = resume is not None and resume.allow_other_data
+  if may_differ and position["fingerprint"] != loader.state()["fingerprint"]:
     note("the data is not what the checkpoint was trained on: reading it from its start")
   else:
     loader.restore(position)

@@ -18,6 +18,7 @@ from experiments import cli, evaluate, generate, plan, run
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.folder import read_config
 from experiments.training.setup import build
+from experiments.training.state import param_layout
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {"run": run, "generate": generate, "evaluate": evaluate, "plan": plan}
@@ -104,7 +105,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def state_hash(folder: Path) -> tuple[int, str, dict]:
-  """Step, sha256 over parameters and optimizer state, and data position of the newest checkpoint."""
+  """Of the newest checkpoint: step, sha256 of parameters and optimizer state, data position."""
   config = read_config(folder)
   assert config is not None
   setup = build(config, jax.devices()[:1])
@@ -116,3 +117,11 @@ def state_hash(folder: Path) -> tuple[int, str, dict]:
     digest.update(jax.tree_util.keystr(path).encode())
     digest.update(np.asarray(leaf).tobytes())
   return step, digest.hexdigest(), position
+
+
+def random_params(model, scale: float, seed: int = 0):
+  """Normal weights by numpy: compiling a model's own draw takes longer than its forward pass."""
+  rng = np.random.default_rng(seed)
+  shapes = param_layout(model).shapes
+  draw = lambda s: jax.numpy.asarray(scale * rng.standard_normal(s.shape, np.float32))
+  return jax.tree.map(draw, shapes)

@@ -75,7 +75,9 @@ MISTAKES = {
   "no evaluation": ([ONE, "--config.eval.batches=0"], ["eval.batches=0"]),
   "warmup beyond the end": ([ONE, "--config.train.steps=4"], ["warmup_steps=5", "train.steps=4"]),
   "bad remat": ([ONE, "--config.train.remat=some"], ["'some'", "none, full, dots, minimal"]),
-  "bad heads": (["--config.model.segments.*.layers.*.attention.num_kv_heads=3"], ["num_kv_heads=3"]),
+  "bad heads": (
+    ["--config.model.segments.*.layers.*.attention.num_kv_heads=3"], ["num_kv_heads=3"],
+  ),
   "small vocabulary": ([ONE, "--config.model.vocab_size=100"], ["vocab_size=100", "257"]),
   "routing groups": (
     [ONE, "--config.model.segments.0.layers.1.mlp.group_size=48"], ["64", "48"],
@@ -136,7 +138,10 @@ def test_a_process_says_one_line_too(tmp_path):
   """What libraries write on their own does not come before it."""
   result = spawn(tmp_path, "run", "--config=debug", "--config.train.stepz=3")
   assert (result.code, result.out) == (2, "")
-  assert result.err == "error: train.stepz: train (TrainConfig) has no field 'stepz'; did you mean steps?\n"
+  assert (
+    result.err
+    == "error: train.stepz: train (TrainConfig) has no field 'stepz'; did you mean steps?\n"
+  )
 
 
 def test_platform_that_is_not_there(tmp_path):
@@ -285,8 +290,10 @@ def test_another_write_error_of_orbax_is_not_hidden(trained, monkeypatch):
   def wait():
     raise ValueError("ours")
 
-  with Checkpoints(trained / "checkpoints", read_only=True) as checkpoints:
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="ours"):
-      patch.setattr(checkpoints._manager, "wait_until_finished", wait)
-      checkpoints.wait()
-
+  with (
+    Checkpoints(trained / "checkpoints", read_only=True) as checkpoints,
+    monkeypatch.context() as patch,
+    pytest.raises(ValueError, match="ours"),
+  ):
+    patch.setattr(checkpoints._manager, "wait_until_finished", wait)
+    checkpoints.wait()

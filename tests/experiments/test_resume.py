@@ -122,6 +122,7 @@ def test_more_steps_extend_a_run(copy):
   result = go_on(copy, "--config.train.steps=23")
   assert result.code == 0, result.err
   assert "resuming after step 20" in result.out and "3 steps in" in result.out
+  assert "recompiled" not in result.out  # restored arrays are placed as trained ones are
   assert steps(copy) == list(range(1, 24))
   assert state_hash(copy)[0] == 23
   assert read_config(copy).train.steps == 23

@@ -57,6 +57,7 @@ def test_what_a_run_prints(finished):
   for piece in pieces:  # in this order
     place = result.out.find(piece, place)
     assert place >= 0, piece
+  assert "recompiled" not in result.out
   assert "MFU" not in result.out  # the peak of a CPU is not known
   assert not re.search("[\x00-\x08\x0b-\x1f]", result.out)  # what a sample does to a terminal
 

@@ -9,7 +9,6 @@ import pytest
 
 from experiments.inference import sampling
 from experiments.inference.sampling import Draw, generate, sample_token
-from layers import init_params
 from layers.spec import (
   AlibiSpec,
   AttentionSpec,
@@ -24,6 +23,7 @@ from layers.spec import (
   Segment,
 )
 from layers.transformer import TransformerLM
+from tests.experiments.programs import random_params
 
 V, CONTEXT, REAL_IDS = 40, 50, 37  # a context that is no power of two; three ids are padding
 DENSE = MlpSpec(hidden=16)
@@ -48,13 +48,13 @@ def experts(count, **settings):
 
 
 SPECS = {
-  "rotary, grouped heads, experts": spec(layer(RotarySpec(), experts(4), num_kv_heads=1), repeats=2),
+  "rotary, grouped heads, experts": spec(
+    layer(RotarySpec(), experts(4), num_kv_heads=1), repeats=2
+  ),
   "learned positions, alibi, window": spec(
     layer(None), layer(AlibiSpec(), window=6), table=LearnedPositionSpec(CONTEXT, offset=2)
   ),
-  "buckets, routing groups": spec(
-    layer(BucketedSpec(8, 20), experts(2, group_size=12)), repeats=2
-  ),
+  "buckets, routing groups": spec(layer(BucketedSpec(8, 20), experts(2, group_size=12)), repeats=2),
 }
 FIRST, SECOND, _ = SPECS
 
@@ -62,10 +62,9 @@ FIRST, SECOND, _ = SPECS
 @cache
 def model_of(name):
   model = TransformerLM(SPECS[name], unroll=1)
-  draw = lambda key: init_params(model, key, jnp.zeros((1, 1), jnp.int32))
-  params = jax.jit(draw)(jax.random.key(0))
-  # Larger weights than those drawn, so that the likeliest token depends on what came before.
-  return model, jax.tree.map(lambda x: 5 * x, params)
+  return model, random_params(
+    model, scale=0.7, seed=4
+  )  # so much that the context decides, not one token
 
 
 def run(name, prompts, count, draw=None, **arguments):

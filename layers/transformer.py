@@ -263,6 +263,7 @@ class TransformerLM(nn.Module):
       return constrain(logits_BTV, "act_batch", "act_seq", "act_vocab"), None
     if weights_BT is None:
       weights_BT = jnp.ones_like(targets_BT, jnp.float32)
+    row_shards, position_shards = shard_counts("act_batch", "act_seq", shape=targets_BT.shape)
     return None, cross_entropy(
       x_BTD,
       w.astype(self.dtype),
@@ -273,7 +274,7 @@ class TransformerLM(nn.Module):
       softcap=head.softcap,
       z_loss=z_loss,
       tied=head.tied,
-      shards=shard_counts("act_batch", "act_seq", shape=targets_BT.shape),
+      shards=(row_shards, position_shards),
     )
 
 

@@ -39,6 +39,14 @@ SHELLS = {
 }
 
 
+def bridged(shell, *inputs):
+  """`to_nnx`, its weights drawn under `quick_jit`."""
+  make = lambda: to_nnx(shell, nnx.Rngs(params=0), *inputs)
+  module = nnx.eval_shape(make)
+  nnx.update(module, quick_jit(lambda: nnx.state(make()))())
+  return module
+
+
 @pytest.mark.parametrize("name", SHELLS)
 def test_three_ways_of_driving(name):
   """Linen's boxed variables, a dict of arrays, and an NNX module that holds the same arrays."""
@@ -54,24 +62,24 @@ def test_three_ways_of_driving(name):
   plain = unbox(boxed["params"])
   dictionary = quick_jit(shell.apply)({"params": plain}, *inputs)
 
-  module = nnx.jit(lambda: to_nnx(shell, nnx.Rngs(params=0), *inputs))()
+  module = bridged(shell, *inputs)
   state = nnx.state(module, nnx.Param)
   shapes = lambda tree: jax.tree.map(jnp.shape, tree)
   assert shapes(nnx.to_pure_dict(state)) == shapes(plain)
   nnx.replace_by_pure_dict(state, plain)
   nnx.update(module, state)
-  bridged = nnx.jit(lambda module, *inputs: module(*inputs))(module, *inputs)
+  in_nnx = nnx.jit(lambda module, *inputs: module(*inputs))(module, *inputs)
 
   equal = functools.partial(np.testing.assert_allclose, atol=1e-6)
   jax.tree.map(equal, dictionary, linen)
-  jax.tree.map(equal, bridged, linen)
+  jax.tree.map(equal, in_nnx, linen)
 
 
 @pytest.mark.xdist_group("devices")
 def test_nnx_under_a_mesh():
   """Logical axes are no mesh axes: plain `ToNNX` would look for a mesh axis named embed."""
   with use_mesh(make_mesh({"fsdp": 2, "expert": 4}), "all"):
-    module = nnx.jit(lambda: to_nnx(SHELLS["moe"][0], nnx.Rngs(params=0), X_BTD))()
+    module = bridged(SHELLS["moe"][0], X_BTD)
   params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
   assert params.keys() == {"router", "up", "gate", "down"}
   assert np.std(params["up"]) == pytest.approx(D**-0.5, rel=0.1)

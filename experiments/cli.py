@@ -57,6 +57,7 @@ def execute(main: Callable[[], int | None], argv: list[str]) -> int:
     platform.prepare()
     return main() or FINISHED
   except (ConfigError, flags.Error) as e:
+    print(end="", flush=True)  # what was said before comes first
     print(f"error: {e}", file=sys.stderr)
     return USER_MISTAKE
   except KeyboardInterrupt:

@@ -23,14 +23,21 @@ from .planning.memory import bytes_per_device, gigabytes, training_bytes
 from .training.setup import Setup, build
 from .training.step import make_train_step
 
+# libtpu then neither asks a cloud what it runs on, nor complains that nobody told it.
+_NO_TPU_HERE = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_ACCELERATOR_TYPE": "v5p-8",
+}
 _TOPOLOGY = flags.DEFINE_string("topology", "", "v5p:4x4x4, or a cloud name such as v5p-128.")
 
 
 def main() -> int:
   if not _TOPOLOGY.value:
     raise ConfigError("--topology is missing: for example --topology=v5p:4x4x4 or v5p-128")
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  for name, value in _NO_TPU_HERE.items():
+    os.environ.setdefault(name, value)
   config = cli.requested_config()
   try:
     topology = parse_topology(_TOPOLOGY.value)
@@ -45,6 +52,7 @@ def main() -> int:
   print(
     f"state    {gigabytes(training_bytes(setup))}, {gigabytes(bytes_per_device(setup))} a device"
   )
+  jax.config.update("jax_enable_compilation_cache", False)  # it can't be read back without a TPU
   began = time.monotonic()
   try:
     memory = compile_step(setup).memory_analysis()

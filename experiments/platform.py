@@ -1,5 +1,6 @@
 """What must be settled before JAX starts: the platform and the caches."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -20,6 +21,7 @@ def prepare() -> None:
   if not os.environ.get("JAX_PLATFORMS") and not any(map(os.path.exists, _ACCELERATORS)):
     os.environ["JAX_PLATFORMS"] = "cpu"  # for child processes
     jax.config.update("jax_platforms", "cpu")
+  logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of a home that can't be written
   base = _cache_folder()
   if base is not None:
     os.environ.setdefault("MPLCONFIGDIR", str(base / "matplotlib"))

@@ -1,6 +1,9 @@
 """Eight virtual CPU devices, strict numerics, warnings as errors; set before JAX starts."""
 
+import functools
 import os
+import re
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -13,6 +16,7 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -22,3 +26,25 @@ def compile_cache(tmp_path_factory):
   """One persistent compilation cache a test process: equal programs compile once."""
   jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax_cache")))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+class _Grouped(LoadScopeScheduling):
+  """Files that name an `xdist_group` run in one worker, all files of one group in the same.
+
+  xdist 3.8 appends the group to an attribute that pytest 9.2 no longer reads, so `loadgroup` alone
+  spreads groups over workers without a word.
+  """
+
+  def _split_scope(self, nodeid: str) -> str:
+    return _group(Path(self.config.rootpath) / nodeid.split("::")[0]) or nodeid
+
+
+@functools.cache
+def _group(path: Path) -> str | None:
+  found = re.search(r'xdist_group\("(\w+)"\)', path.read_text())
+  return found and found[1]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+  return _Grouped(config, log) if config.getvalue("dist") == "loadgroup" else None

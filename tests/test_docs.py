@@ -21,7 +21,7 @@ STAND_INS = {
 # So that each command takes seconds: the debug config where a page trains a larger one.
 SMALL = {
   "--config=moe_tiny": "--config=debug",
-  "--config=dense_1b": "--config=debug",
+  "--config=dense_1b": "--config=debug --workdir=runs/shards",
   "--config=moe_small": "--config=debug",
   "runs/moe_tiny": "runs/debug",
   "--config.train.steps=800": "--config.train.steps=22",

@@ -25,7 +25,8 @@ PROGRAMS = {"run": run, "generate": generate, "evaluate": evaluate, "plan": plan
 
 # Config `debug` on one of the eight devices that tests have, its schedule independent of the
 # number of steps, so that one compiled program serves all runs; and the same without a sample.
-DEBUG = ("--config=debug", "--config.mesh.data=1", "--config.optimizer.decay_steps=40")
+ONE = "--config.mesh.data=1"
+DEBUG = ("--config=debug", ONE, "--config.optimizer.decay_steps=40")
 QUICK = (*DEBUG, "--config.eval.sample_prompt=", "--config.eval.batches=2")
 
 

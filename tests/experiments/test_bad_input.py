@@ -9,11 +9,9 @@ import subprocess
 import pytest
 
 from experiments.training.checkpoint import Checkpoints, saved_steps
-from tests.experiments.programs import QUICK, call, spawn, state_hash, steps
+from tests.experiments.programs import ONE, QUICK, call, spawn, state_hash, steps
 
 pytestmark = pytest.mark.xdist_group("run")
-
-ONE = "--config.mesh.data=1"
 
 
 @pytest.fixture(scope="module")

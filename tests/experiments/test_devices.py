@@ -1,5 +1,7 @@
 """The same model on a mesh of eight devices, through the program."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -24,11 +26,18 @@ def test_fsdp_and_experts_give_the_same_losses(meshed, trained):
 
 
 def test_data_parallel_microbatches_give_the_same_losses(trained, tmp_path):
-  quick = (a for a in QUICK if not a.startswith("--config.mesh"))
-  arguments = ("--config.mesh.data=4", "--config.train.microbatches=2", f"--workdir={tmp_path}/run")
-  result = call("run", *quick, *arguments)
-  assert result.code == 0, result.err
-  np.testing.assert_allclose(losses(tmp_path / "run"), losses(trained), rtol=1e-5)
+  """Two copies of the finished run go on, one of them on four devices in two microbatches."""
+  found = {}
+  parallel = ("--config.mesh.data=4", "--config.train.microbatches=2", "--reason=test")
+  for name, arguments in (("one", ()), ("four", parallel)):
+    folder = tmp_path / name
+    shutil.copytree(trained, folder)
+    quick = ("--config.train.steps=26", "--config.eval.batches=1", "--config.eval.sample_prompt=")
+    result = call("run", f"--workdir={folder}", *quick, *arguments)
+    assert result.code == 0, result.err
+    found[name] = losses(folder)
+  assert len(found["one"]) == 26
+  np.testing.assert_allclose(found["four"], found["one"], rtol=1e-5)
 
 
 def test_a_run_goes_on_with_another_mesh_and_generates_on_all(meshed, trained):

@@ -6,11 +6,9 @@ import shutil
 
 import pytest
 
-from tests.experiments.programs import call, spawn, steps
+from tests.experiments.programs import ONE, call, spawn, steps
 
 pytestmark = pytest.mark.xdist_group("run")
-
-ONE = "--config.mesh.data=1"
 
 
 def generate(folder, *arguments):

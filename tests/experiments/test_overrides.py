@@ -265,7 +265,7 @@ sections = {
     clip_norm=st.none() | floats,
   ),
   "train": st.builds(
-    TrainConfig, steps=st.integers(-(10**18), 10**18),
+    TrainConfig, steps=st.integers(1, 10**18),
     remat=st.text("abc", max_size=3) | st.tuples(*2 * [st.text("abc", min_size=1, max_size=3)]),
   ),
   "eval": st.builds(EvalConfig, sample_prompt=words, baselines=st.booleans()),

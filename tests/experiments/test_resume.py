@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from experiments.overrides import to_json
+from experiments.training import checkpoint, loop
 from experiments.training.checkpoint import saved_steps
 from experiments.training.folder import read_config
+from experiments.training.metrics import MetricsWriter
 from tests.experiments.programs import QUICK, call, losses, metrics, spawn, state_hash, steps
 
 pytestmark = pytest.mark.xdist_group("run")
@@ -44,13 +46,13 @@ def stopped(finished, tmp_path_factory):
   """A run like `finished`, stopped in three ways and then finished; always the same command."""
   home = tmp_path_factory.mktemp("stopped")
   command = ("run", *QUICK, "--workdir=run", "--config.checkpoint.every=5")
-  scripts = (
-    DIE_SAVING.format(step=10),
-    STOP.format(step=12, name="SIGINT"),
-    STOP.format(step=14, name="SIGTERM"),
-    "",
-  )
-  return home, [spawn(home, *command, script=script) for script in scripts]
+  return home, [
+    spawn(home, *command, script=DIE_SAVING.format(step=10)),
+    spawn(home, *command, script=STOP.format(step=12, name="SIGINT")),
+    # A home that can't be written costs the caches, nothing else.
+    spawn(home, *command, script=STOP.format(step=14, name="SIGTERM"), HOME="/proc"),
+    spawn(home, *command),
+  ]
 
 
 def test_bit_exact_after_every_way_to_stop(stopped, trained):
@@ -211,9 +213,7 @@ def test_a_folder_of_another_config_is_refused(trained):
 
 def test_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
   """The first is noted and saves; the second, while saving, ends the program all the same."""
-  from experiments.training import checkpoint, metrics
-
-  write, save = metrics.MetricsWriter.write, checkpoint.Checkpoints.save
+  write, save = MetricsWriter.write, checkpoint.Checkpoints.save
 
   def first(self, step, row):
     write(self, step, row)
@@ -223,7 +223,7 @@ def test_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
     signal.raise_signal(signal.SIGINT)
     save(self, *arguments)
 
-  monkeypatch.setattr(metrics.MetricsWriter, "write", first)
+  monkeypatch.setattr(MetricsWriter, "write", first)
   monkeypatch.setattr(checkpoint.Checkpoints, "save", second)
   handler = signal.getsignal(signal.SIGINT)
   result = call("run", *QUICK, f"--workdir={tmp_path / 'run'}")
@@ -234,8 +234,6 @@ def test_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_in_the_last_evaluation_stops(copy, monkeypatch):
-  from experiments.training import loop
-
   evaluate = loop.evaluate
 
   def interrupted(*arguments):

@@ -13,11 +13,13 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import cli
 from experiments.training import loop
 from experiments.training.checkpoint import saved_steps
 from experiments.training.state import init_state
 from tests.experiments.programs import (
   DEBUG,
+  ONE,
   QUICK,
   ROOT,
   call,
@@ -87,8 +89,10 @@ def test_the_next_commands_work(finished, tmp_path):
 
 def test_synthetic_tokens_measure_speed_without_data(tmp_path):
   arguments = ("--config.data.source=synthetic", f"--workdir={tmp_path}/run")
-  result = call("run", *DEBUG, *arguments, "--config.train.steps=6", "--config.eval.batches=1")
+  arguments += ("--config.train.steps=6", "--config.eval.batches=1", "--config.eval.every=4")
+  result = call("run", *DEBUG, *arguments)
   assert result.code == 0, result.err
+  assert re.search(r"^step 4  held out: \d\.\d{3} nats a token$", result.out, re.MULTILINE)
   assert "nats a token" in result.out and "bits a byte" not in result.out
   assert "Sample" not in result.out
 
@@ -137,6 +141,8 @@ def test_profile_holds_the_named_scopes(tmp_path):
 
 def test_implicit_transfers_in_the_step_are_refused(tmp_path, monkeypatch):
   """An array that never got placed would be copied in every step, unseen."""
+  step = lambda state, batch: (state, batch["tokens"].sum())
+  monkeypatch.setattr(loop, "make_train_step", lambda *_, **__: step)
   monkeypatch.setattr(loop, "batch_placer", lambda setup: lambda batch: batch)
   result = call("run", *QUICK, f"--workdir={tmp_path}/run")
   assert result.code == 1
@@ -229,17 +235,34 @@ def test_progress_in_a_terminal_and_ctrl_c(tmp_path):
   assert steps(tmp_path / "run")[-1] == saved_steps(tmp_path / "run" / "checkpoints")[-1]
 
 
-def test_a_reader_that_leaves_early_stops_nothing(tmp_path):
+def test_a_reader_that_leaves_early_stops_nothing(trained, tmp_path):
   """`| head -1`, or a `tee` that Ctrl-C ended first."""
-  (tmp_path / "home").mkdir()
-  command = f"{sys.executable} -m experiments.run {' '.join(QUICK)} --workdir=run | head -1"
+  command = f"{sys.executable} -m experiments.evaluate --workdir={trained} {ONE} | true"
   process = subprocess.run(
     ["bash", "-o", "pipefail", "-c", command],
     cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, check=False,
   )  # fmt: skip
   assert process.returncode == 0 and process.stderr == ""
-  assert process.stdout.startswith("debug: 188,992") and process.stdout.count("\n") == 1
-  assert saved_steps(tmp_path / "run" / "checkpoints") == [10, 20]
+
+
+def test_output_that_nobody_reads_is_dropped(tmp_path):
+  """Also more of it than a pipe or a buffer holds, and in the middle of a run."""
+  reader, writer = os.pipe()
+  with os.fdopen(writer, "w") as pipe:
+    out = cli._lasting(pipe)
+    os.close(reader)
+    for _ in range(200):
+      print("x" * 1000, file=out, flush=True)
+    out.flush()
+  with open(tmp_path / "log", "w", encoding="ascii") as file:
+    out = cli._lasting(file)
+    print("bars █▅", file=out, flush=True)  # of a terminal that has no such letters
+  assert (tmp_path / "log").read_text() == "bars ??\n"
+
+
+def test_other_errors_of_output_are_raised():
+  with open("/dev/full", "w") as full, pytest.raises(OSError, match="No space left"):
+    print("x", file=cli._lasting(full), flush=True)
 
 
 def test_moe_70b_is_refused_before_anything_is_compiled(tmp_path):

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from experiments.cli import named_config
 from experiments.config import ConfigError
+from experiments.overrides import apply_overrides
 from experiments.training.checkpoint import Checkpoints, saved_steps
+from experiments.training.setup import build
 from experiments.training.state import TrainState
 
 pytestmark = pytest.mark.xdist_group("devices")
@@ -85,6 +88,22 @@ def test_another_state_is_refused_by_leaf(saved, target, message):
   with Checkpoints(saved, read_only=True) as checkpoints, pytest.raises(ConfigError) as caught:
     checkpoints.restore(3, shapes)
   assert message in str(caught.value) and "checkpoint of step 3" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ("adamw", "adafactor", "lion", "muon", "sgd"))
+def test_every_optimizers_state_comes_back(name, tmp_path):
+  """Masked leaves, empty states and named tuples included."""
+  overrides = [("optimizer.name", name), ("mesh.fsdp", "2")]
+  abstract = build(apply_overrides(named_config("debug"), overrides)).abstract
+  rng = np.random.default_rng(0)
+  draw = lambda s: jax.device_put(rng.integers(99, size=s.shape).astype(s.dtype), s.sharding)
+  expected = jax.tree.map(draw, abstract)
+  with Checkpoints(tmp_path / "c") as checkpoints:
+    checkpoints.save(1, expected, {"position": 8})
+    checkpoints.wait()
+    found, _ = checkpoints.restore(1, abstract)
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_only_the_newest_are_kept(tmp_path):

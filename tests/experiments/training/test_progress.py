@@ -5,9 +5,12 @@ import io
 import pytest
 from rich.console import Console
 
+from experiments.cli import named_config
 from experiments.training import progress
 from experiments.training.loop import _StepTimer
 from experiments.training.progress import ProgressDisplay, duration, load_bars
+from experiments.training.setup import build
+from layers.count import train_flops_per_token
 from mesh import hardware
 
 ROW = {
@@ -47,10 +50,6 @@ def test_experts_of_a_row():
 @pytest.mark.parametrize(("kind", "share"), (("h100", 989e12), ("cpu", None)))
 def test_mfu_is_model_flops_over_the_peak_where_it_is_known(kind, share, monkeypatch):
   """Peak of all devices of the mesh, with the timer's own clock."""
-  from experiments.cli import named_config
-  from experiments.training.setup import build
-  from layers.count import train_flops_per_token
-
   config = named_config("debug")
   setup = build(config)
   monkeypatch.setattr("experiments.training.loop.find_chip", lambda _: hardware.CHIPS[kind])

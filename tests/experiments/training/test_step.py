@@ -77,11 +77,10 @@ def close(a, b, rtol=2e-5, atol=1e-6):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
 
 
-@pytest.mark.parametrize("parts", (2, 4))
-def test_microbatches_change_nothing(parts):
+def test_microbatches_change_nothing():
   """Neither loss nor gradients, routing statistics, jitter or dropout."""
   whole, gradients = step_of(SPARSE, seed=0)()
-  split, gradients_of_parts = step_of(SPARSE, seed=0, microbatches=parts)()
+  split, gradients_of_parts = step_of(SPARSE, seed=0, microbatches=2)()
   close(whole, split)
   close(gradients, gradients_of_parts)
   assert float(whole.moe[0].dropped.sum()) > 0 and float(whole.aux_loss) > 0
@@ -102,9 +101,10 @@ def test_a_key_belongs_to_a_row_of_the_global_batch():
   assert len({tuple(k) for k in np.asarray(keys)}) == 6
 
 
+@jax.jit
 def reference(params, z_loss):
   """Loss and gradient from whole logits: a mean over the targets that count."""
-  b = batch()
+  b = jax.tree.map(jnp.asarray, batch())
 
   def total(params):
     logits_BTV = DENSE.apply(
@@ -115,7 +115,7 @@ def reference(params, z_loss):
     mean = lambda x_BT: jnp.sum(x_BT * b["weights"]) / b["weights"].sum()
     return mean(lse_BT - target_BT) + z_loss * mean(lse_BT**2), mean(lse_BT - target_BT)
 
-  (_, nll), gradients = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+  (_, nll), gradients = jax.value_and_grad(total, has_aux=True)(params)
   return nll, gradients
 
 

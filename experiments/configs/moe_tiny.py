@@ -40,7 +40,7 @@ def config() -> Config:
   return Config(
     name="moe_tiny",
     model=model(),
-    data=DataConfig(source="pydoc", row_length=256, batch_size=8),
+    data=DataConfig(source="pydoc", row_length=256, batch_size=16),
     optimizer=OptimizerConfig(
       name="muon",
       learning_rate=0.01,
@@ -50,7 +50,7 @@ def config() -> Config:
       stable_fraction=0.5,
       final_fraction=0.0,
     ),
-    train=TrainConfig(steps=220, log_every=10),
-    checkpoint=CheckpointConfig(every=55),
+    train=TrainConfig(steps=150, log_every=10),
+    checkpoint=CheckpointConfig(every=50),
     eval=EvalConfig(sample_prompt="The ", baselines=True, twin="dense_tiny"),
   )

@@ -43,16 +43,26 @@ checkpoint.Checkpoints.save = die
 
 @pytest.fixture(scope="module")
 def stopped(finished, tmp_path_factory):
-  """A run like `finished`, stopped in three ways and then finished; always the same command."""
+  """A run like `finished`, stopped in three ways and then finished; always the same command.
+
+  The last two times in this process, which takes a third as long.
+  """
   home = tmp_path_factory.mktemp("stopped")
-  command = ("run", *QUICK, "--workdir=run", "--config.checkpoint.every=5")
-  return home, [
-    spawn(home, *command, script=DIE_SAVING.format(step=10)),
-    spawn(home, *command, script=STOP.format(step=12, name="SIGINT")),
-    # A home that can't be written costs the caches, nothing else.
-    spawn(home, *command, script=STOP.format(step=14, name="SIGTERM"), HOME="/proc"),
-    spawn(home, *command),
-  ]
+  command = ("run", *QUICK, "--config.checkpoint.every=5")
+  # A home that can't be written costs the caches, nothing else.
+  killed = spawn(home, *command, "--workdir=run", script=DIE_SAVING.format(step=10), HOME="/proc")
+  interrupted = spawn(home, *command, "--workdir=run", script=STOP.format(step=12, name="SIGINT"))
+  write = MetricsWriter.write
+
+  def terminate(self, step, row):
+    write(self, step, row)
+    if step == 14:
+      signal.raise_signal(signal.SIGTERM)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(MetricsWriter, "write", terminate)
+    terminated = call(*command, f"--workdir={home}/run")
+  return home, [killed, interrupted, terminated, call(*command, f"--workdir={home}/run")]
 
 
 def test_bit_exact_after_every_way_to_stop(stopped, trained):

@@ -85,7 +85,7 @@ def test_bfloat16_rounds_results_but_not_the_weight_gradient(k_dims, f_dims):
   want_y, want_dx, want_dw = definition(*rounded, len(k_dims))
   for got, want in ((y, want_y), (dx, want_dx)):
     # float32 sums of exact products, rounded once.
-    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2.01**-8, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2**-8, atol=1e-5)
   np.testing.assert_allclose(dw, want_dw, rtol=1e-5, atol=1e-5)
 
 

@@ -1,6 +1,8 @@
 """A few hundred thousand parameters, 20 steps, seconds: to see that everything runs.
 
 Command: python -m experiments.run --config=debug
+Hardware: any.
+Result: 20 steps in seconds; not meant to be good.
 """
 
 from experiments.config import (

@@ -1,6 +1,9 @@
 """A small Switch mixture of experts on the text inside every CPython; two minutes on two cores.
 
 Command: python -m experiments.run --config=moe_tiny
+Hardware: two CPU cores.
+Result: 1.819 held-out bits a byte in 73 s of steps on two cores, 2026-11-21 (trigrams 2.333,
+dense_tiny 1.857).
 """
 
 from experiments.config import (

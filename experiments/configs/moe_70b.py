@@ -4,7 +4,8 @@
 
 Command: python -m experiments.run --config=moe_70b --workdir=/SHARED/moe_70b \
     --config.data.path=gs://BUCKET/shards --config.data.tokenizer=gs://BUCKET/tokenizer
-Hardware: state of 1.125 TB in training (16 bytes a parameter), so from a v5p-64 slice up.
+Hardware: v5p-128 (64 chips): compiled peak 36.1 GB a chip of 102, 17.6 GB of it state (1.125 TB in
+all, 16 bytes a parameter): `python -m experiments.plan --config=moe_70b --topology=v5p-128`.
 Data: 74.6e9 tokens (20 an active parameter), tokenised with a 32,768-entry vocabulary.
 Result: not yet run.
 """
@@ -63,7 +64,12 @@ def config() -> Config:
     ),
     # 17,800 steps of 1024 x 4096 = 4.19e6 tokens: 7.47e10 tokens.
     train=TrainConfig(
-      steps=17_800, compute_dtype="bfloat16", remat="minimal", z_loss=1e-4, log_every=10
+      steps=17_800,
+      microbatches=4,
+      compute_dtype="bfloat16",
+      remat="full",
+      z_loss=1e-4,
+      log_every=10,
     ),
     checkpoint=CheckpointConfig(every=500, keep=3),
     eval=EvalConfig(every=1000, batches=32),

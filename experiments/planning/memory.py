@@ -11,6 +11,8 @@ from ..training.setup import Setup
 
 # Share of a device's memory left for activations, compiler temporaries and the runtime.
 _RESERVE = 0.15
+# The commands name a slice with room for a real batch: the state leaves it three quarters.
+_ROOMY = 0.75
 
 
 def training_bytes(setup: Setup) -> int:
@@ -50,7 +52,8 @@ def refuse_if_too_large(setup: Setup) -> None:
     f"  {s.name:<14} {s.topology:<14} {s.chips:>4} chips  {gigabytes(s.hbm_bytes):>9}"
     for s in slices
   )
-  example = next((s.name for s in slices if s.name.startswith("v5p")), slices[0].name)
+  roomy = [s.name for s in smallest_slices(total, reserve=_ROOMY)] or [slices[-1].name]
+  example = next((name for name in roomy if name.startswith("v5p")), roomy[0])
   name = setup.config.name
   raise ConfigError(
     f"{name} does not fit here: weights, gradients and optimizer state take {gigabytes(total)}, "

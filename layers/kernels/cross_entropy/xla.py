@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ..partition import vary_with
 from ..select import current_platform
 
-CHUNK_BYTES = 32 * 2**20  # float32 logits of a chunk, a device
+CHUNK_BYTES = 64 * 2**20  # float32 logits of a chunk, a device
 # Each chunk reads w and adds to the float32 dw once: with fewer tokens an accelerator would wait
 # for memory instead of multiplying.
 MIN_TOKENS = {"cpu": 128}

@@ -12,8 +12,11 @@ import textwrap
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import flags, logging
+
+from mesh.topology import describe_devices
 
 from . import configs, platform
 from .config import Config, ConfigError
@@ -23,19 +26,30 @@ FINISHED, OUR_FAULT, USER_MISTAKE, RESTART, INTERRUPTED = 0, 1, 2, 75, 130
 
 _CONFIG = flags.DEFINE_string("config", "moe_tiny", "A named config, or FAMILY:SIZE.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run directory; default runs/CONFIG.")
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", "", "For plan and --show_mesh, TPUs that are not here: v5p:4x4x4, or v5p-128."
+)
+
+# libtpu then neither asks a cloud what it runs on, nor complains that nobody told it.
+_NO_TPU_HERE = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_ACCELERATOR_TYPE": "v5p-8",
+}
 
 # --config.section.field=value, in the order given; filled when flags are parsed.
 _overrides: list[tuple[str, str]] = []
 
 
-def run(main: Callable[[], int | None]) -> None:
-  """Run a program as this process: `execute` the command line, and exit with its code."""
+def run(main: Callable[[], int | None], *, leave: Callable[[int], Any] = sys.exit) -> None:
+  """Run a program as this process: `execute` the command line, and `leave` with its exit code."""
   if sys.stdout is not None:
     sys.stdout = _lasting(sys.stdout)
   code = execute(main, sys.argv)
   if sys.stdout is not None:
     sys.stdout.flush()
-  sys.exit(code)
+  leave(code)
 
 
 def execute(main: Callable[[], int | None], argv: list[str]) -> int:
@@ -175,6 +189,38 @@ def config_flag() -> tuple[str, bool]:
   return _CONFIG.value, flags.FLAGS["config"].present > 0
 
 
+def described_devices(config: Config) -> list[Any] | None:
+  """Devices of `--topology`, as many slices of it as the config's mesh spans; None without it.
+
+  Raises:
+    ConfigError: no such topology, or libtpu is not installed.
+  """
+  if not _TOPOLOGY.value:
+    return None
+  for name, value in _NO_TPU_HERE.items():
+    os.environ.setdefault(name, value)
+  slices = config.mesh.dcn_data * config.mesh.dcn_stage * config.mesh.dcn_fsdp
+  try:
+    return describe_devices(_TOPOLOGY.value, num_slices=slices)
+  except ModuleNotFoundError as e:
+    raise ConfigError("describing a TPU needs libtpu: pip install 'meshyard[test]'") from e
+  except ValueError as e:
+    raise ConfigError(str(e)) from e
+
+
+def refuse_topology() -> None:
+  """For programs that compute.
+
+  Raises:
+    ConfigError: `--topology` is given.
+  """
+  if _TOPOLOGY.value:
+    raise ConfigError(
+      f"--topology={_TOPOLOGY.value}: these devices are only described, so nothing can run on them;"
+      " it goes with experiments.plan and with --show_mesh"
+    )
+
+
 def workdir(default_name: str) -> Path:
   """`--workdir`, or runs/<config>.
 
@@ -191,8 +237,9 @@ def require_workdir() -> Path:
   """An existing run directory for programs that read one.
 
   Raises:
-    ConfigError: there is none.
+    ConfigError: there is none, or `--topology` is given.
   """
+  refuse_topology()
   folder = workdir(_CONFIG.value)
   with contextlib.suppress(OSError, ValueError):
     if (folder / "config.json").is_file():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from layers.spec import ModelSpec
+from mesh.rules import parse_rules
 
 
 class ConfigError(ValueError):
@@ -42,13 +43,32 @@ class MeshConfig:
   If any is given, the others are 1; one may be -1, meaning the devices that remain.
   """
 
-  data: int | None = free(None)
-  stage: int | None = free(None)
-  fsdp: int | None = free(None)
-  expert: int | None = free(None)
-  context: int | None = free(None)
-  tensor: int | None = free(None)
-  rules: Literal["fsdp", "fsdp_tensor", "fsdp_expert", "all"] = free("all")
+  data: int | None = free(None)  # whole replicas
+  stage: int | None = free(None)  # pipeline stages
+  fsdp: int | None = free(None)  # batch, and the width of every weight
+  expert: int | None = free(None)  # batch, and different experts
+  context: int | None = free(None)  # positions of a row
+  tensor: int | None = free(None)  # heads, hidden units, vocabulary
+  # The same axes across slices, over the slow network; the sizes above then hold within a slice:
+  # data=4 with dcn_data=2 is an axis `data` of 8 on two slices. With all three at 1, several TPU
+  # slices are split along `data`, which must be a multiple of their number. A slice is a TPU slice;
+  # elsewhere a process, or an equal share of the devices of a single process.
+  dcn_data: int = free(1)
+  dcn_stage: int = free(1)
+  dcn_fsdp: int = free(1)
+  # fsdp, fsdp_tensor, fsdp_expert or all, then changes of what is cut over which mesh axes:
+  # all,embed=fsdp+context,mlp= (nothing after = is a copy on each device).
+  rules: str = free("all")
+  axis_types: Literal["auto", "explicit"] = free("auto")  # explicit: shardings in array types
+  context_method: Literal["ring", "all_gather"] = free("ring")  # keys of other positions
+  circular: int = free(1)  # turns a microbatch makes through the stages, each over fewer layers
+
+  def __post_init__(self):
+    _at_least(self, "mesh", dcn_data=1, dcn_stage=1, dcn_fsdp=1, circular=1)
+    try:
+      parse_rules(self.rules)
+    except ValueError as e:
+      raise ConfigError(f"mesh.rules: {e}") from e
 
 
 @dataclass(frozen=True)

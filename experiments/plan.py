@@ -4,18 +4,15 @@
 Nothing is allocated; the compiler is the TPU's own, from the libtpu package.
 """
 
-import os
 import time
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 from jax.sharding import NamedSharding
 
 from mesh.constrain import use_mesh
-from mesh.hardware import CHIPS, parse_topology
+from mesh.hardware import device_memory_bytes, find_chip
 from mesh.rules import spec_for
-from mesh.topology import describe_devices
 
 from . import cli
 from .config import ConfigError
@@ -23,32 +20,18 @@ from .planning.memory import bytes_per_device, gigabytes, training_bytes
 from .training.setup import Setup, build
 from .training.step import make_train_step
 
-# libtpu then neither asks a cloud what it runs on, nor complains that nobody told it.
-_NO_TPU_HERE = {
-  "TPU_SKIP_MDS_QUERY": "1",
-  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-  "TPU_WORKER_HOSTNAMES": "localhost",
-  "TPU_ACCELERATOR_TYPE": "v5p-8",
-}
-_TOPOLOGY = flags.DEFINE_string("topology", "", "v5p:4x4x4, or a cloud name such as v5p-128.")
-
 
 def main() -> int:
-  if not _TOPOLOGY.value:
-    raise ConfigError("--topology is missing: for example --topology=v5p:4x4x4 or v5p-128")
-  for name, value in _NO_TPU_HERE.items():
-    os.environ.setdefault(name, value)
   config = cli.requested_config()
-  try:
-    topology = parse_topology(_TOPOLOGY.value)
-    devices = describe_devices(_TOPOLOGY.value)
-  except ModuleNotFoundError as e:
-    raise ConfigError("describing a TPU needs libtpu: pip install 'meshyard[test]'") from e
-  except ValueError as e:
-    raise ConfigError(str(e)) from e
+  devices = cli.described_devices(config)
+  if devices is None:
+    raise ConfigError("--topology is missing: for example --topology=v5p:4x4x4 or v5p-128")
+  chip, hbm = find_chip(devices[0]), device_memory_bytes(devices[0])
+  assert chip is not None and hbm is not None, devices[0].device_kind  # what libtpu describes
+  where = f"{len(devices) // chip.devices_per_chip} x {chip.name}"
   setup = build(config, devices)
   axes = " x ".join(f"{name}={size}" for name, size in setup.mesh.shape.items() if size > 1)
-  print(f"{config.name} on {topology.num_chips} x {topology.chip}, mesh {axes}")
+  print(f"{config.name} on {where}, mesh {axes}")
   print(
     f"state    {gigabytes(training_bytes(setup))}, {gigabytes(bytes_per_device(setup))} a device"
   )
@@ -60,11 +43,10 @@ def main() -> int:
     if "RESOURCE_EXHAUSTED" not in str(e):
       raise
     raise ConfigError(
-      f"{config.name} does not fit {topology.num_chips} x {topology.chip}: "
+      f"{config.name} does not fit {where}: "
       f"{str(e).splitlines()[0].removeprefix('RESOURCE_EXHAUSTED: ')} "
       "Try more --config.train.microbatches, --config.train.remat=full, or a larger slice."
     ) from e
-  hbm = CHIPS[topology.chip].hbm_bytes // CHIPS[topology.chip].devices_per_chip
   print(f"compiled in {time.monotonic() - began:.0f} s")
   verdict = "fits" if memory.peak_memory_in_bytes <= hbm else "does NOT fit"
   print(
@@ -80,7 +62,7 @@ def compile_step(setup: Setup) -> jax.stages.Compiled:
     setup.model,
     setup.optimizer,
     seed=config.train.seed,
-    microbatches=config.train.microbatches,
+    microbatches=setup.accumulate,
     z_loss=config.train.z_loss,
   )
   placed = NamedSharding(setup.mesh, spec_for(("act_batch", "act_seq"), setup.rules, setup.mesh))

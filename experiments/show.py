@@ -1,4 +1,4 @@
-"""`--list` and `--show`: what configs there are, what one resolves to, what was changed."""
+"""`--list`, `--show`, `--show_mesh`: what configs there are, what one is, where it would lie."""
 
 from rich.console import Console
 from rich.table import Table
@@ -7,7 +7,9 @@ from layers.count import count_params
 
 from . import cli
 from .config import Config
+from .joining import Place
 from .overrides import difference, flatten
+from .start import Request
 
 
 def print_list() -> None:
@@ -31,6 +33,14 @@ def print_list() -> None:
     )
   console.print(table)
   console.print("\nTrain one:  python -m experiments.run --config=NAME", markup=False)
+
+
+def print_mesh(request: Request, param: str, place: Place) -> None:
+  """Which device holds which part of a parameter and of the batch, see `experiments.show_mesh`."""
+  # Only who asks for a picture needs what draws it.
+  from .show_mesh import show_mesh
+
+  show_mesh(request, param, place)
 
 
 def print_config(named: Config, config: Config) -> None:

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mesh.constrain import constrain
 
 from .cache import KVCache, update_cache
-from .kernels.attention import attention
+from .context import Method, row_attention
 from .kernels.attention.bias import Alibi, Bucketed, RelativeKeys
 from .linear import dense
 from .masks import BlockLocal, Causal, Local
@@ -38,6 +38,7 @@ class Rows(NamedTuple):
   segments_BT: jax.Array | None = None  # int32, 0 is padding; None: one document a row
   key_B: jax.Array | None = None  # one typed PRNG key a row; None: no jitter, no dropout
   table_UN: jax.Array | None = None  # shared distance-bucket table
+  place_T: jax.Array | None = None  # int32, where in its row each position lies; None: in order
 
   @property
   def valid_BT(self) -> jax.Array | None:  # noqa: N802 (an array, named as one)
@@ -80,12 +81,14 @@ class Attention(nn.Module):
     embed_dim: model width D.
     init_spec: initialisers.
     gain: factor on the initial output projection (depth scaling).
+    context_method: how positions spread over devices meet, see `layers.context`.
   """
 
   spec: AttentionSpec
   embed_dim: int
   init_spec: InitSpec = InitSpec()  # not `init`: every Linen module has that method
   gain: float = 1.0
+  context_method: Method = "ring"
 
   @nn.compact
   def __call__(
@@ -110,7 +113,7 @@ class Attention(nn.Module):
     sink_N = None
     if spec.sink:
       sink_N = declare(self, "sink", (spec.num_heads,), ("heads",), nn.initializers.zeros)
-    o_BTNH = attention(
+    o_BTNH = row_attention(
       q_BTNH,
       k_BTKH,
       v_BTKH,
@@ -118,6 +121,7 @@ class Attention(nn.Module):
       q_positions_BT=rows.positions_BT,
       kv_positions_BS=kv_positions,
       q_segments_BT=None if cache is not None else rows.segments_BT,
+      method=self.context_method,
       scale=spec.scale,
       softcap=spec.softcap,
       bias=bias,

@@ -11,6 +11,7 @@ from mesh.constrain import constrain
 
 from .attention import Attention, Rows
 from .cache import KVCache
+from .context import Method
 from .latent_attention import LatentAttention
 from .mlp import Mlp
 from .moe import MoeStats, SwitchMoE
@@ -30,12 +31,14 @@ class Block(nn.Module):
     embed_dim: model width D.
     init_spec: initialisers.
     gain: factor on the initial weights that write to the residual (depth scaling).
+    context_method: how positions spread over devices meet, see `layers.context`.
   """
 
   spec: LayerSpec
   embed_dim: int
   init_spec: InitSpec = InitSpec()  # not `init`: every Linen module has that method
   gain: float = 1.0
+  context_method: Method = "ring"
 
   @nn.compact
   def __call__(
@@ -78,7 +81,7 @@ class Block(nn.Module):
 
   def _attend(self, h_BTD, rows: Rows, cache: KVCache | None):
     spec = self.spec.attention
-    common = (self.embed_dim, self.init_spec, self.gain)
+    common = (self.embed_dim, self.init_spec, self.gain, self.context_method)
     if isinstance(spec, LatentAttentionSpec):
       attention = LatentAttention(spec, *common, name="attention")
     else:
@@ -92,10 +95,12 @@ class Block(nn.Module):
       return checkpoint_name(mlp(h_BTD), "mlp_branch"), None
     key_B = None if rows.key_B is None else fold(rows.key_B, 2)
     moe = SwitchMoE(self.spec.mlp, self.embed_dim, self.init_spec, self.gain, name="moe")
-    m_BTD, stats = moe(h_BTD, valid_BT=rows.valid_BT, key_B=key_B, train=train)
+    m_BTD, stats = moe(
+      h_BTD, valid_BT=rows.valid_BT, key_B=key_B, place_T=rows.place_T, train=train
+    )
     return checkpoint_name(m_BTD, "mlp_branch"), stats
 
   def _drop(self, x_BTD, rows: Rows, branch: int):
     if rows.key_B is None or self.spec.dropout == 0:
       return x_BTD
-    return dropout_BTD(x_BTD, self.spec.dropout, fold(rows.key_B, branch))
+    return dropout_BTD(x_BTD, self.spec.dropout, fold(rows.key_B, branch), rows.place_T)

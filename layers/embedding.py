@@ -70,7 +70,12 @@ class Embedding(nn.Module):
       self.norm = Norm(spec.norm, d)
 
   def __call__(
-    self, tokens_BT: jax.Array, positions_BT: jax.Array, *, key_B: jax.Array | None = None
+    self,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    *,
+    key_B: jax.Array | None = None,
+    place_T: jax.Array | None = None,
   ) -> jax.Array:
     """Embed.
 
@@ -78,6 +83,7 @@ class Embedding(nn.Module):
       tokens_BT: token ids.
       positions_BT: position of each token; read only with a position table.
       key_B: one typed key a row for dropout, None for none.
+      place_T: where in its row each position lies; None: in order.
 
     Returns:
       [B, T, D] in `dtype`.
@@ -95,7 +101,7 @@ class Embedding(nn.Module):
     x_BTD = constrain(x_BTD, "act_batch", "act_seq", "act_embed")
     if spec.norm is not None:
       x_BTD = self.norm(x_BTD)
-    return dropout_BTD(x_BTD, spec.dropout, key_B)
+    return dropout_BTD(x_BTD, spec.dropout, key_B, place_T)
 
   @nn.compact
   def to_table_width(self, x_BTD: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mesh.constrain import constrain
 
-from .linear import product_sharding
+from .linear import dense, product_sharding
 from .mlp import gated_activation
 from .spec import Activation
 
@@ -41,11 +41,12 @@ def expert_mlp(
 
 
 def _grouped(x_ERD, w_EDF, b_EF):
-  y_ERF = jnp.einsum(
-    "erd,edf->erf",
-    x_ERD,
-    w_EDF.astype(x_ERD.dtype),
-    preferred_element_type=jnp.float32,
-    out_sharding=product_sharding(x_ERD, w_EDF, 1, 1),
-  ).astype(x_ERD.dtype)
+  spec = product_sharding(x_ERD, w_EDF, 1, 1)
+  if spec is None:
+    y_ERF = jax.vmap(dense)(x_ERD, w_EDF)
+  else:
+    w_EDF = w_EDF.astype(x_ERD.dtype)
+    y_ERF = jnp.einsum(
+      "erd,edf->erf", x_ERD, w_EDF, preferred_element_type=jnp.float32, out_sharding=spec
+    ).astype(x_ERD.dtype)
   return y_ERF if b_EF is None else y_ERF + b_EF[:, None].astype(x_ERD.dtype)

@@ -13,7 +13,7 @@ from mesh.constrain import constrain
 
 from .attention import Rows, cached_keys, rotate
 from .cache import KVCache
-from .kernels.attention import attention
+from .context import Method, row_attention
 from .linear import dense
 from .masks import Causal
 from .norms import Norm
@@ -33,6 +33,7 @@ def latent_attention(
   q_positions_BT: jax.Array | None = None,
   kv_positions_BS: jax.Array | None = None,
   segments_BT: jax.Array | None = None,
+  context_method: Method = "ring",
   implementation: str | None = None,
 ) -> jax.Array:
   """Causal attention on latents (DeepSeek-V2, arXiv 2405.04434, equations 9 to 19), [B, T, N, W].
@@ -49,6 +50,7 @@ def latent_attention(
     scale: factor on q . k; None is (H + P) ** -0.5.
     q_positions_BT, kv_positions_BS, segments_BT, implementation: as for `attention`; segments
       only without `kv_positions_BS`.
+    context_method: see `layers.context.row_attention`.
   """
   (N, H), P, dtype = q_BTNH.shape[2:], q_BTNP.shape[-1], q_BTNH.dtype
   absorb = kv_positions_BS is not None
@@ -66,7 +68,7 @@ def latent_attention(
     q = jnp.concatenate([q_BTNH, q_BTNP], axis=-1)
     k = jnp.concatenate([k_BSNH, key_BSNP], axis=-1)
     v = checkpoint_name(dense(latent_BSZ, w_value_ZNW), "value")
-  o = attention(
+  o = row_attention(
     q,
     k,
     v,
@@ -74,6 +76,7 @@ def latent_attention(
     q_positions_BT=q_positions_BT,
     kv_positions_BS=kv_positions_BS,
     q_segments_BT=segments_BT,
+    method=context_method,
     scale=(H + P) ** -0.5 if scale is None else scale,
     implementation=implementation,
   )
@@ -93,12 +96,14 @@ class LatentAttention(nn.Module):
     embed_dim: model width D.
     init_spec: initialisers.
     gain: factor on the initial output projection (depth scaling).
+    context_method: how positions spread over devices meet, see `layers.context`.
   """
 
   spec: LatentAttentionSpec
   embed_dim: int
   init_spec: InitSpec = InitSpec()  # not `init`: every Linen module has that method
   gain: float = 1.0
+  context_method: Method = "ring"
 
   @nn.compact
   def __call__(
@@ -128,6 +133,7 @@ class LatentAttention(nn.Module):
       q_positions_BT=rows.positions_BT,
       kv_positions_BS=kv_positions,
       segments_BT=None if cache is not None else rows.segments_BT,
+      context_method=self.context_method,
       implementation=spec.implementation,
     )
     o_BTNW = constrain(o_BTNW, "act_batch", "act_seq", "act_heads", None)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
+from mesh.collectives import vary, varying
+
 
 def dense(x: jax.Array, w: jax.Array, *, num_in: int = 1) -> jax.Array:
   """Contract the last `num_in` dims of x with the first `num_in` of w.
@@ -36,23 +38,15 @@ def dense(x: jax.Array, w: jax.Array, *, num_in: int = 1) -> jax.Array:
     )
   product = _product
   if x.dtype != w.dtype:
-    product, x, w = _product_mixed, _vary_as(x, w), _vary_as(w, x)
+    # Inside a shard_map each must differ along the axes the other does, so that gradients are
+    # summed there. JAX does this to operands by itself, but not for a custom_vjp.
+    product, x, w = _product_mixed, vary(x, varying(w)), vary(w, varying(x))
   if _keep_dims():
     return product(x, w, num_in)
   # One contracted dim in the weight gradient: XLA's CPU matmul is half as fast with two (B and T).
   size = math.prod(k_dims)
   y_MF = product(x.reshape(math.prod(lead), size), w.reshape(size, math.prod(f_dims)), 1)
   return y_MF.reshape(lead + f_dims)
-
-
-def _vary_as(a: jax.Array, b: jax.Array) -> jax.Array:
-  """Inside a shard_map, let a differ along the mesh axes b does, so its gradient is summed there.
-
-  JAX does this to operands by itself, but not for a custom_vjp.
-  """
-  varying = lambda x: jax.typeof(x).manual_axis_type.varying
-  more = varying(b) - varying(a)
-  return lax.pcast(a, tuple(sorted(more)), to="varying") if more else a
 
 
 def _keep_dims() -> bool:
@@ -122,6 +116,24 @@ def explicit_spec(x: jax.Array) -> tuple | None:
   if AxisType.Explicit not in sharding.mesh.axis_types:
     return None
   return tuple(sharding.spec) + (None,) * (x.ndim - len(sharding.spec))
+
+
+def take(x: jax.Array, indices: jax.Array, dim: int) -> jax.Array:
+  """`x` at `indices` of `dim`, placed as x is."""
+  spec = explicit_spec(x)
+  index = (slice(None),) * dim + (indices,)
+  if spec is None:
+    return x[index]
+  return x.at[index].get(out_sharding=PartitionSpec(*spec))
+
+
+def regroup(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """`x` with its first two dims cut or joined otherwise; the first stays sharded as it was."""
+  spec = explicit_spec(x)
+  if spec is None:
+    return x.reshape(shape)
+  rest = (None,) * (len(shape) - 1)
+  return jnp.reshape(x, shape, out_sharding=PartitionSpec(spec[0], *rest))
 
 
 def _axes(entry) -> tuple[str, ...]:

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
+from mesh.collectives import from_experts, manual_size, to_experts
 from mesh.constrain import constrain
 
 from .dispatch import assign_slots, expert_capacity, permute, unpermute
 from .experts import expert_mlp
+from .linear import regroup
 from .mlp import Mlp
 from .noise import jitter_BTD
 from .params import declare, kernel_init
@@ -52,13 +54,21 @@ def route_groups(
   """Rows cut into routing groups: x_GSD and valid_GS.
 
   Raises:
-    ValueError: when the row length is not a multiple of `group_size`.
+    ValueError: when the row length is not a multiple of `group_size`, or positions are spread over
+      devices and a group would be too.
   """
   _, T, D = x_BTD.shape
+  devices = manual_size("context")
+  if devices > 1 and (group_size is None or T // 2 % group_size):
+    raise ValueError(
+      f"on a mesh with context={devices} a routing group must lie on one device: set "
+      f"moe.group_size to a divisor of {T // 2} (half the positions of a device), not {group_size}"
+    )
   S = T if group_size is None else min(group_size, T)
   if T % S:
     raise ValueError(f"a row of {T} tokens does not divide into routing groups of {S}")
-  return x_BTD.reshape(-1, S, D), valid_BT.reshape(-1, S)
+  G = x_BTD.shape[0] * T // S
+  return regroup(x_BTD, (G, S, D)), regroup(valid_BT, (G, S))
 
 
 def moe(
@@ -91,19 +101,20 @@ def moe(
   E = w_router_DE.shape[-1]
   valid_BT = jnp.ones_like(x_BTD[..., 0], bool) if valid_BT is None else valid_BT
   x_GSD, valid_GS = route_groups(x_BTD, valid_BT, group_size)
-  router_x_GSD = x_GSD if router_x_BTD is None else router_x_BTD.reshape(x_GSD.shape)
+  router_x_GSD = x_GSD if router_x_BTD is None else regroup(router_x_BTD, x_GSD.shape)
   with jax.named_scope("route"):
     routing = route(router_x_GSD, w_router_DE, valid_GS=valid_GS)
-  G, S, X = routing.expert_GSX.shape
+  _, S, X = routing.expert_GSX.shape
   C = expert_capacity(S, E, X, capacity_factor, min_capacity)
   with jax.named_scope("dispatch"):
     slots = assign_slots(routing.expert_GSX, valid_GS, num_experts=E, capacity=C)
-    # Sharded over groups before, over experts after: under jit this is the all-to-all.
+    # Sharded over groups before, over experts after; without a region the compiler finds that.
     rows_EGCD = rearrange(permute(x_GSD, slots), "g (e c) d -> e g c d", e=E)
     rows_EGCD = constrain(rows_EGCD, "act_expert", "act_batch", None, None)
+    rows_EGCD = to_experts(rows_EGCD)
   with jax.named_scope("experts"):
     out_ERD = expert_mlp(
-      rows_EGCD.reshape(E, G * C, D),
+      rows_EGCD.reshape(rows_EGCD.shape[0], -1, D),
       experts.up_EDF,
       experts.down_EFD,
       w_gate_EDF=experts.gate_EDF,
@@ -115,11 +126,12 @@ def moe(
       up_offset=up_offset,
     )
   with jax.named_scope("combine"):
-    out_EGCD = constrain(out_ERD.reshape(E, G, C, D), "act_expert", "act_batch", None, None)
+    out_EGCD = from_experts(out_ERD.reshape(rows_EGCD.shape))
+    out_EGCD = constrain(out_EGCD, "act_expert", "act_batch", None, None)
     out_GRD = rearrange(out_EGCD, "e g c d -> g (e c) d")
     out_GRD = constrain(out_GRD, "act_batch", None, None)
     y_GSD = unpermute(out_GRD, routing.weight_GSX, slots)
-  return y_GSD.reshape(B, T, D), routing, slots.dropped
+  return regroup(y_GSD, (B, T, D)), routing, slots.dropped
 
 
 class SwitchMoE(nn.Module):
@@ -144,11 +156,13 @@ class SwitchMoE(nn.Module):
     *,
     valid_BT: jax.Array | None = None,
     key_B: jax.Array | None = None,
+    place_T: jax.Array | None = None,
     train: bool = False,
   ) -> tuple[jax.Array, MoeStats]:
     spec, D = self.spec, self.embed_dim
     router_init = nn.initializers.normal(self.init_spec.stddev)
-    w_router_DE = declare(self, "router", (D, spec.num_experts), ("embed", None), router_init)
+    shape, axes = (D, spec.num_experts), ("embed", None)
+    w_router_DE = declare(self, "router", shape, axes, router_init, exact=True)
     jittered = key_B is not None and spec.jitter > 0
     route = (
       switch_route
@@ -163,7 +177,7 @@ class SwitchMoE(nn.Module):
       w_router_DE,
       self._experts(),
       route=route,
-      router_x_BTD=jitter_BTD(x_BTD, spec.jitter, key_B) if jittered else None,
+      router_x_BTD=jitter_BTD(x_BTD, spec.jitter, key_B, place_T) if jittered else None,
       valid_BT=valid_BT,
       capacity_factor=spec.capacity_factor if train else spec.eval_capacity_factor,
       min_capacity=spec.min_capacity,
@@ -174,7 +188,7 @@ class SwitchMoE(nn.Module):
     )
     if spec.shared is not None:
       y_BTD += Mlp(spec.shared, D, self.init_spec, self.gain, name="shared")(x_BTD)
-    groups_per_row = routing.expert_GSX.shape[0] / x_BTD.shape[0]
+    groups_per_row = routing.expert_GSX.shape[0] / x_BTD.shape[0] * manual_size("context")
     balance, z = routing.balance / groups_per_row, routing.z / groups_per_row
     return y_BTD, MoeStats(
       aux_loss=spec.balance_loss * balance + spec.z_loss * z,

@@ -10,6 +10,8 @@ Dims: B batch, T positions, D features of any kind.
 import jax
 import jax.numpy as jnp
 
+from mesh.collectives import manual_size
+
 
 def fold(key_B: jax.Array, *data: jax.Array | int) -> jax.Array:
   """Derive new keys from old ones and integers.
@@ -28,7 +30,7 @@ def fold(key_B: jax.Array, *data: jax.Array | int) -> jax.Array:
 
 
 def jitter_BTD(  # noqa: N802 (named for what it returns)
-  x_BTD: jax.Array, eps: float, key_B: jax.Array | None
+  x_BTD: jax.Array, eps: float, key_B: jax.Array | None, place_T: jax.Array | None = None
 ) -> jax.Array:
   """Multiply by noise from U[1 - eps, 1 + eps] (Switch Transformer, arXiv 2101.03961, section 2.4).
 
@@ -36,6 +38,7 @@ def jitter_BTD(  # noqa: N802 (named for what it returns)
     x_BTD: any float dtype.
     eps: half width of the noise; 0 is none.
     key_B: one typed key a row, or None for no noise.
+    place_T: where in its row each position lies; None: in order.
 
   Returns:
     float32 [B, T, D]: rounded to bfloat16, noise of 1e-2 would have five values.
@@ -43,12 +46,21 @@ def jitter_BTD(  # noqa: N802 (named for what it returns)
   x_BTD = x_BTD.astype(jnp.float32)
   if key_B is None or eps == 0.0:
     return x_BTD
-  draw = lambda key: jax.random.uniform(key, x_BTD.shape[1:], minval=1.0 - eps, maxval=1.0 + eps)
-  return x_BTD * jax.vmap(draw)(key_B)
+  draw = lambda key, shape: jax.random.uniform(key, shape, minval=1.0 - eps, maxval=1.0 + eps)
+  return x_BTD * _draw_rows(draw, x_BTD, key_B, place_T)
+
+
+def _draw_rows(draw, x_BTD, key_B, place_T) -> jax.Array:
+  """`draw(key, [T, D])` a row, at the places this device holds."""
+  _, T, D = x_BTD.shape
+  if place_T is None:
+    return jax.vmap(lambda key: draw(key, (T, D)))(key_B)
+  length = T * manual_size("context")
+  return jax.vmap(lambda key: draw(key, (length, D))[place_T])(key_B)
 
 
 def dropout_BTD(  # noqa: N802
-  x_BTD: jax.Array, rate: float, key_B: jax.Array | None
+  x_BTD: jax.Array, rate: float, key_B: jax.Array | None, place_T: jax.Array | None = None
 ) -> jax.Array:
   """Zero each element with probability `rate` and divide the others by 1 - rate.
 
@@ -56,6 +68,7 @@ def dropout_BTD(  # noqa: N802
     x_BTD: any float dtype, kept.
     rate: in [0, 1).
     key_B: one typed key a row, or None for no dropout.
+    place_T: where in its row each position lies; None: in order.
 
   Raises:
     ValueError: when the rate is outside [0, 1).
@@ -64,5 +77,5 @@ def dropout_BTD(  # noqa: N802
     raise ValueError(f"dropout rate must lie in [0, 1), got {rate}")
   if key_B is None or rate == 0.0:
     return x_BTD
-  draw = lambda key: jax.random.bernoulli(key, 1.0 - rate, x_BTD.shape[1:])
-  return jnp.where(jax.vmap(draw)(key_B), x_BTD / (1.0 - rate), 0)
+  draw = lambda key, shape: jax.random.bernoulli(key, 1.0 - rate, shape)
+  return jnp.where(_draw_rows(draw, x_BTD, key_B, place_T), x_BTD / (1.0 - rate), 0)

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
+from mesh.collectives import manual_size
+
 from .spec import InitSpec
 
 Initializer = Callable[..., jax.Array]
@@ -23,9 +25,10 @@ _TRUNCATED_STDDEV = 0.87962566103423978
 
 
 class Weight(nn.LogicallyPartitioned):
-  """A parameter with logical axis names and whether it is trained."""
+  """A parameter with logical axis names, whether it is trained, and whether it may be rounded."""
 
   trainable: bool = struct.field(default=True, pytree_node=False)
+  exact: bool = struct.field(default=False, pytree_node=False)
 
   def unbox(self, apply_constraint: bool = True) -> Any:
     # Placement is the caller's business (mesh.rules); Linen's own needs global rules to be set.
@@ -41,6 +44,7 @@ def declare(
   init: Initializer,
   *,
   trainable: bool = True,
+  exact: bool = False,
 ) -> jax.Array:
   """Declare parameter `name` of `module` and return its float32 value.
 
@@ -50,17 +54,27 @@ def declare(
     axes: one logical axis name (or None: never sharded) a dim, see `mesh.axes`.
     init: `(key, shape, dtype) -> array`.
     trainable: False for leaves updated outside the optimizer (DeepSeek's router bias).
+    exact: used in float32 whatever the activations are, so never rounded to travel.
 
   Raises:
-    ValueError: when `axes` and `shape` differ in length.
+    ValueError: when `axes` and `shape` differ in length, or the value given has another shape.
   """
   if len(shape) != len(axes):
     raise ValueError(f"{name}: shape {shape} has {len(shape)} dims, axes {axes} name {len(axes)}")
 
   def boxed(key: jax.Array) -> Any:  # Linen's `param` takes the value out of the box
-    return Weight(init(key, shape, jnp.float32), names=axes, trainable=trainable)
+    return Weight(init(key, shape, jnp.float32), names=axes, trainable=trainable, exact=exact)
 
-  return module.param(name, boxed)
+  ways = [manual_size("expert") if axis == "expert" else 1 for axis in axes]
+  if module.is_initializing() or set(ways) <= {1}:
+    return module.param(name, boxed)
+  # Inside a region each device has its own experts, which Linen would take for a wrong shape.
+  value = unbox(module.get_variable("params", name))
+  local = tuple(size // n for size, n in zip(shape, ways, strict=True))
+  if value is None or value.shape != local:
+    found = None if value is None else value.shape
+    raise ValueError(f"{name}: this device's part has the shape {found}, needs {local}")
+  return value
 
 
 def kernel_init(spec: InitSpec, fan_in: int, gain: float = 1.0) -> Initializer:
@@ -88,6 +102,11 @@ def axes(tree: Any) -> Any:
 def trainable(tree: Any) -> Any:
   """The same tree of booleans: may an optimizer update this leaf?"""
   return jax.tree.map(lambda w: w.trainable, tree, is_leaf=is_weight)
+
+
+def exact(tree: Any) -> Any:
+  """The same tree of booleans: is this leaf used in float32 only?"""
+  return jax.tree.map(lambda w: w.exact, tree, is_leaf=is_weight)
 
 
 def init_params(shell: nn.Module, key: jax.Array, *inputs: Any, **kwargs: Any) -> Any:

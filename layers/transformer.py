@@ -3,7 +3,7 @@
 B batch, T positions, D model width, V vocabulary, L repeats of a segment.
 """
 
-from collections.abc import Sequence
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -11,28 +11,21 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mesh.constrain import constrain, shard_counts
+from mesh.region import region_for
 
 from .attention import Rows, bucket_table
 from .block import Block
 from .cache import KVCache, empty_cache
+from .context import Method, zigzag
 from .embedding import Embedding
-from .kernels.cross_entropy import CrossEntropy, cross_entropy
-from .linear import dense
+from .kernels.cross_entropy import CrossEntropy
+from .linear import dense, take
+from .losses import token_loss
 from .moe import MoeStats
-from .noise import fold
 from .norms import Norm
 from .params import declare, kernel_init, unbox
 from .spec import BucketedSpec, ModelSpec, MoeSpec, Segment
-
-# Full unrolling of short stacks is a third faster on CPU and compiles once a repeat.
-_CPU_UNROLL = 8
-
-# Tensors worth keeping so that backward repeats no matmul and no kernel.
-MINIMAL_NAMES = (
-  "query", "key", "value", "latent", "attention_out", "attention_lse",
-  "attention_branch", "mlp_up", "mlp_gate", "mlp_branch",
-  "router_logits", "expert_up", "expert_gate", "expert_down",
-)  # fmt: skip
+from .stack import run_segment
 
 # One entry a segment, one a layer of its group, arrays stacked over repeats.
 Caches = tuple[tuple[KVCache, ...], ...]
@@ -47,102 +40,25 @@ class LMOutput(NamedTuple):
   caches: Caches | None
 
 
-def remat_policy(remat: str | Sequence[str]):
-  """The `jax.checkpoint` policy for a name, or None when nothing is recomputed.
-
-  none: keep everything. full: keep only each group's input. dots: keep matrix products with
-  weights. minimal: keep every projection, so that only elementwise work is repeated. Otherwise a
-  tuple of tensor names (see `MINIMAL_NAMES`) to keep.
-
-  Raises:
-    ValueError: for an unknown policy or tensor name, listing the known ones.
-  """
-  policies = jax.checkpoint_policies
-  if isinstance(remat, str):
-    named = {
-      "none": None,
-      "full": policies.nothing_saveable,
-      "dots": policies.dots_with_no_batch_dims_saveable,
-      "minimal": policies.save_only_these_names(*MINIMAL_NAMES),
-    }
-    if remat in named:
-      return named[remat]
-    remat = (remat,)
-  unknown = [name for name in remat if name not in MINIMAL_NAMES]
-  if unknown:
-    raise ValueError(
-      f"unknown remat policy or tensor name {unknown[0]!r}: use none, full, dots, minimal, "
-      f"or names among {', '.join(MINIMAL_NAMES)}"
-    )
-  return policies.save_only_these_names(*remat)
-
-
-def apply_segment(
-  segment: Segment,
-  blocks: Sequence[Block],
-  params: dict[str, Any],
-  x_BTD: jax.Array,
-  rows: Rows,
-  *,
-  first_layer: int = 0,
-  caches: tuple[KVCache, ...] | None = None,
-  train: bool = False,
-  remat: str | Sequence[str] = "none",
-  unroll: int | None = None,
-) -> tuple[jax.Array, tuple[MoeStats, ...], tuple[KVCache, ...] | None]:
-  """Scan a segment's groups over `params` (each leaf `[repeats, ...]`).
-
-  Args:
-    blocks: one shell a layer of the group, matching `segment.layers`.
-    first_layer: index of the segment's first layer, for the noise of each layer.
-    caches: one KV cache a layer of the group, stacked over repeats.
-    remat: see `remat_policy`.
-    unroll: repeats a loop iteration; None is all of them on CPU up to eight, else 1.
-  """
-  repeats, width = segment.repeats, len(segment.layers)
-  if unroll is None:
-    unroll = repeats if jax.default_backend() == "cpu" and repeats <= _CPU_UNROLL else 1
-
-  def group(x_BTD, scanned):
-    index, group_params, group_caches = scanned
-    stats, new_caches = [], []
-    for j, block in enumerate(blocks):
-      here = rows
-      if rows.key_B is not None:
-        here = rows._replace(key_B=fold(rows.key_B, first_layer + index * width + j))
-      cache = None if group_caches is None else group_caches[j]
-      variables = {"params": group_params[f"layer_{j}"]}
-      result: Any = block.apply(variables, x_BTD, here, cache, train=train)
-      x_BTD, layer_stats, cache = result
-      if layer_stats is not None:
-        stats.append(layer_stats)
-      new_caches.append(cache)
-    return x_BTD, (tuple(stats), None if group_caches is None else tuple(new_caches))
-
-  policy = remat_policy(remat)
-  if policy is not None:
-    # Inside a loop the compiler cannot merge the recomputation away; unrolled, it could.
-    group = jax.checkpoint(group, policy=policy, prevent_cse=unroll == repeats)
-  x_BTD = constrain(x_BTD, "act_batch", "act_norm_seq", "act_embed")  # placed as blocks leave it
-  xs = (jnp.arange(repeats), params, caches)
-  x_BTD, (stats, caches) = jax.lax.scan(group, x_BTD, xs, length=repeats, unroll=unroll)
-  return x_BTD, stats, caches
-
-
 class TransformerLM(nn.Module):
   """A decoder-only language model from its `ModelSpec`.
 
   Attributes:
     spec: the model.
     dtype: of activations and of weights in use; parameters are stored in float32.
-    remat: what backward keeps, see `remat_policy`.
-    unroll: see `apply_segment`.
+    remat: what backward keeps, see `stack.remat_policy`.
+    unroll: see `stack.apply_segment`.
+    context_method: on a mesh with context, see `layers.context`.
+    microbatches, circular: of the pipeline on a mesh with stages, see `stack.run_segment`.
   """
 
   spec: ModelSpec
   dtype: Any = jnp.float32
   remat: str | tuple[str, ...] = "none"
   unroll: int | None = None
+  microbatches: int = 1
+  circular: int = 1
+  context_method: Method = "ring"
 
   @nn.compact
   def __call__(
@@ -177,42 +93,68 @@ class TransformerLM(nn.Module):
     B, T = tokens_BT.shape
     if positions_BT is None:
       positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    rows = Rows(positions_BT, segments_BT, key_B, self._shared_bucket_table())
+    whole = caches is not None or at_B is not None or self.is_initializing()
+    region = None if whole else region_for(B, T)
+    place_T = None
+    if region is not None and region.positions:
+      # Positions change places once, here; nothing below depends on their order but attention.
+      place_T = self._places(T, math.prod(dict(region.sizes)[a] for a in region.positions))
+      by_place = (tokens_BT, targets_BT, weights_BT, positions_BT, segments_BT)
+      by_place = jax.tree.map(lambda x: take(x, place_T, 1), by_place)
+      tokens_BT, targets_BT, weights_BT, positions_BT, segments_BT = by_place
+    table_UN = self._shared_bucket_table()
+    rows = Rows(positions_BT, segments_BT, key_B, table_UN, place_T)
     embedding = Embedding(
       spec.embedding, spec.vocab_size, spec.embed_dim, spec.init, self.dtype, name="embedding"
     )
     with jax.named_scope("embedding"):
-      x_BTD = embedding(tokens_BT, positions_BT, key_B=key_B)
-    stats, new_caches, first_layer = [], [], 0
-    for i, segment in enumerate(spec.segments):
-      x_BTD, segment_stats, segment_caches = apply_segment(
-        segment,
-        self._blocks(segment),
-        self._segment_params(i),
-        x_BTD,
-        rows,
-        first_layer=first_layer,
-        caches=None if caches is None else caches[i],
-        train=train,
-        remat=self.remat,
-        unroll=self.unroll,
-      )
-      stats.extend(segment_stats)
-      new_caches.append(segment_caches)
-      first_layer += segment.repeats * len(segment.layers)
+      x_BTD = embedding(tokens_BT, positions_BT, key_B=key_B, place_T=place_T)
+    x_BTD, stats, caches = self._segments(x_BTD, rows, region, caches, train)
     if spec.final_norm is not None:
       x_BTD = Norm(spec.final_norm, spec.embed_dim, name="final_norm")(x_BTD)
     if at_B is not None:
       x_BTD = constrain(x_BTD, "act_batch", None, "act_embed")
       x_BTD = jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, 1))(x_BTD, at_B)
     with jax.named_scope("head"):
-      logits_BTV, loss = self._head(x_BTD, embedding, targets_BT, weights_BT, z_loss)
-    return LMOutput(logits_BTV, loss, tuple(stats), None if caches is None else tuple(new_caches))
+      logits_BTV, loss = self._head(x_BTD, embedding, targets_BT, weights_BT, z_loss, region)
+    if place_T is not None:
+      back = jnp.argsort(place_T)
+      in_order = lambda x: take(x, back, 1) if x.ndim > 1 else x
+      logits_BTV, loss = jax.tree.map(in_order, (logits_BTV, loss))
+    return LMOutput(logits_BTV, loss, stats, caches)
+
+  def _segments(self, x_BTD, rows, region, caches, train):
+    """All layers: (x, statistics, caches)."""
+    stats, new_caches, first_layer = [], [], 0
+    for i, segment in enumerate(self.spec.segments):
+      x_BTD, segment_stats, segment_caches = run_segment(
+        segment,
+        self._blocks(segment),
+        self._segment_params(i),
+        x_BTD,
+        rows,
+        region=region,
+        first_layer=first_layer,
+        caches=None if caches is None else caches[i],
+        train=train,
+        remat=self.remat,
+        unroll=self.unroll,
+        microbatches=self.microbatches,
+        circular=self.circular,
+      )
+      stats.extend(segment_stats)
+      new_caches.append(segment_caches)
+      first_layer += segment.repeats * len(segment.layers)
+    return x_BTD, tuple(stats), None if caches is None else tuple(new_caches)
 
   def _blocks(self, segment: Segment) -> list[Block]:
     gain = (2 * self.spec.num_layers) ** -0.5 if self.spec.init.depth_scaled else 1.0
-    make = lambda layer: Block(layer, self.spec.embed_dim, self.spec.init, gain, parent=None)
-    return [make(layer) for layer in segment.layers]
+    common = (self.spec.embed_dim, self.spec.init, gain, self.context_method)
+    return [Block(layer, *common, parent=None) for layer in segment.layers]
+
+  def _places(self, length: int, devices: int) -> jax.Array:
+    ring = self.context_method == "ring"
+    return jnp.asarray(zigzag(length, devices) if ring else range(length), jnp.int32)
 
   def _segment_params(self, i: int) -> dict[str, Any]:
     """Stacked weights of segment i: declared once, drawn with one key a layer."""
@@ -242,7 +184,7 @@ class TransformerLM(nn.Module):
         return jnp.zeros((position.num_buckets, num_heads))
     return None
 
-  def _head(self, x_BTD, embedding, targets_BT, weights_BT, z_loss):
+  def _head(self, x_BTD, embedding, targets_BT, weights_BT, z_loss, region):
     spec, head = self.spec, self.spec.head
     bias_V = None
     if head.bias:
@@ -263,18 +205,22 @@ class TransformerLM(nn.Module):
       return constrain(logits_BTV, "act_batch", "act_seq", "act_vocab"), None
     if weights_BT is None:
       weights_BT = jnp.ones_like(targets_BT, jnp.float32)
-    row_shards, position_shards = shard_counts("act_batch", "act_seq", shape=targets_BT.shape)
-    return None, cross_entropy(
+    shards = (1, 1)
+    if region is None:
+      shards = shard_counts("act_batch", "act_seq", shape=targets_BT.shape)
+    return None, token_loss(
       x_BTD,
-      w.astype(self.dtype),
+      w,
       targets_BT,
       weights_BT,
+      region=region,
+      w_axes=("vocab", "embed") if head.tied else ("embed", "vocab"),
       bias_V=bias_V,
       scale=head.scale,
       softcap=head.softcap,
       z_loss=z_loss,
       tied=head.tied,
-      shards=(row_shards, position_shards),
+      shards=shards,
     )
 
 

@@ -34,6 +34,11 @@ def use_mesh(mesh: Mesh, rules: Rules | str) -> Iterator[Mesh]:
     yield mesh
 
 
+def active() -> tuple[Rules | None, jax.sharding.AbstractMesh]:
+  """The rules and the mesh of the context; None and an empty mesh outside of any."""
+  return _active_rules.value, jax.sharding.get_abstract_mesh()
+
+
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
   """Shards `x` as the active rules say; returns `x` itself where there is nothing to say.
 
@@ -53,7 +58,7 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
       raise ValueError(f"constrain: {axis!r} is no logical axis, see mesh.axes.LOGICAL_AXES")
   if len(logical) != x.ndim:
     raise ValueError(f"constrain: axes {logical} for an array of shape {x.shape}")
-  rules, mesh = _active_rules.value, jax.sharding.get_abstract_mesh()
+  rules, mesh = active()
   if rules is None or mesh.empty:
     return x
   kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
@@ -74,7 +79,7 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
 
 def shard_counts(*logical: str, shape: tuple[int, ...]) -> tuple[int, ...]:
   """How many ways `constrain` splits each dim of an array of this shape; 1 where it does not."""
-  rules, mesh = _active_rules.value, jax.sharding.get_abstract_mesh()
+  rules, mesh = active()
   if rules is None or mesh.empty:
     return (1,) * len(logical)
   kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))

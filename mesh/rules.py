@@ -1,7 +1,8 @@
 """The one table that maps logical axes to mesh axes, and the shardings that follow from it."""
 
+import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from .axes import LOGICAL_AXES, MESH_AXES
 
 MeshAxes = str | tuple[str, ...] | None
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+  near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+  return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,10 @@ class Rules:
     for name, axes in self.table:
       if name == logical:
         return axes
-    raise ValueError(f"rules {self.name!r} have no entry for logical axis {logical!r}")
+    raise ValueError(
+      f"rules {self.name!r} have no entry for logical axis {logical!r}; "
+      f"{_nearest(logical, LOGICAL_AXES)}"
+    )
 
   @property
   def mesh_axes(self) -> frozenset[str]:
@@ -36,7 +45,7 @@ def make_rules(name: str, table: Mapping[str, MeshAxes]) -> Rules:
   """Rules from a mapping that covers exactly LOGICAL_AXES.
 
   Raises:
-    ValueError: a logical axis is missing or unknown, or a mesh axis does not exist.
+    ValueError: a logical axis is missing or unknown, or a mesh axis does not exist or comes twice.
   """
   missing, extra = set(LOGICAL_AXES) - set(table), set(table) - set(LOGICAL_AXES)
   if missing or extra:
@@ -50,7 +59,12 @@ def make_rules(name: str, table: Mapping[str, MeshAxes]) -> Rules:
     axes = (value,) if isinstance(value, str) else tuple(value or ())
     for axis in axes:
       if axis not in MESH_AXES:
-        raise ValueError(f"rules {name!r}: {logical} maps to {axis!r}, which is no mesh axis")
+        raise ValueError(
+          f"rules {name!r}: {logical} maps to {axis!r}, which is no mesh axis; "
+          f"{_nearest(axis, MESH_AXES)}"
+        )
+      if axes.count(axis) > 1:
+        raise ValueError(f"rules {name!r}: {logical} maps to mesh axis {axis} twice")
     entries.append((logical, axes))
   return Rules(name, tuple(entries))
 
@@ -70,7 +84,7 @@ _TABLE: dict[str, MeshAxes] = {
   "expert_embed": "fsdp",
   "expert_mlp": "tensor",
   "norm": None,
-  "layers": None,
+  "layers": "stage",  # each pipeline stage holds its share of a segment's repeats
   # Activations.
   "act_batch": _BATCH,
   "act_seq": "context",
@@ -107,6 +121,41 @@ PRESETS: dict[str, Rules] = {
 }
 
 
+def parse_rules(text: str) -> Rules:
+  """Rules from text: the name of a preset, then any number of changed entries.
+
+  "all,embed=fsdp+context,act_norm_seq=context,mlp=" is the preset `all` in which `embed` is cut
+  over fsdp and, within it, context; `act_norm_seq` over context; and `mlp` not at all. The rules
+  are called what the text says, without spaces.
+
+  Raises:
+    ValueError: an unknown preset, logical axis or mesh axis, with the nearest names; a change
+      without "="; an axis changed twice.
+  """
+  name = "".join(text.split())
+  preset, *changes = name.split(",")
+  if preset not in PRESETS:
+    hint = f"begin with a preset: {', '.join(PRESETS)}" if "=" in preset else None
+    raise ValueError(f"rules {text!r}: no preset {preset!r}; {hint or _nearest(preset, PRESETS)}")
+  if not changes:
+    return PRESETS[preset]
+  changed: dict[str, tuple[str, ...]] = {}
+  for change in changes:
+    logical, equals, axes = change.partition("=")
+    if not equals:
+      raise ValueError(
+        f"rules {text!r}: write {change!r} as LOGICAL=AXIS+AXIS, or LOGICAL= for none"
+      )
+    if logical not in LOGICAL_AXES:
+      raise ValueError(
+        f"rules {text!r}: no logical axis {logical!r}; {_nearest(logical, LOGICAL_AXES)}"
+      )
+    if logical in changed:
+      raise ValueError(f"rules {text!r}: {logical} is changed twice")
+    changed[logical] = tuple(axes.split("+")) if axes else ()
+  return make_rules(name, dict(PRESETS[preset].table) | changed)
+
+
 def validate(rules: Rules, mesh: Any) -> None:
   """Refuses a mesh whose devices the rules would leave with copies of everything.
 
@@ -121,29 +170,37 @@ def validate(rules: Rules, mesh: Any) -> None:
 
 
 def assign(
-  logical: Sequence[str | None], rules: Rules, sizes: Mapping[str, int], name: str = "array"
+  logical: Sequence[str | None],
+  rules: Rules,
+  sizes: Mapping[str, int],
+  name: str = "array",
+  shape: Sequence[int] | None = None,
 ) -> list[tuple[str, ...]]:
   """For each dim, the mesh axes that shard it, leaving out those of size 1 or not in `sizes`.
 
   Beside `act_expert`, `act_batch` gives up the mesh axes that `act_expert` takes: rows on their
-  way to the experts are spread over the other batch axes.
+  way to the experts are spread over the other batch axes. `name` and `shape` are for errors.
 
   Raises:
     ValueError: a logical axis without a rule, or a mesh axis wanted by two dims.
   """
+  where = f"{name} with axes {tuple(logical)}"
+  if shape is not None:
+    where = f"{name} of shape {tuple(shape)} with axes {tuple(logical)}"
   taken = rules["act_expert"] if "act_expert" in logical else ()
   dims: list[tuple[str, ...]] = []
   owner: dict[str, str] = {}
   for axis in logical:
-    wanted = () if axis is None else rules[axis]
+    try:
+      wanted = () if axis is None else rules[axis]
+    except ValueError as error:
+      raise ValueError(f"{where}: {error}") from None
     if axis == "act_batch":
       wanted = tuple(a for a in wanted if a not in taken)
     dims.append(tuple(a for a in wanted if sizes.get(a, 1) > 1))
     for a in dims[-1]:
       if a in owner:
-        raise ValueError(
-          f"{name} with axes {tuple(logical)}: both {owner[a]} and {axis} want mesh axis {a}"
-        )
+        raise ValueError(f"{where}: both {owner[a]} and {axis} want mesh axis {a}")
       owner[a] = str(axis)
   return dims
 
@@ -174,7 +231,7 @@ def spec_for(
     ValueError: as `assign`; `shape` of another length; a dim that its mesh axes do not divide
       (also kv_heads below `tensor`: multi-query heads are not copied silently).
   """
-  dims = assign(logical, rules, mesh.shape, name)
+  dims = assign(logical, rules, mesh.shape, name, shape)
   if shape is not None:
     if len(shape) != len(dims):
       raise ValueError(f"{name}: shape {tuple(shape)} does not fit the axes {tuple(logical)}")

@@ -9,10 +9,11 @@ import optax
 from jax.sharding import Mesh
 
 from layers.spec import MoeSpec
-from layers.transformer import TransformerLM, remat_policy
+from layers.stack import remat_policy
+from layers.transformer import TransformerLM
 from mesh.axes import MESH_AXES
-from mesh.rules import PRESETS, Rules, assign, validate
-from mesh.topology import count_slices, make_mesh, resolve_sizes
+from mesh.rules import Rules, assign, parse_rules, validate
+from mesh.topology import DCN_AXES, count_slices, make_mesh, resolve_sizes
 
 from ..config import Config, ConfigError
 from .optimizer import make_optimizer, make_schedule
@@ -31,6 +32,12 @@ class Setup(NamedTuple):
   layout: Layout
   abstract: TrainState
 
+  @property
+  def accumulate(self) -> int:
+    """Parts of the batch whose gradients are summed one after the other; with pipeline stages they
+    follow each other through the stages instead."""
+    return 1 if self.mesh.shape["stage"] > 1 else self.config.train.microbatches
+
 
 def build(config: Config, devices: list[jax.Device] | None = None, *, batch: bool = True) -> Setup:
   """Resolve a config for these devices (default: all there are).
@@ -44,16 +51,17 @@ def build(config: Config, devices: list[jax.Device] | None = None, *, batch: boo
   """
   devices = _devices() if devices is None else devices
   asked = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
+  dcn = {axis: getattr(config.mesh, f"dcn_{axis}") for axis in DCN_AXES}
   experts = [layer.mlp.num_experts for layer in config.model.layers
              if isinstance(layer.mlp, MoeSpec)]  # fmt: skip
   try:
     remat_policy(config.train.remat)
-    rules = PRESETS[config.mesh.rules]
+    rules = parse_rules(config.mesh.rules)
     num_experts = min(experts, default=None) if "expert" in rules.mesh_axes else None
     sizes = resolve_sizes(
-      asked, len(devices), num_experts=num_experts, num_slices=count_slices(devices)
+      asked, len(devices), dcn=dcn, num_experts=num_experts, num_slices=count_slices(devices)
     )
-    mesh = make_mesh(sizes, devices)
+    mesh = make_mesh(sizes, devices, dcn=dcn, explicit=config.mesh.axis_types == "explicit")
     validate(rules, mesh)
     if batch:
       _check_batch(config, rules, mesh)
@@ -62,11 +70,14 @@ def build(config: Config, devices: list[jax.Device] | None = None, *, batch: boo
       dtype=compute_dtype(config, devices[0].platform),
       remat=config.train.remat,
       unroll=None if devices[0].platform == "cpu" else 1,
+      microbatches=config.train.microbatches if mesh.shape["stage"] > 1 else 1,
+      circular=config.mesh.circular,
+      context_method=config.mesh.context_method,
     )
     layout = param_layout(model, config.data.row_length)
     schedule = make_schedule(config.optimizer, config.train.steps)
     optimizer = make_optimizer(config.optimizer, schedule, layout.axes, layout.trainable)
-    abstract = abstract_state(layout, optimizer, mesh, rules)
+    abstract = abstract_state(layout, optimizer, mesh, rules, config.mesh.circular)
   except (ValueError, NotImplementedError) as e:
     raise ConfigError(str(e).splitlines()[0]) from e
   return Setup(config, mesh, rules, model, optimizer, schedule, layout, abstract)

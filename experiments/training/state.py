@@ -8,6 +8,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from layers.params import axes, trainable, unbox
+from layers.stack import is_staged
 from layers.transformer import TransformerLM
 from mesh.rules import Rules, shardings
 
@@ -47,23 +48,47 @@ def param_layout(model: TransformerLM, row_length: int = 1) -> Layout:
 
 
 def abstract_state(
-  layout: Layout, optimizer: optax.GradientTransformation, mesh: Mesh, rules: Rules
+  layout: Layout,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+  rules: Rules,
+  circular: int = 1,
 ) -> TrainState:
   """The state as ShapeDtypeStructs that carry their shardings.
 
   Moments are placed like their parameter; counts and factored statistics are small.
 
+  Args:
+    circular: see `layers.stack`: segments that do not divide into so many rounds of the pipeline
+      stages lie on all of them.
+
   Raises:
-    ValueError: a sharded dim that its mesh axes do not divide, named with its path.
+    ValueError: a sharded dim that its mesh axes do not divide, named with its path; stages, and no
+      segment that divides into them.
   """
+  stages = mesh.shape["stage"]
+
+  def on_stages(names, leaf):
+    """`names` without `layers` where every stage holds the whole segment."""
+    here = lambda name, size: name != "layers" or is_staged(size, stages, circular)
+    return tuple(n if here(n, s) else None for n, s in zip(names, leaf.shape, strict=True))
+
+  is_names = lambda x: isinstance(x, tuple)
+  place_layers = lambda axes, shapes: jax.tree.map(on_stages, axes, shapes, is_leaf=is_names)
+  placed = place_layers(layout.axes, layout.shapes)
+  if stages > 1 and not any("layers" in n for n in jax.tree.leaves(placed, is_leaf=is_names)):
+    raise ValueError(
+      f"mesh stage={stages} with circular={circular}: no segment of the model has a multiple of "
+      f"{stages * circular} repeats"
+    )
   opt_shapes = jax.eval_shape(optimizer.init, layout.shapes)
   place = lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s)
   put = lambda axes, shapes: jax.tree.map(place, shapes, shardings(axes, shapes, rules, mesh))
   step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
   return TrainState(
     step,
-    put(layout.axes, layout.shapes),
-    put(state_axes(opt_shapes, layout.axes), opt_shapes),
+    put(placed, layout.shapes),
+    put(place_layers(state_axes(opt_shapes, layout.axes), opt_shapes), opt_shapes),
   )
 
 

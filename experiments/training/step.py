@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from layers.embedding import embed_tokens
 from layers.moe import MoeStats
 from layers.transformer import TransformerLM
 from mesh.constrain import constrain
@@ -127,7 +128,8 @@ def make_eval_step(
       segments_BT=batch["segments"],
     )
     weights_BT = batch["weights"]
-    num_bytes = jnp.sum(jnp.asarray(lengths_V)[batch["targets"]] * weights_BT)
+    lengths_BT = embed_tokens(batch["targets"], jnp.asarray(lengths_V)[:, None], dtype=jnp.float32)
+    num_bytes = jnp.sum(lengths_BT[..., 0] * weights_BT)
     return EvalSums(jnp.sum(out.loss.nll_BT * weights_BT), jnp.sum(weights_BT), num_bytes)
 
   return step

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
@@ -34,12 +33,14 @@ def vary_with(arrays: Any, tree: Any) -> Any:
   Under `shard_map` a loop must start from values of the type that its steps return, and a
   custom_vjp must return gradients of the type of its arguments.
   """
-  if AxisType.Manual not in jax.sharding.get_abstract_mesh().axis_types:
-    return tree
-  # Sums of no elements: zeros that have the types of the arrays.
-  parts = (jnp.sum(jnp.ravel(a)[:0].astype(jnp.float32)) for a in jax.tree.leaves(arrays))
-  nothing = sum(parts, start=jnp.zeros(()))
-  return jax.tree.map(lambda a: a + nothing.astype(a.dtype), tree)
+  varying = lambda a: jax.typeof(a).manual_axis_type.varying
+  wanted = frozenset().union(*map(varying, jax.tree.leaves(arrays)))
+
+  def one(a: jax.Array) -> jax.Array:
+    missing = tuple(sorted(wanted - varying(a)))
+    return jax.lax.pcast(a, missing, to="varying") if missing else a
+
+  return jax.tree.map(one, tree)
 
 
 def sharding_like(x: jax.Array) -> NamedSharding:

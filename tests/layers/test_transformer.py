@@ -21,13 +21,8 @@ from layers.noise import fold
 from layers.norms import Norm
 from layers.params import axes, unbox
 from layers.spec import MlpSpec, Segment
-from layers.transformer import (
-  MINIMAL_NAMES,
-  TransformerLM,
-  init_caches,
-  moe_layers,
-  remat_policy,
-)
+from layers.stack import MINIMAL_NAMES, remat_policy
+from layers.transformer import TransformerLM, init_caches, moe_layers
 from mesh.constrain import use_mesh
 from mesh.rules import PRESETS, shardings, spec_for
 from mesh.topology import make_mesh

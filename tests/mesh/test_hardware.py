@@ -72,6 +72,41 @@ def test_peaks_are_dense_and_per_device():
       assert chip.source and chip.date and chip.interconnect
 
 
+# Dense bfloat16 (V100, T4: float16) TFLOP/s, HBM GB and GB/s, watts: the vendors' pages.
+PUBLISHED = {
+  "v4": (275, 34.4, 1200, 192),
+  "v5e": (197, 17.2, 819, None),
+  "v5p": (459, 102.0, 2765, None),
+  "v6e": (918, 34.4, 1638, None),
+  "tpu7x": (2307, 206.2, 7380, None),
+  "v100": (125, 16.9, 898, 300),
+  "v100-32gb": (125, 34.4, 898, 300),
+  "t4": (65, 17.2, 320, 70),
+  "l4": (121, 25.8, 300, 72),
+  "rtx3090": (71, 25.8, 936, 350),
+  "rtx4090": (165.2, 25.8, 1008, 450),
+  "a100": (312, 85.1, 2039, 400),
+  "a100-40gb": (312, 42.3, 1555, 400),
+  "h100": (989, 84.9, 3350, 700),
+  "h200": (989, 151.4, 4800, 700),
+  "b200": (2250, 191.5, 7700, 1000),
+}
+
+
+def test_facts_are_the_published_ones():
+  facts = {
+    chip.name: (
+      chip.bf16_flops / 1e12,
+      round(chip.hbm_bytes / 1e9, 1),
+      chip.hbm_bandwidth / 1e9,
+      chip.watts,
+    )
+    for chip in CHIPS.values()
+    if chip.name != "cpu"
+  }
+  assert facts == PUBLISHED
+
+
 def test_memory_of_devices():
   per_device = device_memory_bytes(jax.devices()[0])
   assert per_device * jax.local_device_count() <= host_memory_bytes()

@@ -7,7 +7,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mesh.axes import LOGICAL_AXES, MESH_AXES
-from mesh.rules import PRESETS, make_rules, shardings, spec_for, validate
+from mesh.rules import PRESETS, make_rules, parse_rules, shardings, spec_for, validate
 from mesh.topology import make_mesh
 
 
@@ -25,10 +25,10 @@ def test_presets_cover_exactly_the_logical_axes():
     assert tuple(name for name, _ in rules.table) == LOGICAL_AXES
   used = {name: rules.mesh_axes for name, rules in PRESETS.items()}
   assert used == {
-    "fsdp": {"data", "fsdp", "context"},
-    "fsdp_tensor": {"data", "fsdp", "context", "tensor"},
-    "fsdp_expert": {"data", "fsdp", "context", "expert"},
-    "all": {"data", "fsdp", "expert", "context", "tensor"},
+    "fsdp": {"data", "stage", "fsdp", "context"},
+    "fsdp_tensor": {"data", "stage", "fsdp", "context", "tensor"},
+    "fsdp_expert": {"data", "stage", "fsdp", "context", "expert"},
+    "all": set(MESH_AXES),
   }
 
 
@@ -76,16 +76,23 @@ def test_presets_leave_out_what_they_do_not_use():
 
 def test_a_mesh_axis_wanted_twice_is_refused():
   with pytest.raises(
-    ValueError, match=r"router with axes .*: both embed and expert want mesh axis"
+    ValueError, match=r"moe/router with axes .*: both embed and expert want mesh axis expert"
   ):
-    spec_for(("embed", "expert"), PRESETS["all"], FULL, name="router")
+    spec_for(("embed", "expert"), PRESETS["all"], FULL, name="moe/router")
+  with pytest.raises(ValueError, match=r"up of shape \(8, 6\) with axes .* want mesh axis tensor"):
+    spec_for(("embed", "mlp"), parse_rules("all,embed=tensor"), FULL, (8, 6), name="up")
   with pytest.raises(ValueError, match="both act_norm_seq and act_heads want mesh axis tensor"):
     spec_for(("act_norm_seq", "act_heads"), PRESETS["all"], FULL)
 
 
 def test_an_unknown_logical_axis_is_refused():
-  with pytest.raises(ValueError, match="'all' have no entry for logical axis 'width'"):
+  with pytest.raises(
+    ValueError, match="'all' have no entry for logical axis 'width'; known: embed"
+  ):
     spec_for(("width",), PRESETS["all"], FULL)
+  message = r"block/up of shape \(8, 6\) with axes .* logical axis 'embedd'; did you mean embed"
+  with pytest.raises(ValueError, match=message):
+    spec_for(("embedd", "mlp"), PRESETS["all"], FULL, (8, 6), name="block/up")
 
 
 def test_a_dim_that_does_not_divide_is_refused_with_every_number():
@@ -116,8 +123,55 @@ def test_a_mesh_axis_that_no_rule_uses_is_refused():
   validate(PRESETS["fsdp"], abstract_mesh(data=2, fsdp=4))
   with pytest.raises(ValueError, match="tensor=2 is used by no rule of 'fsdp'; rules fsdp_tensor"):
     validate(PRESETS["fsdp"], abstract_mesh(fsdp=4, tensor=2))
-  with pytest.raises(ValueError, match="stage=2 is used by no rule of 'all'"):
-    validate(PRESETS["all"], abstract_mesh(stage=2))
+  for rules in PRESETS.values():
+    validate(rules, abstract_mesh(stage=2))
+  with pytest.raises(ValueError, match="stage=2 is used by no rule of 'all,layers='"):
+    validate(parse_rules("all,layers="), abstract_mesh(stage=2))
+  with pytest.raises(ValueError, match="context=2 is used by no rule"):
+    validate(parse_rules("fsdp,embed=fsdp,act_seq=,act_norm_seq="), abstract_mesh(context=2))
+
+
+def test_stages_hold_their_share_of_the_layers():
+  mesh = abstract_mesh(stage=2, fsdp=4)
+  for rules in PRESETS.values():
+    assert spec_for(("layers", "embed", "mlp"), rules, mesh) == P("stage", "fsdp", None)
+  with pytest.raises(ValueError, match=r"segment_1/up .* dim 0 \(layers, size 3\) .* mesh stage=2"):
+    spec_for(("layers", "embed"), PRESETS["all"], mesh, (3, 8), name="segment_1/up")
+
+
+def test_text_is_a_preset_and_changes():
+  for name, preset in PRESETS.items():
+    assert parse_rules(name) is preset
+  rules = parse_rules("all,embed=fsdp+context, act_norm_seq = context,mlp=")
+  assert rules.name == "all,embed=fsdp+context,act_norm_seq=context,mlp="
+  changed = {"embed": ("fsdp", "context"), "act_norm_seq": ("context",), "mlp": ()}
+  assert dict(rules.table) == dict(PRESETS["all"].table) | changed
+  assert tuple(name for name, _ in rules.table) == LOGICAL_AXES
+  assert parse_rules(rules.name) == rules and hash(parse_rules(rules.name)) == hash(rules)
+  assert spec_for(("embed", "mlp"), rules, FULL) == P(("fsdp", "context"), None)
+  # The first axis named is the outermost: the order of the text counts.
+  assert spec_for(("embed",), parse_rules("all,embed=context+fsdp"), FULL) == P(("context", "fsdp"))
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("al", "no preset 'al'; did you mean all"),
+    ("", "no preset ''; known: fsdp, fsdp_tensor, fsdp_expert, all"),
+    ("embed=fsdp", "begin with a preset: fsdp, fsdp_tensor"),
+    ("all,embd=fsdp", "no logical axis 'embd'; did you mean embed"),
+    ("all,=fsdp", "no logical axis ''; known: embed, mlp"),
+    ("all,embed", "write 'embed' as LOGICAL=AXIS"),
+    ("all,", "write '' as LOGICAL=AXIS"),
+    ("all,embed=fdsp", "embed maps to 'fdsp', which is no mesh axis; did you mean fsdp"),
+    ("all,embed=fsdp+", "embed maps to '', which is no mesh axis; known: data, stage"),
+    ("all,embed=fsdp+fsdp", "embed maps to mesh axis fsdp twice"),
+    ("all,embed=fsdp,embed=", "embed is changed twice"),
+  ],
+)
+def test_wrong_text_is_refused_with_the_nearest_names(text, message):
+  with pytest.raises(ValueError, match=message):
+    parse_rules(text)
 
 
 @pytest.mark.xdist_group("devices")

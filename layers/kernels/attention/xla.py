@@ -44,11 +44,50 @@ def attention(
   own_row = kv_positions_BS is None
   if own_row:
     kv_positions_BS = q_positions_BT
-  block = block_size()
-  static = _Static(mask, scale, softcap, own_row, _even_block(T, block), _even_block(S, block))
+  static = _static(q_BTNH, k_BSKH, mask, scale, softcap, own_row)
   q_ids, kv_ids = (q_positions_BT, q_segments_BT), (kv_positions_BS, kv_segments_BS)
-  run = _dense if block**2 >= T * S else _blockwise
+  run = _dense if block_size() ** 2 >= T * S else _blockwise
   return run(static, q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids)
+
+
+def forward(
+  q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids, *, mask, scale, softcap, own_row=False
+) -> tuple[jax.Array, jax.Array]:
+  """Part of an attention over more keys than these: o in float32 and log-sum-exp [B, T, N].
+
+  Args:
+    q_ids, kv_ids: (positions, segments or None).
+    own_row: the keys are the queries' own row.
+  """
+  static = _static(q_BTNH, k_BSKH, mask, scale, softcap, own_row)
+  o_BTNH, lse = _forward_blocks(
+    static, q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids, dtype=f32
+  )
+  return o_BTNH, _unblocks(lse[..., None], q_BTNH.shape[1])[..., 0]
+
+
+def backward(
+  q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids, o_BTNH, lse_BTN, do_BTNH, *,
+  mask, scale, softcap, own_row=False,
+) -> tuple[Any, ...]:  # fmt: skip
+  """What these keys contribute to the gradients by q, k, v, bias and sink_N, in their dtypes.
+
+  `o_BTNH` and `lse_BTN` are those over all keys.
+  """
+  static = _static(q_BTNH, k_BSKH, mask, scale, softcap, own_row)
+  lse = _blocks(lse_BTN[..., None], static.q_block, k_BSKH.shape[2])[..., 0]
+  residuals = (q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids, o_BTNH, lse)
+  return _backward(static, residuals, do_BTNH)[:5]
+
+
+def unseen(lse: jax.Array) -> jax.Array:
+  """Where a query saw no key, by its log-sum-exp."""
+  return lse > -MASKED / 2
+
+
+def _static(q_BTNH, k_BSKH, mask, scale, softcap, own_row) -> "_Static":
+  block, T, S = block_size(), q_BTNH.shape[1], k_BSKH.shape[1]
+  return _Static(mask, scale, softcap, own_row, _even_block(T, block), _even_block(S, block))
 
 
 def block_size() -> int:
@@ -222,8 +261,8 @@ def _forward(static, q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids):
   return o_BTNH, (q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids, o_BTNH, lse)
 
 
-def _forward_blocks(static, q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids):
-  """(o, log-sum-exp [blocks, B, K, G, T])."""
+def _forward_blocks(static, q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids, dtype=None):
+  """(o in `dtype` or that of q, log-sum-exp [blocks, B, K, G, T])."""
   K = k_BSKH.shape[2]
   keys = _keys(static, k_BSKH, v_BSKH, kv_ids)
   rows, shared = split_rows(bias)
@@ -258,7 +297,7 @@ def _forward_blocks(static, q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids)
     total = jnp.where(seen, total, 1)
     # Rows that see nothing get a huge log-sum-exp: exp(logit - lse) is 0 in the backward pass.
     lse = jnp.where(seen, m + jnp.log(total), -MASKED)[..., 0]
-    return None, ((acc / total).astype(q.dtype), lse)
+    return None, ((acc / total).astype(dtype or q.dtype), lse)
 
   inputs = _query_inputs(static, K, q_BTNH, rows, q_ids)
   _, (o, lse) = jax.lax.scan(query_block, None, inputs)

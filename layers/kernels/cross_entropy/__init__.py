@@ -42,7 +42,8 @@ def cross_entropy(
 
   Args:
     x_BTD: hidden states.
-    w_DV: output projection; with `tied` the token table [V, D] itself, used without a transpose.
+    w_DV: output projection, cast to the dtype of x; with `tied` the token table [V, D] itself,
+      used without a transpose. Its gradient is not rounded to the dtype of x.
     targets_BT: token ids. Where the weight is zero any integer will do; elsewhere an id outside
       the vocabulary makes the total NaN rather than pass unseen.
     weights_BT: weight of each token, float: 0 for padding, 1 / valid tokens for a mean.

@@ -85,6 +85,7 @@ _cross_entropy.defvjp(_forward, _backward)
 
 def _scan_chunks(static, x_BTD, w_DV, bias_V, targets_BT, weights_BT, *, gradients):
   """((total, nll, log_z), (dx, dw, dbias)); the gradients are None if not asked for."""
+  w_DV = w_DV.astype(x_BTD.dtype)
   (B, T), C = targets_BT.shape, static.chunk
   chunks = -(-T // C)
 

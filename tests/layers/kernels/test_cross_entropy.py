@@ -125,7 +125,7 @@ def test_targets_outside_the_vocabulary():
 
 
 def test_memory_holds_no_whole_logits():
-  shape = (8, 1024, 64)
+  shape = (16, 1024, 64)
   vocab = 32_000
   args = (
     jax.ShapeDtypeStruct(shape, jnp.float32),
@@ -145,8 +145,9 @@ def test_memory_holds_no_whole_logits():
 
 
 def test_chunk_length_divides():
-  assert xla.chunk_length(4, 256, 32_000) == 64
-  assert xla.chunk_length(4, 250, 32_000) == 50
+  # 64 MiB of float32 logits are 524 tokens, 131 positions of four rows: two chunks.
+  assert xla.chunk_length(4, 256, 32_000) == 128
+  assert xla.chunk_length(4, 250, 32_000) == 125
   assert xla.chunk_length(1, 7, 100) == 7
   assert xla.chunk_length(64, 3, 10**6) == 1
 

@@ -1,0 +1,222 @@
+"""Attention over a row whose positions are spread over devices (context parallelism).
+
+Inside a region that is manual over the mesh axis `context`. Either keys and values of the whole row
+are gathered, or they pass round a ring while each device attends to what it holds (ring attention,
+arXiv 2310.01889), never more than two devices' share in memory.
+
+Rows are laid out in zigzag: cut into 2C chunks, device i of C holds chunks i and 2C - 1 - i. Under
+a causal mask every device then has the same work in every step, half of all pairs: keys from a
+device before it matter by their first chunk only, to all its queries; keys from a device after it
+only to its second chunk.
+
+Letters: B batch, T positions of a device, N query heads, K key/value heads, H head size.
+"""
+
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from mesh.collectives import manual_size, ring_shift, vary, varying
+
+from .kernels.attention import RelativeKeys, attention, xla
+
+AXIS = "context"
+Method = Literal["ring", "all_gather"]
+
+
+def zigzag(length: int, devices: int) -> np.ndarray:
+  """Position in the row of each place, device after device.
+
+  Raises:
+    ValueError: a length that does not divide into 2 * devices chunks.
+  """
+  if length % (2 * devices):
+    raise ValueError(
+      f"rows of {length} positions do not divide into {2 * devices} chunks over context={devices}"
+    )
+  chunks = np.arange(length).reshape(2 * devices, -1)
+  order = [chunk for i in range(devices) for chunk in (i, 2 * devices - 1 - i)]
+  return chunks[order].reshape(-1)
+
+
+class _Static(NamedTuple):
+  mask: Any
+  scale: float
+  softcap: float | None
+  causal: bool
+
+
+def row_attention(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  *,
+  method: Method = "ring",
+  mask: Any,
+  q_positions_BT: jax.Array,
+  kv_positions_BS: jax.Array | None = None,
+  q_segments_BT: jax.Array | None = None,
+  scale: float | None = None,
+  softcap: float | None = None,
+  bias: Any = None,
+  sink_N: jax.Array | None = None,
+  implementation: str | None = None,
+) -> jax.Array:
+  """`attention` over the queries' own rows, wherever their keys are; arguments as there.
+
+  Args:
+    q_positions_BT, q_segments_BT: of this device's tokens, in the order `zigzag` gives if positions
+      are spread over devices.
+    kv_positions_BS: of a cache, which holds whole rows.
+    method: how positions that are spread meet: "ring" or "all_gather".
+
+  Raises:
+    NotImplementedError: a ring with Transformer-XL's relative keys.
+  """
+  if manual_size(AXIS) > 1 and kv_positions_BS is None:
+    ids = (q_positions_BT, q_segments_BT)
+    return _spread(method, q_BTNH, k_BSKH, v_BSKH, ids, mask, scale, softcap, bias, sink_N)
+  return attention(
+    q_BTNH, k_BSKH, v_BSKH, mask=mask, q_positions_BT=q_positions_BT,
+    kv_positions_BS=kv_positions_BS, q_segments_BT=q_segments_BT, scale=scale, softcap=softcap,
+    bias=bias, sink_N=sink_N, implementation=implementation,
+  )  # fmt: skip
+
+
+def _spread(method, q_BTNH, k_BTKH, v_BTKH, ids, mask, scale, softcap, bias, sink_N):
+  scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
+  if isinstance(bias, RelativeKeys):
+    raise NotImplementedError(
+      "Transformer-XL's relative keys do not work on a mesh with context > 1"
+    )
+  if method == "all_gather":
+    whole = lambda x: lax.all_gather(x, AXIS, axis=1, tiled=True)
+    k, v, (kv_positions, kv_segments) = jax.tree.map(whole, (k_BTKH, v_BTKH, ids))
+    return attention(
+      q_BTNH, k, v, mask=mask, q_positions_BT=ids[0], kv_positions_BS=kv_positions,
+      q_segments_BT=ids[1], kv_segments_BS=kv_segments, scale=scale, softcap=softcap,
+      bias=bias, sink_N=sink_N,
+    )  # fmt: skip
+  static = _Static(mask, scale, softcap, mask is not None and mask.reach[1] == 0)
+  arguments = (q_BTNH, k_BTKH, v_BTKH, bias, sink_N, ids)
+  everywhere = tuple(sorted(frozenset().union(*map(varying, jax.tree.leaves(arguments)))))
+  return _ring(static, *vary(arguments, everywhere))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ring(static, q, k, v, bias, sink_N, ids):
+  return _ring_forward(static, q, k, v, bias, sink_N, ids)[0]
+
+
+def _options(static) -> dict[str, Any]:
+  return {"mask": static.mask, "scale": static.scale, "softcap": static.softcap}
+
+
+def _halves(tree: Any) -> tuple[Any, Any]:
+  """The first and the second chunk of arrays [B, T, ...]."""
+  middle = jax.tree.leaves(tree)[0].shape[1] // 2
+  return jax.tree.map(lambda x: x[:, :middle], tree), jax.tree.map(lambda x: x[:, middle:], tree)
+
+
+def _before(step: jax.Array) -> jax.Array:
+  """Whether the keys that arrive in this step come from a device before this one."""
+  return step <= lax.axis_index(AXIS)
+
+
+def _ring_forward(static, q, k, v, bias, sink_N, ids):
+  size = manual_size(AXIS)
+  options = _options(static)
+
+  def part(q, q_ids, kv, sink_N=None, own_row=False):
+    k, v, kv_ids = kv
+    o, lse = xla.forward(q, k, v, bias, sink_N, q_ids, kv_ids, own_row=own_row, **options)
+    return o, jnp.where(xla.unseen(lse), -jnp.inf, lse)
+
+  def from_before(kv):
+    return part(q, ids, _halves(kv)[0])
+
+  def from_after(kv):
+    (first, _), (second, second_ids) = _halves((q, ids))
+    o, lse = part(second, second_ids, kv)
+    nothing = (jnp.zeros_like(first, o.dtype), jnp.full_like(first[..., 0], -jnp.inf, lse.dtype))
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), nothing, (o, lse))
+
+  def step(carry, r):
+    kv, o, lse = carry
+    kv = ring_shift(kv, AXIS)
+    if static.causal:
+      o_r, lse_r = lax.cond(_before(r), from_before, from_after, kv)
+    else:
+      o_r, lse_r = part(q, ids, kv)
+    return (kv, *_merge(o, lse, o_r, lse_r)), None
+
+  kv = (k, v, ids)
+  # Indices order the keys of the own row as positions do; distances they give only without gaps.
+  o, lse = part(q, ids, kv, sink_N, own_row=bias is None)
+  (_, o, lse), _ = lax.scan(step, (kv, o, lse), jnp.arange(1, size))
+  o = checkpoint_name(o.astype(q.dtype), "attention_out")
+  lse = checkpoint_name(jnp.where(jnp.isneginf(lse), -xla.MASKED, lse), "attention_lse")
+  return o, (q, k, v, bias, sink_N, ids, o, lse)
+
+
+def _merge(o, lse, o_r, lse_r):
+  """Two normalised parts of one attention."""
+  top = jnp.maximum(lse, lse_r)
+  top = jnp.where(jnp.isneginf(top), 0, top)
+  w, w_r = jnp.exp(lse - top), jnp.exp(lse_r - top)
+  total = w + w_r
+  safe = jnp.where(total > 0, total, 1)
+  o = (o * w[..., None] + o_r * w_r[..., None]) / safe[..., None]
+  return o, jnp.where(total > 0, top + jnp.log(safe), -jnp.inf)
+
+
+def _ring_backward(static, residuals, do):
+  q, k, v, bias, sink_N, ids, o, lse = residuals
+  size = manual_size(AXIS)
+  options = _options(static)
+  f32 = partial(jax.tree.map, lambda x: x.astype(jnp.float32))
+
+  def part(queries, kv, sink_N=None, own_row=False):
+    (q, q_ids, o, lse, do), (k, v, kv_ids) = queries, kv
+    dq, dk, dv, dbias, dsink_N = xla.backward(
+      q, k, v, bias, sink_N, q_ids, kv_ids, o, lse, do, own_row=own_row, **options
+    )
+    return f32((dq, (dk, dv), dbias, dsink_N))
+
+  queries = (q, ids, o, lse, do)
+
+  def from_before(kv):
+    first, second = _halves(kv)
+    dq, dkv, dbias, _ = part(queries, first)
+    rest = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), second[:2])
+    return dq, jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), dkv, rest), dbias
+
+  def from_after(kv):
+    first, second = _halves(queries)
+    dq, dkv, dbias, _ = part(second, kv)
+    return jnp.concatenate([jnp.zeros_like(first[0], jnp.float32), dq], 1), dkv, dbias
+
+  def step(carry, r):
+    kv, dkv, dq, dbias = carry
+    kv, dkv = ring_shift((kv, dkv), AXIS)
+    if static.causal:
+      dq_r, dkv_r, dbias_r = lax.cond(_before(r), from_before, from_after, kv)
+    else:
+      dq_r, dkv_r, dbias_r, _ = part(queries, kv)
+    add = partial(jax.tree.map, jnp.add)
+    return (kv, add(dkv, dkv_r), dq + dq_r, add(dbias, dbias_r)), None
+
+  kv = (k, v, ids)
+  dq, dkv, dbias, dsink_N = part(queries, kv, sink_N, own_row=bias is None)
+  (_, dkv, dq, dbias), _ = lax.scan(step, (kv, dkv, dq, dbias), jnp.arange(1, size))
+  dk, dv = ring_shift(dkv, AXIS)  # the last step brings them home
+  like = lambda d, x: d.astype(x.dtype)
+  return *map(like, (dq, dk, dv), (q, k, v)), jax.tree.map(like, dbias, bias), dsink_N, None
+
+
+_ring.defvjp(_ring_forward, _ring_backward)

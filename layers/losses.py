@@ -1,0 +1,63 @@
+"""The loss of a batch of tokens: cross-entropy with the head, on one device or on a mesh.
+
+B batch, T positions, D model width, V vocabulary.
+"""
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from mesh.collectives import gather_weight
+from mesh.constrain import constrain
+from mesh.region import Region
+
+from .kernels.cross_entropy import CrossEntropy, cross_entropy
+
+
+def token_loss(
+  x_BTD: jax.Array,
+  w: jax.Array,
+  targets_BT: jax.Array,
+  weights_BT: jax.Array,
+  *,
+  region: Region | None,
+  w_axes: tuple[str, str],
+  bias_V: jax.Array | None = None,
+  **options: Any,
+) -> CrossEntropy:
+  """`cross_entropy` of each device's own tokens, summed over devices.
+
+  In a region the head is gathered once, in the dtype of x, and its gradient scattered in float32.
+  Pipeline stages, which all hold the last hidden states, take a share of the positions each.
+
+  Args:
+    region: see `mesh.region`; None leaves placement to the compiler.
+    w_axes: the logical axes of `w`.
+    options: of `cross_entropy`.
+  """
+  if region is None:
+    return cross_entropy(x_BTD, w, targets_BT, weights_BT, bias_V=bias_V, **options)
+  sizes = dict(region.sizes)
+  positions = region.positions
+  if targets_BT.shape[1] % math.prod(sizes[a] for a in (*positions, "stage") if a in sizes) == 0:
+    positions += ("stage",) * ("stage" in sizes)
+  tokens = region.rows + positions
+  by_token = PartitionSpec(region.rows or None, positions or None)
+  dims = region.gathered(w_axes)
+
+  def local(x_BTD, w, bias_V, targets_BT, weights_BT):
+    if dims:
+      w = gather_weight(w, dims, x_BTD.dtype, tokens)
+    loss = cross_entropy(x_BTD, w, targets_BT, weights_BT, bias_V=bias_V, **options)
+    return loss._replace(total=jax.lax.psum(loss.total, tokens))
+
+  x_BTD = constrain(x_BTD, "act_batch", "act_seq", "act_embed")
+  bias_spec = None if bias_V is None else PartitionSpec()
+  run = region.run(
+    local,
+    in_specs=(by_token, region.spec(w_axes), bias_spec, by_token, by_token),
+    out_specs=CrossEntropy(PartitionSpec(), by_token, by_token),
+  )
+  return run(x_BTD, w, bias_V, targets_BT, weights_BT)

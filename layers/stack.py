@@ -1,0 +1,257 @@
+"""A segment of the model: a scan over its groups of layers, on one device or on a mesh.
+
+B batch, T positions, D model width, L repeats of a segment.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mesh.collectives import GATHERED, vary
+from mesh.constrain import constrain
+from mesh.pipeline import pipeline, stage_order
+from mesh.region import Region, gather
+
+from .attention import Rows
+from .block import Block
+from .cache import KVCache
+from .linear import take
+from .moe import MoeStats
+from .noise import fold
+from .params import axes, exact
+from .spec import BucketedSpec, Segment
+
+# Full unrolling of short stacks is a third faster on CPU and compiles once a repeat.
+_CPU_UNROLL = 8
+
+# Tensors worth keeping so that backward repeats no matmul and no kernel.
+MINIMAL_NAMES = (
+  "query", "key", "value", "latent", "attention_out", "attention_lse",
+  "attention_branch", "mlp_up", "mlp_gate", "mlp_branch",
+  "router_logits", "expert_up", "expert_gate", "expert_down",
+)  # fmt: skip
+
+
+def remat_policy(remat: str | Sequence[str]):
+  """The `jax.checkpoint` policy for a name, or None when nothing is recomputed.
+
+  none: keep everything. full: keep only each group's input. dots: keep matrix products with
+  weights. minimal: keep every projection, so that only elementwise work is repeated. Otherwise a
+  tuple of tensor names (see `MINIMAL_NAMES`) to keep.
+
+  Raises:
+    ValueError: for an unknown policy or tensor name, listing the known ones.
+  """
+  policies = jax.checkpoint_policies
+  if isinstance(remat, str):
+    named = {
+      "none": None,
+      "full": policies.nothing_saveable,
+      "dots": policies.dots_with_no_batch_dims_saveable,
+      "minimal": policies.save_only_these_names(*MINIMAL_NAMES),
+    }
+    if remat in named:
+      return named[remat]
+    remat = (remat,)
+  unknown = [name for name in remat if name not in MINIMAL_NAMES]
+  if unknown:
+    raise ValueError(
+      f"unknown remat policy or tensor name {unknown[0]!r}: use none, full, dots, minimal, "
+      f"or names among {', '.join(MINIMAL_NAMES)}"
+    )
+  return policies.save_only_these_names(*remat)
+
+
+def apply_segment(
+  blocks: Sequence[Block],
+  params: dict[str, Any],
+  x_BTD: jax.Array,
+  rows: Rows,
+  *,
+  layers_L: jax.Array,
+  caches: tuple[KVCache, ...] | None = None,
+  train: bool = False,
+  remat: str | Sequence[str] = "none",
+  unroll: int | None = None,
+  gather: Callable[[Any], Any] | None = None,
+) -> tuple[jax.Array, tuple[MoeStats, ...], tuple[KVCache, ...] | None]:
+  """Scan groups of layers over `params` (each leaf `[repeats, ...]`).
+
+  Args:
+    blocks: one shell a layer of the group.
+    layers_L: for each repeat the index of its first layer, for the noise of each layer.
+    caches: one KV cache a layer of the group, stacked over repeats.
+    remat: see `remat_policy`.
+    unroll: repeats a loop iteration; None is all of them on CPU up to eight, else 1.
+    gather: makes the weights of one group whole; None where they are.
+  """
+  repeats = layers_L.shape[0]
+  if unroll is None:
+    unroll = repeats if jax.default_backend() == "cpu" and repeats <= _CPU_UNROLL else 1
+
+  def group(x_BTD, scanned):
+    layer, group_params, group_caches = scanned
+    if gather is not None:
+      group_params = gather(group_params)
+    stats, new_caches = [], []
+    for j, block in enumerate(blocks):
+      here = rows
+      if rows.key_B is not None:
+        here = rows._replace(key_B=fold(rows.key_B, layer + j))
+      cache = None if group_caches is None else group_caches[j]
+      variables = {"params": group_params[f"layer_{j}"]}
+      result: Any = block.apply(variables, x_BTD, here, cache, train=train)
+      x_BTD, layer_stats, cache = result
+      if layer_stats is not None:
+        stats.append(layer_stats)
+      new_caches.append(cache)
+    return x_BTD, (tuple(stats), None if group_caches is None else tuple(new_caches))
+
+  policy = remat_policy(remat)
+  if policy is None and gather is not None:
+    policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+  if policy is not None:
+    # Inside a loop the compiler cannot merge the recomputation away; unrolled, it could.
+    group = jax.checkpoint(group, policy=policy, prevent_cse=unroll == repeats)
+  x_BTD = constrain(x_BTD, "act_batch", "act_norm_seq", "act_embed")  # placed as blocks leave it
+  xs = (layers_L, params, caches)
+  x_BTD, (stats, caches) = jax.lax.scan(group, x_BTD, xs, length=repeats, unroll=unroll)
+  return x_BTD, stats, caches
+
+
+_ROW_AXES = Rows(
+  positions_BT=("act_batch", "act_seq"),
+  segments_BT=("act_batch", "act_seq"),
+  key_B=("act_batch",),
+  table_UN=(None, "act_heads"),
+  place_T=("act_seq",),
+)
+
+
+def run_segment(
+  segment: Segment,
+  blocks: Sequence[Block],
+  params: dict[str, Any],
+  x_BTD: jax.Array,
+  rows: Rows,
+  *,
+  region: Region | None,
+  first_layer: int = 0,
+  caches: tuple[KVCache, ...] | None = None,
+  train: bool = False,
+  remat: str | Sequence[str] = "none",
+  unroll: int | None = None,
+  microbatches: int = 1,
+  circular: int = 1,
+) -> tuple[jax.Array, tuple[MoeStats, ...], tuple[KVCache, ...] | None]:
+  """`apply_segment`; in a region each device on its own rows, stage after stage.
+
+  Args:
+    segment: layers and repeats.
+    blocks, params, caches, train, remat, unroll: see `apply_segment`.
+    region: see `mesh.region`; None leaves placement to the compiler.
+    first_layer: index of the segment's first layer.
+    microbatches: parts of a device's rows that follow each other through the pipeline stages.
+    circular: times a microbatch goes round the stages.
+
+  Raises:
+    ValueError: rows that do not divide into the microbatches.
+  """
+  layers_L = first_layer + len(segment.layers) * jnp.arange(segment.repeats, dtype=jnp.int32)
+  run = functools.partial(apply_segment, blocks, train=train, remat=remat, unroll=unroll)
+  if region is None:
+    return run(params, x_BTD, rows, layers_L=layers_L, caches=caches)
+  stages = dict(region.sizes).get("stage", 1)
+  staged = is_staged(segment.repeats, stages, circular)
+  logical, whole = _axes_and_exact(tuple(blocks), rows.table_UN is not None)
+  placed = jax.tree.map(
+    lambda names: region.spec(("layers" if staged else None, *names)), logical, is_leaf=_is_names
+  )
+  pairs = list(zip(rows, _ROW_AXES, strict=True))
+  rows = Rows(*(x if x is None else constrain(x, *names) for x, names in pairs))
+  row_specs = Rows(*(x if x is None else region.spec(names) for x, names in pairs))
+  layer_spec = region.spec(("layers",)) if staged else region.spec((None,))
+  order = stage_order(segment.repeats, stages, circular) if staged and circular > 1 else None
+
+  def local(params, x_BTD, rows, layers_L):
+    whole_weights = functools.partial(gather, region, axes=logical, exact=whole, dtype=x_BTD.dtype)
+    here = functools.partial(run, gather=whole_weights)
+    if staged:
+      x_BTD, stats = _through_stages(here, params, x_BTD, rows, layers_L, microbatches, circular)
+    else:
+      x_BTD, stats, _ = here(params, x_BTD, rows, layers_L=layers_L)
+    total = lambda x: jax.lax.psum(vary(x, region.tokens), region.tokens)
+    return x_BTD, jax.tree.map(total, stats)
+
+  if order is not None:
+    params, layers_L = jax.tree.map(lambda p: take(p, order, 0), (params, layers_L))
+  if staged:
+    layers_L = constrain(layers_L, "layers")
+  x_BTD = constrain(x_BTD, "act_batch", "act_seq", "act_embed")
+  x_spec = region.spec(("act_batch", "act_seq", None))
+  sharded = region.run(
+    local, in_specs=(placed, x_spec, row_specs, layer_spec), out_specs=(x_spec, layer_spec)
+  )
+  x_BTD, stats = sharded(params, x_BTD, rows, layers_L)
+  if order is not None:
+    stats = jax.tree.map(lambda s: take(s, order.argsort(), 0), stats)
+  return x_BTD, stats, None
+
+
+def is_staged(repeats: int, stages: int, circular: int) -> bool:
+  """Whether a segment of so many repeats is spread over the pipeline stages.
+
+  Otherwise every stage computes all of it: a prefix or suffix of a few layers.
+  """
+  return stages > 1 and repeats % (stages * circular) == 0
+
+
+def _through_stages(here, params, x_BTD, rows, layers_L, microbatches, circular):
+  """This device's layers, in `circular` chunks, as one stage of the pipeline."""
+  if x_BTD.shape[0] % microbatches:
+    raise ValueError(
+      f"{x_BTD.shape[0]} rows a device do not divide into {microbatches} microbatches"
+    )
+  split = lambda x: x.reshape(microbatches, -1, *x.shape[1:])
+  by_row = rows._replace(table_UN=None, place_T=None)
+  rows_M = jax.tree.map(split, by_row)
+  params, layers_L = vary((params, layers_L), ("stage",))
+  chunks = jax.tree.map(
+    lambda p: p.reshape(circular, p.shape[0] // circular, *p.shape[1:]), (params, layers_L)
+  )
+
+  def stage(chunk, microbatch, x_BTD):
+    at = lambda tree, i: jax.tree.map(
+      lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree
+    )
+    weights, layers = at(chunks, chunk)
+    mine = at(rows_M, microbatch)._replace(table_UN=rows.table_UN, place_T=rows.place_T)
+    x_BTD, stats, _ = here(weights, x_BTD, mine, layers_L=layers)
+    return x_BTD, stats
+
+  out_MBTD, stats = pipeline(stage, split(x_BTD), repeats=circular)
+  flat = lambda s: s.reshape(-1, *s.shape[2:])
+  return out_MBTD.reshape(x_BTD.shape), jax.tree.map(flat, stats)
+
+
+def _is_names(x: Any) -> bool:
+  return isinstance(x, tuple)
+
+
+@functools.lru_cache(maxsize=64)
+def _axes_and_exact(blocks: tuple[Block, ...], with_table: bool) -> tuple[Any, Any]:
+  """For each weight of a group its logical axes, and whether it must stay exact."""
+  D = blocks[0].embed_dim
+  found = ({}, {})
+  for j, block in enumerate(blocks):
+    position = block.spec.attention.position
+    table_UN = None
+    if with_table and isinstance(position, BucketedSpec):
+      table_UN = jnp.zeros((position.num_buckets, block.spec.attention.num_heads))
+    rows = Rows(jnp.zeros((1, 1), jnp.int32), table_UN=table_UN)
+    boxed = jax.eval_shape(block.init, jax.random.key(0), jnp.zeros((1, 1, D)), rows)["params"]
+    found[0][f"layer_{j}"], found[1][f"layer_{j}"] = axes(boxed), exact(boxed)
+  return found

@@ -47,8 +47,8 @@ def print_closing(outcome: Outcome, folder: Path, baselines: dict[str, float]) -
     console.print(f"  {what:<15} {command}", markup=False)
 
 
-def print_sample(outcome: Outcome, tokenizer: Tokenizer) -> None:
-  """A continuation of the config's prompt."""
+def print_sample(outcome: Outcome, tokenizer: Tokenizer, *, show: bool = True) -> None:
+  """A continuation of the config's prompt; all processes draw it, and one is to `show` it."""
   settings, setup = outcome.setup.config.eval, outcome.setup
   prompt = [int(i) for i in tokenizer.encode(settings.sample_prompt)]
   room = setup.config.model.max_length - len(prompt)
@@ -63,6 +63,8 @@ def print_sample(outcome: Outcome, tokenizer: Tokenizer) -> None:
     draw=draw,
   )
   tokens = [int(t) for chunk in chunks for t in chunk[0]]
+  if not show:
+    return
   if tokenizer.eod in tokens:
     tokens = tokens[: tokens.index(tokenizer.eod)]
   print(f"\nSample (temperature {settings.temperature})\n")

@@ -38,7 +38,7 @@ def main() -> int:
   jax.config.update("jax_enable_compilation_cache", False)  # it can't be read back without a TPU
   began = time.monotonic()
   try:
-    memory = compile_step(setup).memory_analysis()
+    memory = lower_step(setup).compile().memory_analysis()
   except jax.errors.JaxRuntimeError as e:
     if "RESOURCE_EXHAUSTED" not in str(e):
       raise
@@ -55,8 +55,8 @@ def main() -> int:
   return cli.FINISHED
 
 
-def compile_step(setup: Setup) -> jax.stages.Compiled:
-  """The train step compiled for the setup's (described) devices."""
+def lower_step(setup: Setup) -> jax.stages.Lowered:
+  """The train step lowered for the setup's (described) devices, to be compiled."""
   config = setup.config
   step = make_train_step(
     setup.model,
@@ -73,7 +73,7 @@ def compile_step(setup: Setup) -> jax.stages.Compiled:
   shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
   with use_mesh(setup.mesh, setup.rules):
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    return jitted.lower(setup.abstract, batch).compile()
+    return jitted.lower(setup.abstract, batch)
 
 
 if __name__ == "__main__":

@@ -5,20 +5,29 @@ config resolves to.
 """
 
 import signal
+import sys
 
 from absl import flags
 
-from . import cli, show, start
+from . import cli, joining, processes, show, start
 from .config import ConfigError
 from .training.loop import Profile
 
 _LIST = flags.DEFINE_bool("list", False, "Print all configs with their sizes, and stop.")
 _SHOW = flags.DEFINE_bool("show", False, "Print the resolved config and what was changed; stop.")
+_SHOW_MESH = flags.DEFINE_string(
+  "show_mesh", "", "PARAM: draw which device holds which part of it, and of the batch; stop."
+)
 _PROFILE = flags.DEFINE_string("profile", "", "START:STOP: an xprof trace of these steps.")
 _REASON = flags.DEFINE_string("reason", "", "Why a resumed run changes optimizer, schedule, batch.")
 _ALLOW = flags.DEFINE_bool(
   "allow_config_change", False, "Resume though the run's identity changed."
 )
+_PROCESSES = flags.DEFINE_integer("processes", 1, "Start this many processes on this machine.")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0 of several.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are, on all hosts.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_JOIN_SECONDS = flags.DEFINE_float("join_seconds", 300.0, "How long to wait for the others.")
 
 
 def main() -> int:
@@ -29,9 +38,18 @@ def main() -> int:
     config = start.resolve(check=False).config
     show.print_config(cli.named_config(config.name), config)
     return cli.FINISHED
-  profile = _profile()
-  request = start.resolve(reason=_REASON.value, allow=_ALLOW.value)
-  stopped_by = start.run(request, profile=profile)
+  look = flags.FLAGS["show_mesh"].present
+  if not look:
+    cli.refuse_topology()
+  profile, place = _profile(), _place()
+  request = start.resolve(reason=_REASON.value, allow=_ALLOW.value, check=not look)
+  if _PROCESSES.value > 1:
+    command = [sys.executable, "-m", "experiments.run", *sys.argv[1:], "--processes=1"]
+    return processes.launch(command, _PROCESSES.value)
+  if look:
+    show.print_mesh(request, _SHOW_MESH.value, place)
+    return cli.FINISHED
+  stopped_by = start.run(request, profile=profile, place=place)
   if stopped_by is None:
     return cli.FINISHED
   return cli.INTERRUPTED if stopped_by == signal.SIGINT else cli.RESTART
@@ -46,5 +64,21 @@ def _profile() -> Profile | None:
   return Profile(int(start), int(stop))
 
 
+def _place() -> joining.Place:
+  """This process among several, if flags say so."""
+  place = joining.Place(
+    _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _JOIN_SECONDS.value
+  )
+  if _JOIN_SECONDS.value <= 0:
+    raise ConfigError(f"--join_seconds={_JOIN_SECONDS.value:g}: must be above 0")
+  processes.check(_PROCESSES.value)
+  if _PROCESSES.value > 1 and place[:3] != joining.Place()[:3]:
+    raise ConfigError(
+      f"--processes={_PROCESSES.value} starts its own coordinator on this machine; leave out "
+      "--coordinator, --num_processes and --process_id, or --processes"
+    )
+  return place
+
+
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, leave=joining.leave)

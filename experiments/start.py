@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from layers.count import count_params
-from mesh.multihost import initialize, is_primary
+from mesh.multihost import is_primary
 
-from . import cli
+from . import cli, joining
 from .closing import print_closing, print_sample
 from .config import Config, ConfigError
 from .data.load import Dataset, load
@@ -58,17 +58,25 @@ def resolve(*, reason: str = "", allow: bool = False, check: bool = True) -> Req
   return Request(config, folder, Resume(told, reason, allow))
 
 
-def run(request: Request, *, profile: Profile | None) -> int | None:
+def run(request: Request, *, profile: Profile | None, place: joining.Place) -> int | None:
   """Train and print what a person wants to know; the signal that stopped it, or None.
 
+  Args:
+    place: this process among several.
+
   Raises:
-    ConfigError: the model does not fit, the data is missing or unreadable, the folder unwritable.
+    ConfigError: the model does not fit, the data is missing or unreadable, the folder unwritable,
+      the other processes are missing or run something else.
   """
   config, folder = request.config, request.folder
-  try:
-    initialize()
-  except ValueError as e:
-    raise ConfigError(str(e)) from e
+  joining.join(place, config, folder)
+  stopped_by = _run(request, profile)
+  joining.done()
+  return stopped_by
+
+
+def _run(request: Request, profile: Profile | None) -> int | None:
+  config, folder = request.config, request.folder
   setup = build(config)
   refuse_if_too_large(setup)
   twin = _twin_setup(config) if config.eval.twin else None
@@ -99,8 +107,8 @@ def run(request: Request, *, profile: Profile | None) -> int | None:
         lines[f"{config.eval.twin}, equal active FLOPs"] = beside.heldout.bits_per_byte
   if is_primary():
     print_closing(outcome, folder, lines)
-    if config.eval.sample_prompt and dataset.tokenizer is not None:
-      print_sample(outcome, dataset.tokenizer)
+  if config.eval.sample_prompt and dataset.tokenizer is not None:
+    print_sample(outcome, dataset.tokenizer, show=is_primary())  # all compute, one speaks
   return None
 
 

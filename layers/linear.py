@@ -50,12 +50,13 @@ def dense(x: jax.Array, w: jax.Array, *, num_in: int = 1) -> jax.Array:
 
 
 def _keep_dims() -> bool:
-  """Merging dims would undo a sharding: of T over `context`, or any in Explicit mode."""
+  """Merging dims would undo a sharding the compiler sees: of T over `context` or, between blocks,
+  `tensor` (a reduce-scatter would become an all-reduce and a slice), or any in Explicit mode."""
   mesh = jax.sharding.get_abstract_mesh()
   kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
   if AxisType.Explicit in kinds.values():
     return True
-  return kinds.get("context") == AxisType.Auto and mesh.shape["context"] > 1
+  return any(kinds.get(a) == AxisType.Auto and mesh.shape[a] > 1 for a in ("context", "tensor"))
 
 
 def _product(x: jax.Array, w: jax.Array, num_in: int) -> jax.Array:

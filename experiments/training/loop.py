@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from .report import write_report
 from .setup import Setup
 from .state import TrainState, init_state
 from .step import make_eval_step, make_train_step
+from .stop import Stop, stop_signal
 
 # A CPU process that lets many collective steps pile up can deadlock; a few hide all latency.
 _IN_FLIGHT = 4
@@ -123,7 +123,7 @@ def train(
     setup.model,
     setup.optimizer,
     seed=config.train.seed,
-    microbatches=config.train.microbatches,
+    microbatches=setup.accumulate,
     z_loss=config.train.z_loss,
   )
   shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
@@ -132,7 +132,7 @@ def train(
   with contextlib.ExitStack() as stack:
     stack.enter_context(use_mesh(mesh, setup.rules))
     stack.enter_context(contextlib.closing(loader))
-    stop = stack.enter_context(_stop_signal())
+    stop = stack.enter_context(stop_signal())
     checkpoints = stack.enter_context(
       Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
     )
@@ -160,7 +160,7 @@ def train(
     step_fn = CompileOnce(jitted, display.note)
 
     # Step
-    pending, tracing, stopped = [], False, stop.received is not None
+    pending, tracing, stopped = [], False, stop.asked()
     if start < total:
       stack.enter_context(display.live(start))
       batch = place(next(loader))
@@ -183,7 +183,7 @@ def train(
         jax.block_until_ready(metrics.loss)
         timer.restart()
         display.started()
-      stopped = stop.received is not None  # read once: a signal may come at any moment
+      stopped = stop.asked()  # once a step: a signal may come at any moment
       last = stopped or step == total
 
       # Log
@@ -227,7 +227,7 @@ def train(
     layers = [i for group in moe_layers(config.model) for i in group]
     lines = {} if heldout is None else baselines()
     write_report(folder, title=_title(setup), moe_layer_indices=layers, baselines=lines)
-  return Outcome(start, int(state.step), state, heldout, stop.received, timer.seconds, setup)
+  return Outcome(start, int(state.step), state, heldout, stop.by, timer.seconds, setup)
 
 
 def _restore_data(
@@ -260,12 +260,6 @@ def make_held_out_step(setup: Setup, dataset: Dataset):
   return jax.jit(make_eval_step(setup.model, lengths_V))
 
 
-class Stop:
-  """Whether a signal asked to stop."""
-
-  received: int | None = None
-
-
 def held_out(
   setup: Setup, dataset: Dataset, eval_step, params: Any, place, stop: Stop | None = None
 ) -> HeldOut | None:
@@ -278,9 +272,9 @@ def held_out(
   loader = make_loader(dataset, data, "heldout", local_rows=batch_rows(setup))
   with contextlib.closing(loader):
     batches = itertools.islice(loader, setup.config.eval.batches)
-    whole = itertools.takewhile(lambda _: stop.received is None, batches)
+    whole = itertools.takewhile(lambda _: not stop.asked(), batches)
     result = evaluate(eval_step, params, whole, place)
-  return result if stop.received is None else None
+  return result if stop.by is None else None
 
 
 def _heldout_row(heldout: HeldOut) -> dict[str, Any]:
@@ -331,24 +325,3 @@ class _StepTimer:
       "tokens_per_second": rate,
       "mfu": rate * self._flops / self._peak if self._peak else None,
     }
-
-
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[Stop]:
-  """Note SIGINT, SIGTERM and a lost terminal instead of dying; a second Ctrl-C interrupts."""
-  stop = Stop()
-
-  def receive(number: int, _frame: Any) -> None:
-    if stop.received is not None and number == signal.SIGINT:
-      raise KeyboardInterrupt
-    stop.received = number
-
-  numbers = [signal.SIGINT, signal.SIGTERM]
-  if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
-    numbers.append(signal.SIGHUP)
-  previous = {number: signal.signal(number, receive) for number in numbers}
-  try:
-    yield stop
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)

@@ -68,15 +68,14 @@ def abstract_state(
   """
   stages = mesh.shape["stage"]
 
-  def on_stages(names, leaf):
+  def on_stages(leaf, names):
     """`names` without `layers` where every stage holds the whole segment."""
     here = lambda name, size: name != "layers" or is_staged(size, stages, circular)
     return tuple(n if here(n, s) else None for n, s in zip(names, leaf.shape, strict=True))
 
-  is_names = lambda x: isinstance(x, tuple)
-  place_layers = lambda axes, shapes: jax.tree.map(on_stages, axes, shapes, is_leaf=is_names)
-  placed = place_layers(layout.axes, layout.shapes)
-  if stages > 1 and not any("layers" in n for n in jax.tree.leaves(placed, is_leaf=is_names)):
+  placed = jax.tree.map(on_stages, layout.shapes, layout.axes)
+  names = jax.tree.leaves(placed, is_leaf=lambda x: isinstance(x, tuple))
+  if stages > 1 and not any("layers" in n for n in names):
     raise ValueError(
       f"mesh stage={stages} with circular={circular}: no segment of the model has a multiple of "
       f"{stages * circular} repeats"
@@ -88,7 +87,7 @@ def abstract_state(
   return TrainState(
     step,
     put(placed, layout.shapes),
-    put(place_layers(state_axes(opt_shapes, layout.axes), opt_shapes), opt_shapes),
+    put(jax.tree.map(on_stages, opt_shapes, state_axes(opt_shapes, layout.axes)), opt_shapes),
   )
 
 

@@ -20,10 +20,10 @@ def test_debug_fits_four_v5e(tmp_path):
 
 @pytest.mark.parametrize(("status", "code"), (("RESOURCE_EXHAUSTED", 2), ("INTERNAL", 1)))
 def test_a_model_that_does_not_fit_is_said_in_one_line(status, code, monkeypatch):
-  def compile_step(setup):
+  def lower_step(setup):
     raise jax.errors.JaxRuntimeError(f"{status}: Ran out of memory in hbm.\nmore\nlines")
 
-  monkeypatch.setattr(plan, "compile_step", compile_step)
+  monkeypatch.setattr(plan, "lower_step", lower_step)
   cached = jax.config.jax_enable_compilation_cache
   result = call("plan", "--config=debug", "--topology=v5e:2x2")
   jax.config.update("jax_enable_compilation_cache", cached)

@@ -1,4 +1,4 @@
-"""Start-up decisions, batches over hosts, and two real processes."""
+"""Batches over hosts, missing peers, and two real processes."""
 
 import os
 import socket
@@ -13,72 +13,24 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mesh.multihost import (
+  _numbers,
   barrier,
+  check_devices,
   host_batch_to_global,
   initialize,
   is_primary,
-  launch_arguments,
   local_rows,
 )
 from mesh.topology import make_mesh
 
 pytestmark = pytest.mark.xdist_group("devices")
 
-SLURM = {
-  "SLURM_JOB_ID": "7",
-  "SLURM_STEP_NODELIST": "node[1-2]",
-  "SLURM_NTASKS": "16",
-  "SLURM_PROCID": "3",
-  "SLURM_LOCALID": "3",
-  "SLURM_STEP_NUM_NODES": "2",
-  "SLURM_GPUS_ON_NODE": "8",
-}
-EXPLICIT = {
-  "JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234",
-  "JAX_NUM_PROCESSES": "4",
-  "JAX_PROCESS_ID": "2",
-}
-
-
-@pytest.mark.parametrize(
-  ("environ", "on_tpu", "expected"),
-  [
-    ({}, False, None),
-    ({**EXPLICIT, "JAX_NUM_PROCESSES": "1"}, False, None),
-    (SLURM, False, {}),  # one task a GPU: JAX finds everything
-    ({**SLURM, "SLURM_NTASKS": "2"}, False, {"local_device_ids": list(range(8))}),
-    ({**SLURM, "SLURM_NTASKS": "1"}, False, None),
-    ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16"}, False, None),  # in a batch script, outside srun
-    ({}, True, {}),  # a Cloud TPU VM: JAX asks the metadata server
-    ({"TPU_SKIP_MDS_QUERY": "1"}, True, None),
-    ({"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "a,b"}, True, {}),
-    ({"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}, True, None),
-    ({"TPU_SKIP_MDS_QUERY": "1", "MEGASCALE_NUM_SLICES": "2"}, True, {}),
-    ({"TPU_WORKER_HOSTNAMES": "a,b"}, False, None),  # a TPU host told to use its CPUs
-  ],
-)
-def test_which_environments_start_jax_distributed(environ, on_tpu, expected):
-  assert launch_arguments(environ, on_tpu=on_tpu) == expected
-
-
-def test_an_explicit_coordinator_wins_over_the_scheduler():
-  assert launch_arguments({**SLURM, **EXPLICIT}, on_tpu=False) == {
-    "coordinator_address": "10.0.0.1:1234",
-    "num_processes": 4,
-    "process_id": 2,
-    "cluster_detection_method": "deactivate",
-  }
-
-
-def test_half_a_coordinator_is_refused():
-  with pytest.raises(ValueError, match="so JAX_NUM_PROCESSES and JAX_PROCESS_ID must be too"):
-    launch_arguments({"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}, on_tpu=False)
-
 
 def test_one_process_is_primary_and_waits_for_nobody():
   assert initialize() is False
   assert is_primary()
   barrier("alone")
+  check_devices()
 
 
 def test_a_batch_of_one_process_becomes_the_global_batch():
@@ -104,18 +56,32 @@ def test_rows_that_do_not_divide_are_refused():
     host_batch_to_global(np.zeros((6, 2)), mesh, P("fsdp"))
 
 
+def test_processes_are_named_but_not_all_of_many():
+  assert _numbers([2]) == "process 2 has"
+  assert _numbers([0, 3]) == "processes 0, 3 have"
+  assert _numbers(list(range(100))) == "processes 0, 1, 2, 3, 4, 5, 6, 7, ... have"
+
+
 WORKER = """
-import sys, time
+import signal, sys, time, threading
 from pathlib import Path
 import jax, numpy as np
 from jax.sharding import Mesh, PartitionSpec as P
 from mesh.axes import MESH_AXES
 from mesh.constrain import constrain, use_mesh
-from mesh.multihost import barrier, host_batch_to_global, initialize, is_primary, local_rows
+from mesh.multihost import (
+  agree, announce_failure, barrier, check_devices, host_batch_to_global, initialize, is_primary,
+  local_rows, process_numbers, shut_down, stop_point, watch_failures)
 from mesh.topology import make_mesh
 
 assert initialize() and initialize()
-rank = jax.process_index()
+rank, count = process_numbers()
+assert agree("who", f"rank {rank}", " and ".join) == "rank 0 and rank 1"
+assert agree("nothing", "", "".join) == ""
+failed, told = [], threading.Event()
+watch_failures(lambda *failure: (failed.append(failure), told.set()))
+assert (rank, count) == (jax.process_index(), 2)
+check_devices()
 assert is_primary() == (rank == 0)
 assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2, 4, 2)
 tokens_BT = np.arange(8 * 6, dtype=np.float32).reshape(8, 6)
@@ -162,9 +128,23 @@ except RuntimeError as error:
   assert "waits at a different one" in str(error)
 else:
   raise AssertionError("two barriers of different names met")
+
+# A signal to one stops both, at the same point.
+for tick in range(1, 10_000):
+  if tick == 5 and rank == 1:
+    signal.raise_signal(signal.SIGTERM)
+  if stop_point(tick):
+    break
+  time.sleep(0.01)
+assert agree("where", str(tick), lambda said: str(len(set(said)))) == "1" and 5 < tick < 9_999
+
+if rank == 1:
+  announce_failure(3)
+else:
+  assert told.wait(60) and failed == [(1, 3)]
 barrier("end")
 print("finished", rank)
-jax.distributed.shutdown()
+shut_down()
 """
 
 

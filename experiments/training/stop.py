@@ -1,0 +1,62 @@
+"""Ctrl-C, SIGTERM and a lost terminal: noted, and obeyed where all processes can stop together."""
+
+import contextlib
+import itertools
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from mesh.multihost import stop_point
+
+_ticks = itertools.count(1)  # of all runs of a program, as processes agree on one of them
+
+
+class Stop:
+  """Whether a signal asked to stop."""
+
+  def __init__(self):
+    self.received: int | None = None
+    self._agreed = False
+
+  def asked(self) -> bool:
+    """Whether to stop here. Several processes must ask at the same points, and get one answer."""
+    if jax.process_count() > 1:
+      self._agreed = self._agreed or stop_point(next(_ticks))
+    return self.by is not None
+
+  @property
+  def by(self) -> int | None:
+    """The signal that stops the run; SIGTERM if another process got it. None: it goes on."""
+    if jax.process_count() == 1:
+      return self.received
+    return (self.received or signal.SIGTERM) if self._agreed else None
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[Stop]:
+  """Note SIGINT, SIGTERM and a lost terminal instead of dying; a second Ctrl-C interrupts.
+
+  With several processes JAX has SIGTERM, and tells all of them.
+  """
+  stop = Stop()
+  several = jax.process_count() > 1
+
+  def receive(number: int, _frame: Any) -> None:
+    if stop.received is not None and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    stop.received = number
+    if several:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  numbers = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
+  if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
+    numbers.append(signal.SIGHUP)
+  previous = {number: signal.signal(number, receive) for number in numbers}
+  try:
+    yield stop
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)

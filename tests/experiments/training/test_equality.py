@@ -1,0 +1,150 @@
+"""No mesh changes what is trained: eight devices against one, float32, jitter off."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from experiments.training.loop import batch_placer
+from experiments.training.setup import build
+from experiments.training.state import init_state
+from experiments.training.step import make_train_step
+from layers.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec, RotarySpec, Segment
+from mesh.constrain import use_mesh
+
+pytestmark = pytest.mark.xdist_group("devices")
+
+B, T, V, STEPS = 16, 64, 64, 5
+ATTENTION = AttentionSpec(num_heads=8, num_kv_heads=8, head_dim=8, position=RotarySpec())
+# Groups of 4 tokens: the largest that lie on one device when a row lies on eight, in zigzag.
+MOE = MoeSpec(num_experts=8, expert=MlpSpec(hidden=32), jitter=0.0, group_size=4)
+MODELS = {
+  "dense": Segment((LayerSpec(ATTENTION, MlpSpec(hidden=64)),), 8),
+  "moe": Segment((LayerSpec(ATTENTION, MOE),), 8),
+}
+MESHES = {
+  "data": {"data": 8},
+  "fsdp": {"fsdp": 8},
+  "expert": {"expert": 8},
+  "context": {"context": 8},
+  "tensor": {"tensor": 8},
+  "stage": {"stage": 8, "microbatches": 8},
+  "fsdp expert tensor": {"fsdp": 2, "expert": 2, "tensor": 2},
+  "data context tensor": {"data": 2, "context": 2, "tensor": 2},
+  "stage fsdp expert": {"stage": 2, "fsdp": 2, "expert": 2, "microbatches": 2},
+  "dcn_data fsdp": {"dcn_data": 2, "fsdp": 4},
+  "data fsdp context": {"data": 2, "fsdp": 2, "context": 2},
+  "fsdp context, gathered": {"fsdp": 2, "context": 4, "context_method": "all_gather"},
+  "stage expert, circular": {"stage": 4, "expert": 2, "circular": 2, "microbatches": 4},
+  "stage context tensor": {"stage": 2, "context": 2, "tensor": 2, "microbatches": 4},
+  "expert context tensor": {"expert": 2, "context": 2, "tensor": 2},
+  "fsdp tensor, their rules": {"fsdp": 4, "tensor": 2, "rules": "fsdp_tensor"},
+  "data fsdp, accumulated": {"data": 2, "fsdp": 4, "microbatches": 2},
+  "explicit fsdp": {"fsdp": 8, "axis_types": "explicit"},
+  "explicit fsdp expert tensor": {
+    "fsdp": 2, "expert": 2, "tensor": 2, "axis_types": "explicit"
+  },
+  "explicit data context tensor": {
+    "data": 2, "context": 2, "tensor": 2, "axis_types": "explicit"
+  },
+  "explicit stage fsdp expert": {
+    "stage": 2, "fsdp": 2, "expert": 2, "microbatches": 2, "axis_types": "explicit"
+  },
+}  # fmt: skip
+IN_DEFAULT_SUITE = {("moe", "stage fsdp expert"), ("dense", "data context tensor")}
+CASES = [
+  pytest.param(
+    model, name, id=f"{model}: {name}", marks=() if case in IN_DEFAULT_SUITE else pytest.mark.full
+  )
+  for model in MODELS
+  for name in MESHES
+  for case in [(model, name)]
+]
+
+
+def config(model: str, optimizer: str, microbatches: int = 1, **mesh) -> Config:
+  segments = (MODELS[model],)
+  return Config(
+    name="equality",
+    model=ModelSpec(vocab_size=V, embed_dim=64, max_length=T, segments=segments),
+    mesh=MeshConfig(**mesh),
+    data=DataConfig(source="synthetic", row_length=T, batch_size=B),
+    optimizer=OptimizerConfig(
+      name=optimizer,
+      learning_rate=1e-2 if optimizer == "adamw" else 0.1,
+      warmup_steps=1,
+      weight_decay=0.0,
+      clip_norm=None,
+      momentum=0.9,
+    ),
+    train=TrainConfig(compute_dtype="float32", microbatches=microbatches),
+  )
+
+
+def batches():
+  """Rows of two documents each, some targets without weight."""
+  rng = np.random.default_rng(0)
+  for _ in range(STEPS):
+    ids_BT = rng.integers(0, V, (B, T + 1), dtype=np.int32)
+    cut_B1 = rng.integers(5, T - 5, (B, 1))
+    place_1T = np.arange(T, dtype=np.int32)[None]
+    second_BT = place_1T >= cut_B1
+    yield {
+      "tokens": ids_BT[:, :-1],
+      "targets": ids_BT[:, 1:],
+      "segments": 1 + second_BT.astype(np.int32),
+      "positions": np.where(second_BT, place_1T - cut_B1, place_1T).astype(np.int32),
+      "weights": (rng.random((B, T)) > 0.1).astype(np.float32),
+    }
+
+
+def run(model: str, optimizer: str, **options):
+  """(losses, momenta after the first step, loads of the first step, parameters at the end)."""
+  setup = build(config(model, optimizer, **options))
+  shell = setup.model.clone(unroll=1)  # one compiled layer, not eight
+  with use_mesh(setup.mesh, setup.rules):
+    state = init_state(shell, setup.optimizer, setup.abstract, seed=0)
+    step = make_train_step(shell, setup.optimizer, seed=0, microbatches=setup.accumulate)
+    step = jax.jit(step, donate_argnums=0)
+    place, losses, first = batch_placer(setup), [], None
+    for batch in batches():
+      state, metrics = step(state, place(batch))
+      losses.append(float(metrics.loss) + float(metrics.aux_loss))
+      if first is None:
+        loads = [np.asarray(stats.load_E) for stats in metrics.moe]
+        first = (jax.tree.map(np.asarray, state.opt_state), loads)
+    return np.array(losses), *first, jax.tree.map(np.asarray, state.params)
+
+
+@functools.cache
+def on_one_device(model: str, optimizer: str):
+  return run(model, optimizer, data=1)
+
+
+def assert_close(tree, wanted):
+  """Each leaf: ||a - b|| <= 1e-5 ||b|| + 1e-7 of the norm of the whole tree."""
+  norm = np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in jax.tree.leaves(wanted)))
+  assert norm > 1e-3
+  for (path, a), b in zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(wanted), strict=True):
+    error = np.linalg.norm(np.asarray(a, np.float64) - b)
+    assert error <= 1e-5 * np.linalg.norm(b) + 1e-7 * norm, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize(("model", "mesh"), CASES)
+def test_eight_devices_train_as_one(model, mesh):
+  losses, first, loads, params = run(model, "sgd", **MESHES[mesh])
+  wanted_losses, wanted_first, wanted_loads, wanted_params = on_one_device(model, "sgd")
+  np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5)
+  assert_close(first, wanted_first)  # the first step's momenta are its gradients
+  assert_close(params, wanted_params)
+  jax.tree.map(np.testing.assert_array_equal, loads, wanted_loads)
+
+
+@pytest.mark.full  # AdamW divides gradients near zero by themselves: losses only
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("model", MODELS)
+def test_losses_under_adamw(model, mesh):
+  losses, *_ = run(model, "adamw", **MESHES[mesh])
+  np.testing.assert_allclose(losses, on_one_device(model, "adamw")[0], rtol=1e-5)

@@ -58,7 +58,7 @@ def row_attention(
   *,
   method: Method = "ring",
   mask: Any,
-  q_positions_BT: jax.Array,
+  q_positions_BT: jax.Array | None,
   kv_positions_BS: jax.Array | None = None,
   q_segments_BT: jax.Array | None = None,
   scale: float | None = None,
@@ -71,7 +71,7 @@ def row_attention(
 
   Args:
     q_positions_BT, q_segments_BT: of this device's tokens, in the order `zigzag` gives if positions
-      are spread over devices.
+      are spread over devices, where positions may not be None.
     kv_positions_BS: of a cache, which holds whole rows.
     method: how positions that are spread meet: "ring" or "all_gather".
 

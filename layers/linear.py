@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
@@ -119,7 +120,7 @@ def explicit_spec(x: jax.Array) -> tuple | None:
   return tuple(sharding.spec) + (None,) * (x.ndim - len(sharding.spec))
 
 
-def take(x: jax.Array, indices: jax.Array, dim: int) -> jax.Array:
+def take(x: jax.Array, indices: jax.Array | np.ndarray, dim: int) -> jax.Array:
   """`x` at `indices` of `dim`, placed as x is."""
   spec = explicit_spec(x)
   index = (slice(None),) * dim + (indices,)

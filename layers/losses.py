@@ -51,13 +51,13 @@ def token_loss(
     if dims:
       w = gather_weight(w, dims, x_BTD.dtype, tokens)
     loss = cross_entropy(x_BTD, w, targets_BT, weights_BT, bias_V=bias_V, **options)
-    return loss._replace(total=jax.lax.psum(loss.total, tokens))
+    return jax.lax.psum(loss.total, tokens), loss.nll_BT, loss.log_z_BT
 
   x_BTD = constrain(x_BTD, "act_batch", "act_seq", "act_embed")
   bias_spec = None if bias_V is None else PartitionSpec()
   run = region.run(
     local,
     in_specs=(by_token, region.spec(w_axes), bias_spec, by_token, by_token),
-    out_specs=CrossEntropy(PartitionSpec(), by_token, by_token),
+    out_specs=(PartitionSpec(), by_token, by_token),
   )
-  return run(x_BTD, w, bias_V, targets_BT, weights_BT)
+  return CrossEntropy(*run(x_BTD, w, bias_V, targets_BT, weights_BT))

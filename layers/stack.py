@@ -122,13 +122,13 @@ def apply_segment(
   return x_BTD, stats, caches
 
 
-_ROW_AXES = Rows(
-  positions_BT=("act_batch", "act_seq"),
-  segments_BT=("act_batch", "act_seq"),
-  key_B=("act_batch",),
-  table_UN=(None, "act_heads"),
-  place_T=("act_seq",),
-)
+_ROW_AXES = {
+  "positions_BT": ("act_batch", "act_seq"),
+  "segments_BT": ("act_batch", "act_seq"),
+  "key_B": ("act_batch",),
+  "table_UN": (None, "act_heads"),
+  "place_T": ("act_seq",),
+}
 
 
 def run_segment(
@@ -170,9 +170,10 @@ def run_segment(
   placed = jax.tree.map(
     lambda names: region.spec(("layers" if staged else None, *names)), logical, is_leaf=_is_names
   )
-  pairs = list(zip(rows, _ROW_AXES, strict=True))
-  rows = Rows(*(x if x is None else constrain(x, *names) for x, names in pairs))
-  row_specs = Rows(*(x if x is None else region.spec(names) for x, names in pairs))
+  given: Any = {name: x for name, x in rows._asdict().items() if x is not None}
+  rows = rows._replace(**{name: constrain(x, *_ROW_AXES[name]) for name, x in given.items()})
+  specs: Any = {name: region.spec(_ROW_AXES[name]) for name in given}
+  row_specs = rows._replace(**specs)
   layer_spec = region.spec(("layers",)) if staged else region.spec((None,))
   order = stage_order(segment.repeats, stages, circular) if staged and circular > 1 else None
 

@@ -3,7 +3,7 @@ scattered, token buffers exchanged between experts, keys and values passed round
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -36,7 +36,7 @@ def varying(x: jax.Array) -> frozenset[str]:
   return jax.typeof(x).manual_axis_type.varying
 
 
-def vary(tree: Any, axes: Sequence[str]) -> Any:
+def vary(tree: Any, axes: Collection[str]) -> Any:
   """`tree` typed as differing along the manual `axes`; its gradient is then summed over them."""
 
   def one(x: jax.Array) -> jax.Array:

@@ -61,7 +61,11 @@ THIRD_PARTY = {
   "mesh": {"jax", "numpy"},
   "layers": {"jax", "numpy", "flax", "einops"},
 }
-DISTRIBUTIONS = {"absl": "absl-py", "jaxlib": "jax", "orbax": "orbax-checkpoint"}  # where the names differ
+DISTRIBUTIONS = {
+  "absl": "absl-py",
+  "jaxlib": "jax",
+  "orbax": "orbax-checkpoint",
+}  # where the names differ
 
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 NETWORK = {

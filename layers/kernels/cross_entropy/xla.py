@@ -117,6 +117,14 @@ def _scan_chunks(static, x_BTD, w_DV, bias_V, targets_BT, weights_BT, *, gradien
   return (total, nll_BT, log_z_BT), (dx_BTD, dw_DV, dbias_V)
 
 
+def _target_logits(logits_BCV, targets_BC, is_target_BCV):
+  """The logit of each target, NaN for a target outside the vocabulary."""
+  if current_platform() == "cpu":  # a pass over the logits costs more than a few reads
+    return jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+  found_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0), axis=-1)
+  return jnp.where(targets_BC < logits_BCV.shape[-1], found_BC, jnp.nan)
+
+
 def _chunk(static, inputs, w_DV, bias_V, gradients):
   """((dw, dbias) of each shard, (nll, log_z, dx)) of one chunk."""
   x_BCD, targets_BC, weights_BC = inputs
@@ -129,17 +137,19 @@ def _chunk(static, inputs, w_DV, bias_V, gradients):
     logits_BCV = static.softcap * jnp.tanh(logits_BCV / static.softcap)
   max_BC = jnp.max(logits_BCV, axis=-1)
   log_z_BC = max_BC + jnp.log(jnp.sum(jnp.exp(logits_BCV - max_BC[..., None]), axis=-1))
-  nll_BC = log_z_BC - jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+  ids_V = jnp.arange(logits_BCV.shape[-1], dtype=targets_BC.dtype)
+  # A comparison, not a gather or scatter: it fuses with the exponentials, and over a vocabulary
+  # that is sharded it sums numbers, not rows.
+  is_target_BCV = ids_V[None, None] == targets_BC[..., None]
+  nll_BC = log_z_BC - _target_logits(logits_BCV, targets_BC, is_target_BCV)
   if not gradients:
     return (None, None), (nll_BC, log_z_BC, None)
 
   g_BCV = jnp.exp(logits_BCV - log_z_BC[..., None])
   if static.z_loss:
     g_BCV = g_BCV * (1 + 2 * static.z_loss * log_z_BC)[..., None]
-  ids_V = jnp.arange(g_BCV.shape[-1], dtype=targets_BC.dtype)
   # Subtracted before the cast: for a likely target p - 1 would drown in bfloat16's rounding of p.
-  # A comparison, not a scatter: it fuses with the exponential.
-  g_BCV = g_BCV - (ids_V[None, None] == targets_BC[..., None])
+  g_BCV = g_BCV - is_target_BCV
   g_BCV = g_BCV * (static.scale * weights_BC)[..., None]
   if static.softcap is not None:
     g_BCV = g_BCV * (1 - (logits_BCV / static.softcap) ** 2)

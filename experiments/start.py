@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from layers.count import count_params
 from mesh.multihost import is_primary
+from mesh.pipeline import bubble_fraction
 
 from . import cli, joining
 from .closing import print_closing, print_sample
@@ -162,6 +163,10 @@ def _introduce(setup: Setup, dataset: Dataset, folder: Path) -> None:
   tokens = config.train.steps * config.data.batch_size * config.data.row_length
   print(f"{config.name}: {counts.total:,} parameters{active}, {config.model.num_layers} layers")
   print(f"  devices  {count} x {kind}" + (f", mesh {axes}" if axes else ""))
+  if (stages := mesh.shape["stage"]) > 1:
+    parts, turns = config.train.microbatches, config.mesh.circular
+    idle = bubble_fraction(stages, parts, turns)
+    print(f"  pipeline {parts} microbatches through {stages} stages, {turns} x: {idle:.0%} idle")
   print(f"  memory   {gigabytes(training_bytes(setup))} of weights, gradients, optimizer state")
   print(
     f"  data     {source}({data['tokens']:,} {unit}: "

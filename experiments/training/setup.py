@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from layers.spec import MoeSpec
+from layers.spec import AttentionSpec, MoeSpec, TransformerXLSpec
 from layers.stack import remat_policy
 from layers.transformer import TransformerLM
 from mesh.axes import MESH_AXES
@@ -65,6 +65,7 @@ def build(config: Config, devices: list[jax.Device] | None = None, *, batch: boo
     validate(rules, mesh)
     if batch:
       _check_batch(config, rules, mesh)
+      _check_parallel(config, mesh)
     model = TransformerLM(
       config.model,
       dtype=compute_dtype(config, devices[0].platform),
@@ -116,4 +117,37 @@ def _check_batch(config: Config, rules: Rules, mesh: Mesh) -> None:
         f"a (micro)batch of {name} does not divide over mesh {over}: data.batch_size="
         f"{config.data.batch_size} / train.microbatches={config.train.microbatches} must be a "
         f"multiple of the batch axes, data.row_length={length} of context"
+      )
+
+
+def _check_parallel(config: Config, mesh: Mesh) -> None:
+  """What the schedules over `stage` and `context` ask of a model and its rows."""
+  stages, context = mesh.shape["stage"], mesh.shape["context"]
+  parts, circular = config.train.microbatches, config.mesh.circular
+  if stages > 1 and circular > 1 and parts < stages:
+    raise ConfigError(
+      f"mesh.circular={circular} over stage={stages} needs at least {stages} microbatches to follow "
+      f"each other: set train.microbatches={stages} or more, not {parts}"
+    )
+  if config.mesh.axis_types == "explicit" and stages > 1 and mesh.shape["tensor"] > 1:
+    raise ConfigError("mesh.axis_types=explicit can't combine stage and tensor; use auto")
+  if context == 1:
+    return
+  length = config.data.row_length
+  if length % (2 * context):
+    raise ConfigError(
+      f"data.row_length={length} must be a multiple of {2 * context}: context={context} cuts a row "
+      f"into twice as many chunks"
+    )
+  half = length // context // 2
+  for layer in config.model.layers:
+    if isinstance(layer.attention, AttentionSpec) and isinstance(
+      layer.attention.position, TransformerXLSpec
+    ):
+      raise ConfigError(f"Transformer-XL's relative positions do not work with context={context}")
+    group = layer.mlp.group_size if isinstance(layer.mlp, MoeSpec) else half
+    if group is None or half % group:
+      raise ConfigError(
+        f"with context={context} a routing group must lie on one device: set "
+        f"--config.model.segments.*.layers.*.mlp.group_size to a divisor of {half}, not {group}"
       )

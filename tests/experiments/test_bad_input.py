@@ -84,6 +84,11 @@ MISTAKES = {
   "unknown kernel": (
     [ONE, "--config.model.segments.*.layers.*.attention.implementation=fast"], ["'fast'", "xla"],
   ),
+  "stages without layers": (["--config.mesh.stage=8"], ["stage=8", "multiple of 8 repeats"]),
+  "odd chunks": (
+    ["--config.mesh.context=8", "--config.data.row_length=56"], ["row_length=56", "16"],
+  ),
+  "groups across devices": (["--config.mesh.context=8"], ["group_size", "divisor of 4"]),
   "impossible mesh rules": ([ONE, "--config.mesh.rules=every"], ["mesh.rules", "fsdp"]),
   # data
   "no such file": ([ONE, "--config.data.path={files}/none.txt"], ["{files}/none.txt"]),

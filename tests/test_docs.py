@@ -61,7 +61,7 @@ def test_commands_run(page, tmp_path):
 def run(command: str, folder: Path) -> None:
   expected = next((code for mark, code in EXPECTED_CODE.items() if mark in command), 0)
   if ".plan " in command:
-    command = command.replace("moe_70b", "debug").replace("v5p-64", "v5e:2x2")
+    command = command.replace("moe_70b", "debug").replace("v5p-128", "v5e:2x2")
     command += " --config.data.batch_size=16"
     expected = 0
   for old, new in {**STAND_INS, **SMALL}.items():

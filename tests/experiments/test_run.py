@@ -283,7 +283,7 @@ jax.monitoring.register_event_duration_secs_listener(
   for name in ("v5p-32", "v6e-64", "h100:2x8"):
     assert re.search(rf"^  {name} .* chips +[\d.]+ TB$", result.err, re.MULTILINE), name
   plan = re.search(r"python -m experiments.plan (.*)", result.err)[1].split()
-  assert plan == ["--config=moe_70b", "--topology=v5p-32"]
+  assert plan == ["--config=moe_70b", "--topology=v5p-128"]
   launch = re.search(r"bash (tpu_setup/\S+) launch", result.err)[1]
   assert (ROOT / launch).is_file()
 

@@ -105,8 +105,8 @@ def test_float32_has_forward_mode_too():
 # --- meshes --------------------------------------------------------------------------------------
 
 
-def a_mesh(kind, context):
-  shape = {"fsdp": 4 // context, "context": context, "tensor": 2}
+def a_mesh(kind, context, tensor=2):
+  shape = {"fsdp": 8 // (context * tensor), "context": context, "tensor": tensor}
   return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(kind,) * 3)
 
 
@@ -118,10 +118,11 @@ def operand_dims(mesh, *args):
 def test_tokens_are_flattened_unless_the_sequence_is_sharded():
   x, w = jnp.ones((4, 2, 8)), jnp.ones((8, 12))
   assert {a.ndim for operands in dots(dense, x, w) for a in operands} == {2}
-  assert operand_dims(a_mesh(AxisType.Auto, 1), x, w) == {2}
-  assert operand_dims(a_mesh(AxisType.Auto, 2), x, w) == {3}
+  assert operand_dims(a_mesh(AxisType.Auto, 1, tensor=1), x, w) == {2}
+  assert operand_dims(a_mesh(AxisType.Auto, 2, tensor=1), x, w) == {3}
+  assert operand_dims(a_mesh(AxisType.Auto, 1, tensor=2), x, w) == {3}  # between blocks
   # Inside a shard_map over `context` each device holds a sequence of its own.
-  mesh, seen = a_mesh(AxisType.Auto, 2), []
+  mesh, seen = a_mesh(AxisType.Auto, 2, tensor=1), []
 
   def body(x, w):
     seen.append({a.ndim for operands in dots(dense, x, w) for a in operands})

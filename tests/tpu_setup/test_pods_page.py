@@ -47,8 +47,8 @@ def test_every_command_runs(cloud):
   cloud.plan("wait", "suspended", "0")
   environment = cloud.environment | {"ROOT": str(ROOT)}
   for line in lines:
-    if "tpu_vm.sh" in line:  # two hosts instead of eight, and no waiting
-      line = line.replace("--type=v5p-64", "--type=v5p-16")
+    if "tpu_vm.sh" in line:  # two hosts instead of sixteen, and no waiting
+      line = line.replace("--type=v5p-128", "--type=v5p-16")
       line = line.replace(" create ", " create --poll=0.02 ").replace(
         " watch ", " watch --poll=0.02 "
       )

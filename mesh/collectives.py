@@ -15,8 +15,8 @@ from jax.sharding import AxisType
 
 # A TPU compiles one collective over a whole slice into an all-reduce of the full size (seen on v5p
 # and v5e with libtpu 0.0.42), two over parts of it into the all-gathers and reduce-scatters asked
-# for. So an axis of at least this size is gathered in two stages.
-_TWO_STAGES = 8
+# for. So there an axis of at least this size is gathered in two stages.
+_TWO_STAGES = {"tpu": 8}
 
 # Dim of a weight -> mesh axes that shard it, most significant first.
 Dims = tuple[tuple[int, tuple[str, ...]], ...]
@@ -50,7 +50,9 @@ def _stages(axes: Sequence[str]) -> list[tuple[str, list[list[int]] | None]]:
   """(axis, groups of its indices) in the order of scattering: the most significant part first."""
   sizes = {axis: manual_size(axis) for axis in axes}
   used = [axis for axis in axes if sizes[axis] > 1]
-  if len(used) != 1 or sizes[used[0]] < _TWO_STAGES:
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  least = _TWO_STAGES.get(device.platform if device else jax.default_backend(), math.inf)
+  if len(used) != 1 or sizes[used[0]] < least:
     return [(axis, None) for axis in used]
   size = sizes[used[0]]
   inner = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)

@@ -126,8 +126,8 @@ def _check_parallel(config: Config, mesh: Mesh) -> None:
   parts, circular = config.train.microbatches, config.mesh.circular
   if stages > 1 and circular > 1 and parts < stages:
     raise ConfigError(
-      f"mesh.circular={circular} over stage={stages} needs at least {stages} microbatches to follow "
-      f"each other: set train.microbatches={stages} or more, not {parts}"
+      f"mesh.circular={circular} over stage={stages} needs at least {stages} microbatches: set "
+      f"train.microbatches={stages} or more, not {parts}"
     )
   if config.mesh.axis_types == "explicit" and stages > 1 and mesh.shape["tensor"] > 1:
     raise ConfigError("mesh.axis_types=explicit can't combine stage and tensor; use auto")

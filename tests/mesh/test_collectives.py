@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from mesh import collectives
 from mesh.collectives import (
   from_experts,
   gather_weight,
@@ -33,11 +34,17 @@ def sharded(function, in_specs, out_specs, **sizes):
   return call
 
 
+@pytest.fixture
+def in_two_stages(monkeypatch):
+  """As on TPUs: an axis of eight in groups."""
+  monkeypatch.setitem(collectives._TWO_STAGES, "cpu", 8)
+
+
 @pytest.mark.parametrize(
   "sizes", [{"fsdp": 8}, {"fsdp": 4}, {"fsdp": 2, "expert": 4}, {"data": 2, "fsdp": 4}],
   ids=lambda s: "x".join(map(str, s.values())),
 )  # fmt: skip
-def test_a_gathered_weight_and_its_gradient(sizes):
+def test_a_gathered_weight_and_its_gradient(sizes, in_two_stages):
   """Rows over all axes, the weight over those but `data`: y = x w, dw = x^T dy."""
   rows = tuple(sizes)
   dims = ((0, tuple(a for a in sizes if a != "data")),)
@@ -50,7 +57,8 @@ def test_a_gathered_weight_and_its_gradient(sizes):
     (_, y), dw = jax.value_and_grad(loss, has_aux=True)(w, x)
     return y, dw
 
-  y, dw = sharded(both, (P(dims[0][1]), P(rows)), (P(rows), P(dims[0][1])), **sizes)(W, X)
+  weight, row = P(dims[0][1]), P(rows)
+  y, dw = sharded(both, (weight, row), (row, weight), **sizes)(W, X)
   np.testing.assert_allclose(y, X @ W, rtol=1e-5)
   np.testing.assert_allclose(dw, X.T @ (2 * X @ W), rtol=1e-4, atol=1e-4)
 
@@ -93,3 +101,16 @@ def test_ring_and_sizes():
   shifted = sharded(shift, P("context"), P("context"), context=4)(np.arange(8))
   np.testing.assert_array_equal(shifted, np.roll(np.arange(8), 2))
   assert manual_size("context") == 1
+
+
+def test_stages_split_a_large_axis(in_two_stages):
+  """Two groups in turn hold the same devices as the axis, each device once in each stage."""
+  seen = []
+  sharded(lambda x: seen.append(collectives._stages(("fsdp",))) or x, P("fsdp"), P("fsdp"), fsdp=8)(
+    np.arange(8)
+  )
+  (_, across), (_, within) = seen[0]
+  for _, groups in seen[0]:
+    assert sorted(i for group in groups for i in group) == list(range(8))
+  assert {len(group) for group in across} == {4} and {len(group) for group in within} == {2}
+  assert all(len(set(a) & set(w)) == 1 for a in across for w in within)

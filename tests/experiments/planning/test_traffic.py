@@ -50,7 +50,7 @@ def assert_sums_in_float32(program):
 
 def test_experts_exchange_tokens_and_no_weights():
   """fsdp=4 x expert=4: an all-to-all there and back in each pass; dense weights over both axes."""
-  program = compiled("moe", "v5p:2x2x4", fsdp=4, expert=4)
+  program = compiled("moe", "v5p:2x2x4", fsdp=4, expert=4, rules="fsdp_expert")
   capacity = expert_capacity(64, 16, 1, EXPERTS.capacity_factor, EXPERTS.min_capacity)
   slots = B * T // 64 // 16 * 16 * capacity  # of a device: its groups, every expert
   # There and back forward, there and back again recomputed (the last is dead), and their gradients.
@@ -73,7 +73,7 @@ def test_experts_exchange_tokens_and_no_weights():
 
 @pytest.mark.full
 def test_fsdp_gathers_each_layer_twice_and_scatters_gradients():
-  program = compiled("dense", "v5p:2x2x4", fsdp=16)
+  program = compiled("dense", "v5p:2x2x4", fsdp=16, rules="fsdp")
   layers, head = parameters(program, "segment_0", without="norm"), D * V
   wanted = (PASSES * layers + head) * BF16 * part(16)
   np.testing.assert_allclose(received(program, GATHER, axis="fsdp", dtype="bf16"), wanted, 0.01)
@@ -101,7 +101,7 @@ def test_no_whole_slice_collective_becomes_an_all_reduce():
 @pytest.mark.full
 def test_tensor_parallelism_gathers_and_scatters_between_blocks():
   """Norms stand on a share of the positions: no all-reduce of activations in the blocks."""
-  program = compiled("dense", "v5p:2x2x4", fsdp=4, tensor=4)
+  program = compiled("dense", "v5p:2x2x4", fsdp=4, tensor=4, rules="fsdp_tensor")
   activation = B // 4 * T * D
   size = activation * BF16 * part(4)
   reduced = [c for c in program.found if c.kind == REDUCE and "/Block/" in c.name]

@@ -4,7 +4,7 @@
 
 Command: python -m experiments.run --config=moe_70b --workdir=/SHARED/moe_70b \
     --config.data.path=gs://BUCKET/shards --config.data.tokenizer=gs://BUCKET/tokenizer
-Hardware: v5p-128 (64 chips): compiled peak 36.1 GB a chip of 102, 17.6 GB of it state (1.125 TB in
+Hardware: v5p-128 (64 chips): compiled peak 32.1 GB a chip of 102, 17.6 GB of it state (1.125 TB in
 all, 16 bytes a parameter): `python -m experiments.plan --config=moe_70b --topology=v5p-128`.
 Data: 74.6e9 tokens (20 an active parameter), tokenised with a 32,768-entry vocabulary.
 Result: not yet run.

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from mesh.collectives import gather_weight
 from mesh.constrain import constrain
@@ -30,7 +30,8 @@ def token_loss(
   """`cross_entropy` of each device's own tokens, summed over devices.
 
   In a region the head is gathered once, in the dtype of x, and its gradient scattered in float32.
-  Pipeline stages, which all hold the last hidden states, take a share of the positions each.
+  Pipeline stages, which all hold the last hidden states, take a share of the positions each (not
+  under Explicit axes: the losses would lie otherwise than the targets they belong to).
 
   Args:
     region: see `mesh.region`; None leaves placement to the compiler.
@@ -41,8 +42,10 @@ def token_loss(
     return cross_entropy(x_BTD, w, targets_BT, weights_BT, bias_V=bias_V, **options)
   sizes = dict(region.sizes)
   positions = region.positions
-  if targets_BT.shape[1] % math.prod(sizes[a] for a in (*positions, "stage") if a in sizes) == 0:
-    positions += ("stage",) * ("stage" in sizes)
+  explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+  if "stage" in sizes and not explicit:
+    shares = math.prod(sizes[a] for a in (*positions, "stage"))
+    positions += ("stage",) * (targets_BT.shape[1] % shares == 0)
   tokens = region.rows + positions
   by_token = PartitionSpec(region.rows or None, positions or None)
   dims = region.gathered(w_axes)

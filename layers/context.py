@@ -21,9 +21,10 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from mesh.collectives import manual_size, ring_shift, vary, varying
+from mesh.collectives import manual_size, ring_shift
 
 from .kernels.attention import RelativeKeys, attention, xla
+from .kernels.partition import vary_with
 
 AXIS = "context"
 Method = Literal["ring", "all_gather"]
@@ -76,11 +77,14 @@ def row_attention(
     method: how positions that are spread meet: "ring" or "all_gather".
 
   Raises:
-    NotImplementedError: a ring with Transformer-XL's relative keys.
+    NotImplementedError: positions that are spread, with Transformer-XL's relative keys, or a ring
+      with an implementation other than "xla".
   """
   if manual_size(AXIS) > 1 and kv_positions_BS is None:
     ids = (q_positions_BT, q_segments_BT)
-    return _spread(method, q_BTNH, k_BSKH, v_BSKH, ids, mask, scale, softcap, bias, sink_N)
+    return _spread(
+      method, q_BTNH, k_BSKH, v_BSKH, ids, mask, scale, softcap, bias, sink_N, implementation
+    )
   return attention(
     q_BTNH, k_BSKH, v_BSKH, mask=mask, q_positions_BT=q_positions_BT,
     kv_positions_BS=kv_positions_BS, q_segments_BT=q_segments_BT, scale=scale, softcap=softcap,
@@ -88,7 +92,9 @@ def row_attention(
   )  # fmt: skip
 
 
-def _spread(method, q_BTNH, k_BTKH, v_BTKH, ids, mask, scale, softcap, bias, sink_N):
+def _spread(
+  method, q_BTNH, k_BTKH, v_BTKH, ids, mask, scale, softcap, bias, sink_N, implementation
+):
   scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
   if isinstance(bias, RelativeKeys):
     raise NotImplementedError(
@@ -100,12 +106,15 @@ def _spread(method, q_BTNH, k_BTKH, v_BTKH, ids, mask, scale, softcap, bias, sin
     return attention(
       q_BTNH, k, v, mask=mask, q_positions_BT=ids[0], kv_positions_BS=kv_positions,
       q_segments_BT=ids[1], kv_segments_BS=kv_segments, scale=scale, softcap=softcap,
-      bias=bias, sink_N=sink_N,
+      bias=bias, sink_N=sink_N, implementation=implementation,
     )  # fmt: skip
+  if implementation not in (None, "xla"):
+    raise NotImplementedError(
+      f'attention implementation {implementation!r} has no ring: use "xla", or gather the keys'
+    )
   static = _Static(mask, scale, softcap, mask is not None and mask.reach[1] == 0)
   arguments = (q_BTNH, k_BTKH, v_BTKH, bias, sink_N, ids)
-  everywhere = tuple(sorted(frozenset().union(*map(varying, jax.tree.leaves(arguments)))))
-  return _ring(static, *vary(arguments, everywhere))
+  return _ring(static, *vary_with(arguments, arguments))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -216,7 +225,8 @@ def _ring_backward(static, residuals, do):
   (_, dkv, dq, dbias), _ = lax.scan(step, (kv, dkv, dq, dbias), jnp.arange(1, size))
   dk, dv = ring_shift(dkv, AXIS)  # the last step brings them home
   like = lambda d, x: d.astype(x.dtype)
-  return *map(like, (dq, dk, dv), (q, k, v)), jax.tree.map(like, dbias, bias), dsink_N, None
+  dextras = jax.tree.map(like, (dbias, dsink_N), (bias, sink_N))
+  return *map(like, (dq, dk, dv), (q, k, v)), *dextras, None
 
 
 _ring.defvjp(_ring_forward, _ring_backward)

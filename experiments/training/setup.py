@@ -139,12 +139,18 @@ def _check_parallel(config: Config, mesh: Mesh) -> None:
       f"data.row_length={length} must be a multiple of {2 * context}: context={context} cuts a row "
       f"into twice as many chunks"
     )
+  ring = config.mesh.context_method == "ring"
   half = length // context // 2
   for layer in config.model.layers:
     if isinstance(layer.attention, AttentionSpec) and isinstance(
       layer.attention.position, TransformerXLSpec
     ):
       raise ConfigError(f"Transformer-XL's relative positions do not work with context={context}")
+    if ring and layer.attention.implementation not in (None, "xla"):
+      raise ConfigError(
+        f"attention.implementation={layer.attention.implementation} has no ring for context="
+        f"{context}: use xla, or --config.mesh.context_method=all_gather"
+      )
     group = layer.mlp.group_size if isinstance(layer.mlp, MoeSpec) else half
     if group is None or half % group:
       raise ConfigError(

@@ -88,6 +88,14 @@ MISTAKES = {
   "odd chunks": (
     ["--config.mesh.context=8", "--config.data.row_length=56"], ["row_length=56", "16"],
   ),
+  "kernel without a ring": (
+    [
+      "--config.mesh.context=4",
+      "--config.model.segments.*.layers.*.mlp.group_size=8",
+      "--config.model.segments.*.layers.*.attention.implementation=reference",
+    ],
+    ["implementation=reference", "all_gather"],
+  ),
   "groups across devices": (["--config.mesh.context=8"], ["group_size", "divisor of 4"]),
   "impossible mesh rules": ([ONE, "--config.mesh.rules=every"], ["mesh.rules", "fsdp"]),
   # data

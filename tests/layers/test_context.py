@@ -101,3 +101,15 @@ def test_zigzag_balances_causal_pairs():
   queries = zigzag(64, 4).reshape(4, -1)
   work = (queries + 1).sum(1)
   assert work.max() == work.min()
+
+
+def test_a_named_implementation_is_never_replaced():
+  """The reference has no ring; over gathered keys it is what runs."""
+  extras = {name: jnp.asarray(x, jnp.float32) for name, x in EXTRAS.items()}
+  options = {"mask": causal_mask(), "implementation": "reference"}
+  with jax.set_mesh(make_mesh({"context": C}, jax.devices()[:C])):
+    with pytest.raises(NotImplementedError, match="'reference' has no ring"):
+      run(spread("ring"), options, (Q, KEYS, VALUES), zigzag(T, C), extras)
+    with pytest.raises(ValueError, match="unknown implementation 'fast'"):
+      options["implementation"] = "fast"
+      run(spread("all_gather"), options, (Q, KEYS, VALUES), zigzag(T, C), extras)

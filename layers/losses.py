@@ -40,8 +40,7 @@ def token_loss(
   """
   if region is None:
     return cross_entropy(x_BTD, w, targets_BT, weights_BT, bias_V=bias_V, **options)
-  sizes = dict(region.sizes)
-  positions = region.positions
+  sizes, positions = region.sizes, region.positions
   explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
   if "stage" in sizes and not explicit:
     shares = math.prod(sizes[a] for a in (*positions, "stage"))

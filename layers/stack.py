@@ -164,7 +164,7 @@ def run_segment(
   run = functools.partial(apply_segment, blocks, train=train, remat=remat, unroll=unroll)
   if region is None:
     return run(params, x_BTD, rows, layers_L=layers_L, caches=caches)
-  stages = dict(region.sizes).get("stage", 1)
+  stages = region.sizes.get("stage", 1)
   staged = is_staged(segment.repeats, stages, circular)
   logical, whole = _axes_and_exact(tuple(blocks), rows.table_UN is not None)
   placed = jax.tree.map(

@@ -98,7 +98,7 @@ class TransformerLM(nn.Module):
     place_T = None
     if region is not None and region.positions:
       # Positions change places once, here; nothing below depends on their order but attention.
-      place_T = self._places(T, math.prod(dict(region.sizes)[a] for a in region.positions))
+      place_T = self._places(T, math.prod(region.sizes[a] for a in region.positions))
       by_place = (tokens_BT, targets_BT, weights_BT, positions_BT, segments_BT)
       by_place = jax.tree.map(lambda x: take(x, place_T, 1), by_place)
       tokens_BT, targets_BT, weights_BT, positions_BT, segments_BT = by_place

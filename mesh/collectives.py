@@ -102,21 +102,21 @@ def _gather_bwd(dims, dtype, over, like, g):
 gather_weight.defvjp(_gather_fwd, _gather_bwd)
 
 
-def to_experts(rows_EGX: jax.Array, axis: str = "expert") -> jax.Array:
+def to_experts(rows_EGX: jax.Array) -> jax.Array:
   """[E, groups here, ...] of every device to [E here, groups of all, ...]: a fixed-size all-to-all.
 
   Its inverse, and its gradient, is `from_experts`.
   """
-  if manual_size(axis) == 1:
+  if manual_size("expert") == 1:
     return rows_EGX
-  return lax.all_to_all(rows_EGX, axis, split_axis=0, concat_axis=1, tiled=True)
+  return lax.all_to_all(rows_EGX, "expert", split_axis=0, concat_axis=1, tiled=True)
 
 
-def from_experts(rows_EGX: jax.Array, axis: str = "expert") -> jax.Array:
+def from_experts(rows_EGX: jax.Array) -> jax.Array:
   """[E here, groups of all, ...] back to [E, groups here, ...]."""
-  if manual_size(axis) == 1:
+  if manual_size("expert") == 1:
     return rows_EGX
-  return lax.all_to_all(rows_EGX, axis, split_axis=1, concat_axis=0, tiled=True)
+  return lax.all_to_all(rows_EGX, "expert", split_axis=1, concat_axis=0, tiled=True)
 
 
 def ring_shift(tree: Any, axis: str) -> Any:

@@ -15,6 +15,8 @@ from jax import lax
 
 from .collectives import manual_size, ring_shift, vary, varying
 
+_AXIS = "stage"
+
 
 def bubble_fraction(stages: int, microbatches: int, repeats: int = 1) -> float:
   """Share of its time that a stage waits: (S - 1) of R * M + S - 1 ticks."""
@@ -32,7 +34,6 @@ def pipeline(
   x_MX: jax.Array,
   *,
   repeats: int = 1,
-  axis: str = "stage",
 ) -> tuple[jax.Array, Any]:
   """Passes microbatches through all stages.
 
@@ -50,11 +51,11 @@ def pipeline(
   Raises:
     ValueError: too few microbatches for the repeats.
   """
-  stages, M = manual_size(axis), x_MX.shape[0]
+  stages, M = manual_size(_AXIS), x_MX.shape[0]
   if repeats > 1 and stages > M:
     raise ValueError(f"{repeats} repeats need at least {stages} microbatches, got {M}")
-  stage = lax.axis_index(axis)
-  x_MX = vary(x_MX, (axis,))
+  stage = lax.axis_index(_AXIS)
+  x_MX = vary(x_MX, (_AXIS,))
   zero = jnp.zeros_like(x_MX[0])
   index = jnp.zeros((), jnp.int32)
   stats = jax.eval_shape(lambda x: stage_fn(index, index, x)[1], zero)
@@ -80,9 +81,9 @@ def pipeline(
     sums = jax.tree.map(lambda a, b: a.at[r].add(jnp.where(valid, b, 0)), sums, stats)
     last = valid & (stage == stages - 1) & (r == repeats - 1)
     done_MX = done_MX.at[m].add(jnp.where(last, y, 0))
-    return (ring_shift(y, axis), waiting_MX, done_MX, sums), None
+    return (ring_shift(y, _AXIS), waiting_MX, done_MX, sums), None
 
   waiting_MX = jnp.zeros_like(x_MX) if repeats > 1 else None
   start = (zero, waiting_MX, jnp.zeros_like(x_MX), jax.tree.map(empty, stats))
   (_, _, done_MX, sums), _ = lax.scan(tick, start, jnp.arange(repeats * M + stages - 1))
-  return lax.psum(done_MX, axis), sums
+  return lax.psum(done_MX, _AXIS), sums

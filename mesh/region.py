@@ -22,7 +22,7 @@ class Region(NamedTuple):
   """The mesh as a region sees it."""
 
   rules: Rules
-  sizes: tuple[tuple[str, int], ...]  # of the manual axes larger than 1
+  sizes: dict[str, int]  # of the manual axes larger than 1
   rows: tuple[str, ...]  # axes that shard rows
   positions: tuple[str, ...]  # axes that shard positions of a row
 
@@ -33,7 +33,7 @@ class Region(NamedTuple):
 
   def axes(self, logical: tuple[str | None, ...]) -> list[tuple[str, ...]]:
     """The manual axes that shard each dim of an array."""
-    return assign(logical, self.rules, dict(self.sizes))
+    return assign(logical, self.rules, self.sizes)
 
   def spec(self, logical: tuple[str | None, ...]) -> PartitionSpec:
     """The same as a PartitionSpec."""
@@ -69,7 +69,7 @@ def region_for(num_rows: int, length: int) -> Region | None:
     return None
   if length % math.prod(sizes[a] for a in positions):
     return None
-  return Region(rules, tuple(sizes.items()), rows, positions)
+  return Region(rules, sizes, rows, positions)
 
 
 def gather(region: Region, weights: Any, axes: Any, exact: Any, dtype: Any) -> Any:

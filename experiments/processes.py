@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from multiprocessing.connection import Listener
 from typing import IO
 
@@ -26,6 +26,7 @@ from mesh.multihost import on_tpu
 from .cli import FINISHED, INTERRUPTED, RESTART, USER_MISTAKE
 from .config import ConfigError
 from .joining import ENDED_BY
+from .training.stop import handling
 
 # After a signal or the first good end workers have this long to save, after a failure to say why.
 STOP_SECONDS = 600.0
@@ -118,7 +119,7 @@ def launch(command: list[str], count: int, *, stop_seconds: float = STOP_SECONDS
     workers: list[_Worker] = []
     stack.callback(lambda: [worker.kill() for worker in workers])
     group = _Group(workers, stop_seconds)
-    stack.enter_context(_passing_on(group))
+    stack.enter_context(handling(group.signal))
     for index, share in enumerate(shares):
       place = (f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}")
       more = {"JAX_LOCAL_DEVICE_IDS": share} if share else {}
@@ -196,7 +197,10 @@ class _Worker:
       self.mistake = line
     elif line and not self.muted:
       self.last.append(line)
-      print(f"[process {self.index}] {line}" if self.index else line, file=sys.stderr, flush=True)
+      who = f"[process {self.index}] " if self.index else ""
+      # One call: print writes the end of the line in a second one, and other workers' come between.
+      sys.stderr.write(f"{who}{line}\n")
+      sys.stderr.flush()
 
   def signal(self, number: int) -> None:
     if self.process.poll() is None:
@@ -279,16 +283,3 @@ def _report(workers: list[_Worker], culprit: _Worker) -> None:
   print(f"process {culprit.index} {how}, and the others with it", file=sys.stderr)
   if culprit.last:
     print("its last lines:", *(f"  {line}" for line in culprit.last), sep="\n", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _passing_on(group: _Group) -> Iterator[None]:
-  numbers = [signal.SIGINT, signal.SIGTERM]
-  if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
-    numbers.append(signal.SIGHUP)
-  previous = {number: signal.signal(number, group.signal) for number in numbers}
-  try:
-    yield
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)

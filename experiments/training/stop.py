@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -51,12 +51,20 @@ def stop_signal() -> Iterator[Stop]:
     if several:
       os.kill(os.getpid(), signal.SIGTERM)
 
-  numbers = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
-  if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
+  with handling(receive, sigterm=not several):
+    yield stop
+
+
+@contextlib.contextmanager
+def handling(receive: Callable[[int, Any], None], *, sigterm: bool = True) -> Iterator[None]:
+  """`receive(signal, frame)` for Ctrl-C, a lost terminal (not under nohup) and, if asked, SIGTERM;
+  what was there before comes back."""
+  numbers = [signal.SIGINT, signal.SIGTERM] if sigterm else [signal.SIGINT]
+  if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
     numbers.append(signal.SIGHUP)
   previous = {number: signal.signal(number, receive) for number in numbers}
   try:
-    yield stop
+    yield
   finally:
     for number, handler in previous.items():
       signal.signal(number, handler)

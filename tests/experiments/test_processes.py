@@ -543,8 +543,10 @@ def test_workers_do_not_outlive_the_launcher(tmp_path):
     text=True,
   ) as launcher:
     assert launcher.stderr is not None
-    assert ["ready" in launcher.stderr.readline() for _ in range(2)] == [True, True]
-    launcher.kill()
+    try:
+      assert ["ready" in launcher.stderr.readline() for _ in range(2)] == [True, True]
+    finally:
+      launcher.kill()
   deadline = time.monotonic() + 20
   while not all((tmp_path / str(rank)).exists() for rank in range(2)):
     assert time.monotonic() < deadline, "a worker was left behind"

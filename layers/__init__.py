@@ -9,20 +9,29 @@ from .attention import Attention, Rows, causal_mask
 from .block import Block
 from .cache import KVCache, empty_cache, update_cache
 from .count import count_params, train_flops_per_token
-from .dispatch import assign_slots, expert_capacity, permute, unpermute
+from .dispatch import assign_slots, expert_capacity, permute, sort_slots, unpermute
 from .embedding import Embedding, embed_tokens
-from .experts import expert_mlp
+from .experts import ExpertMath, ExpertWeights, expert_mlp, grouped_expert_mlp
 from .kernels.attention import attention
 from .kernels.cross_entropy import CrossEntropy, cross_entropy
+from .kernels.grouped_matmul import gated_matmul, grouped_matmul
 from .latent_attention import LatentAttention, latent_attention
 from .linear import dense
 from .masks import BlockLocal, Causal, Local, Mask
 from .mlp import Mlp, activate, mlp
-from .moe import ExpertWeights, MoeStats, SwitchMoE, moe
+from .moe import MoeStats, SwitchMoE, moe
 from .norms import Norm, layer_norm, rms_norm
 from .params import init_params, to_nnx
 from .positions import alibi_slopes, apply_rotary, rotary_table
-from .router import Routing, switch_route, top_k_route
+from .router import (
+  Routing,
+  expert_choice_route,
+  gshard_route,
+  hash_route,
+  no_token_left_behind_route,
+  switch_route,
+  top_k_route,
+)
 from .spec import (
   AlibiSpec,
   AttentionSpec,
@@ -48,13 +57,15 @@ from .transformer import LMOutput, TransformerLM, init_caches
 
 __all__ = [
   "AlibiSpec", "Attention", "AttentionSpec", "Block", "BlockLocal", "BucketedSpec", "Causal",
-  "CrossEntropy", "Embedding", "EmbeddingSpec", "ExpertWeights", "HeadSpec", "InitSpec", "KVCache",
-  "LMOutput", "LatentAttention", "LatentAttentionSpec", "LayerSpec", "LearnedPositionSpec",
-  "LinearScaling", "Llama3Scaling", "Local", "Mask", "Mlp", "MlpSpec", "ModelSpec", "MoeSpec",
-  "MoeStats", "Norm", "NormSpec", "RotarySpec", "Routing", "Rows", "Segment", "SwitchMoE",
-  "TransformerLM", "TransformerXLSpec", "YarnScaling", "activate", "alibi_slopes", "apply_rotary",
-  "assign_slots", "attention", "causal_mask", "count_params", "cross_entropy", "dense",
-  "embed_tokens", "empty_cache", "expert_capacity", "expert_mlp", "init_caches", "init_params",
-  "latent_attention", "layer_norm", "mlp", "moe", "permute", "rms_norm", "rotary_table",
+  "CrossEntropy", "Embedding", "EmbeddingSpec", "ExpertMath", "ExpertWeights", "HeadSpec",
+  "InitSpec", "KVCache", "LMOutput", "LatentAttention", "LatentAttentionSpec", "LayerSpec",
+  "LearnedPositionSpec", "LinearScaling", "Llama3Scaling", "Local", "Mask", "Mlp", "MlpSpec",
+  "ModelSpec", "MoeSpec", "MoeStats", "Norm", "NormSpec", "RotarySpec", "Routing", "Rows",
+  "Segment", "SwitchMoE", "TransformerLM", "TransformerXLSpec", "YarnScaling", "activate",
+  "alibi_slopes", "apply_rotary", "assign_slots", "attention", "causal_mask", "count_params",
+  "cross_entropy", "dense", "embed_tokens", "empty_cache", "expert_capacity",
+  "expert_choice_route", "expert_mlp", "gated_matmul", "grouped_expert_mlp", "grouped_matmul",
+  "gshard_route", "hash_route", "init_caches", "init_params", "latent_attention", "layer_norm",
+  "mlp", "moe", "no_token_left_behind_route", "permute", "rms_norm", "rotary_table", "sort_slots",
   "switch_route", "to_nnx", "top_k_route", "train_flops_per_token", "unpermute", "update_cache",
 ]  # fmt: skip

@@ -39,6 +39,7 @@ class Rows(NamedTuple):
   key_B: jax.Array | None = None  # one typed PRNG key a row; None: no jitter, no dropout
   table_UN: jax.Array | None = None  # shared distance-bucket table
   place_T: jax.Array | None = None  # int32, where in its row each position lies; None: in order
+  tokens_BT: jax.Array | None = None  # int32 token ids, if a router reads them
 
   @property
   def valid_BT(self) -> jax.Array | None:  # noqa: N802 (an array, named as one)

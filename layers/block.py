@@ -96,7 +96,12 @@ class Block(nn.Module):
     key_B = None if rows.key_B is None else fold(rows.key_B, 2)
     moe = SwitchMoE(self.spec.mlp, self.embed_dim, self.init_spec, self.gain, name="moe")
     m_BTD, stats = moe(
-      h_BTD, valid_BT=rows.valid_BT, key_B=key_B, place_T=rows.place_T, train=train
+      h_BTD,
+      valid_BT=rows.valid_BT,
+      tokens_BT=rows.tokens_BT,
+      key_B=key_B,
+      place_T=rows.place_T,
+      train=train,
     )
     return checkpoint_name(m_BTD, "mlp_branch"), stats
 

@@ -1,27 +1,36 @@
-"""Capacity dispatch: tokens into a fixed number of slots an expert, and back.
+"""Which rows of which tokens each expert gets, and the way there and back.
 
-G routing groups, S tokens of a group, X choices a token, E experts, C slots an expert, D width.
+G routing groups, S tokens of a group, X choices a token, E experts, C slots an expert, R slots in
+all, K = S * X choices, D width.
 
-Both directions, forward and backward, are row gathers: the slot of a token and the token of a
+Both directions, forward and backward, are row gathers: the slot of a choice and the choice of a
 slot are inverse maps, so no gradient needs a scatter-add of rows (slow on CPU and TPU alike).
 """
 
 import functools
 import math
 import operator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+Priority = Literal["choice", "token", "gate"]
 
 
 class Slots(NamedTuple):
-  """Where each choice went. Slot e * C + c is the c-th place of expert e."""
+  """Where each choice went: slots lie expert after expert."""
 
-  slot_GSX: jax.Array  # int32; E * C where the choice was dropped
-  token_GR: jax.Array  # int32, R = E * C; S where the slot is empty
-  choice_GR: jax.Array  # int32, which of the token's X choices fills the slot
-  dropped: jax.Array  # float32 count of valid choices without a slot
+  slot_GSX: jax.Array  # int32; R where the choice has none
+  choice_GR: jax.Array  # int32, s * X + x; K where the slot is empty
+  size_GE: jax.Array  # int32 slots in use
+  dropped: jax.Array  # float32 count of choices made without a slot
+
+  @property
+  def token_GR(self) -> jax.Array:  # noqa: N802 (an array, named as one)
+    """S where the slot is empty."""
+    return self.choice_GR // self.slot_GSX.shape[2]
 
 
 def expert_capacity(
@@ -36,43 +45,88 @@ def expert_capacity(
 
 
 def assign_slots(
-  expert_GSX: jax.Array, valid_GS: jax.Array, *, num_experts: int, capacity: int
+  expert_GSX: jax.Array,
+  chosen_GSX: jax.Array,
+  *,
+  num_experts: int,
+  capacity: int,
+  priority: Priority = "choice",
+  gate_GS: jax.Array | None = None,
 ) -> Slots:
-  """Fill slots in token order; every first choice comes before any second choice (GShard).
+  """`capacity` slots an expert and group; slot e * C + c is the c-th of expert e.
 
-  Padding never takes a slot. A choice whose expert is full is dropped: its token contributes
-  nothing there, and the residual branch carries it.
+  A choice whose expert is full is dropped: its token contributes nothing there, and the residual
+  branch carries it. What is not chosen (padding) takes no slot.
+
+  Args:
+    priority: who is first. "choice": every first choice before any second, tokens in order (GShard,
+      arXiv 2006.16668, algorithm 1); "token": a token's choices together (MegaBlocks, MaxText);
+      "gate": as "choice", but tokens by falling `gate_GS` (V-MoE, arXiv 2106.05974, section 4: not
+      causal, since a later token can take an earlier one's slot).
   """
   G, S, X = expert_GSX.shape
-  expert_GXS = jnp.swapaxes(expert_GSX, 1, 2)
-  valid_GXS = jnp.broadcast_to(valid_GS[:, None], (G, X, S))
-  choice_GKE = jax.nn.one_hot(expert_GXS.reshape(G, X * S), num_experts, dtype=jnp.int32)
-  choice_GKE = choice_GKE * valid_GXS.reshape(G, X * S)[..., None]
-  before_GKE = jnp.cumsum(choice_GKE, axis=1) - choice_GKE
-  place_GXS = jnp.sum(before_GKE * choice_GKE, axis=-1).reshape(G, X, S)
-  kept_GXS = valid_GXS & (place_GXS < capacity)
-  num_slots = num_experts * capacity
-  slot_GXS = jnp.where(kept_GXS, expert_GXS * capacity + place_GXS, num_slots)
-  choice_GR = _invert(slot_GXS.reshape(G, X * S), num_slots, empty=X * S)
+  E, C, K = num_experts, capacity, S * X
+  key_GK, choice_GK, size_GE = _sorted(expert_GSX, chosen_GSX, E, priority, gate_GS)
+  first_GE = jnp.cumsum(size_GE, axis=1) - size_GE
+  first_GK = jnp.take_along_axis(first_GE, jnp.minimum(key_GK, E - 1), axis=1)
+  place_GK = jnp.broadcast_to(jnp.arange(K, dtype=jnp.int32), (G, K)) - first_GK
+  kept_GK = (key_GK < E) & (place_GK < C)
+  slot_GK = jnp.where(kept_GK, key_GK * C + place_GK, E * C)
+  step_GEC = jnp.broadcast_to(jnp.arange(C, dtype=jnp.int32), (G, E, C))
+  from_GR = jnp.minimum(first_GE[..., None] + step_GEC, K - 1).reshape(G, E * C)
+  used_GR = (step_GEC < size_GE[..., None]).reshape(G, E * C)
   return Slots(
-    slot_GSX=jnp.swapaxes(slot_GXS, 1, 2),
-    token_GR=jnp.where(choice_GR == X * S, S, choice_GR % S),
-    choice_GR=jnp.where(choice_GR == X * S, 0, choice_GR // S),
-    dropped=jnp.sum(valid_GXS & ~kept_GXS).astype(jnp.float32),
+    slot_GSX=_unsorted(slot_GK, choice_GK).reshape(G, S, X),
+    choice_GR=jnp.where(used_GR, jnp.take_along_axis(choice_GK, from_GR, axis=1), K),
+    size_GE=jnp.minimum(size_GE, C),
+    dropped=jnp.sum(jnp.maximum(size_GE - C, 0)).astype(jnp.float32),
   )
 
 
-def _invert(slot_GK: jax.Array, num_slots: int, empty: int) -> jax.Array:
-  """Index k of the entry in each slot; `empty` where none."""
+def sort_slots(
+  expert_GSX: jax.Array, chosen_GSX: jax.Array, *, num_experts: int, num_rows: int | None = None
+) -> Slots:
+  """As many slots as choices, those of an expert side by side: nothing is dropped.
 
-  def one(slot_K):
-    index_K = jnp.arange(slot_K.shape[0], dtype=jnp.int32)
-    return jnp.full((num_slots,), empty, jnp.int32).at[slot_K].set(index_K, mode="drop")
+  Args:
+    num_rows: slots, when it is known that fewer choices than S * X can have been made.
+  """
+  G, S, X = expert_GSX.shape
+  R = S * X if num_rows is None else num_rows
+  key_GK, choice_GK, size_GE = _sorted(expert_GSX, chosen_GSX, num_experts, "token", None)
+  row_GK = jnp.broadcast_to(jnp.arange(S * X, dtype=jnp.int32), key_GK.shape)
+  slot_GK = jnp.where(key_GK < num_experts, row_GK, R)
+  choice_GK = jnp.where(key_GK < num_experts, choice_GK, S * X)
+  slot_GSX = _unsorted(slot_GK, choice_GK, empty=R).reshape(G, S, X)
+  return Slots(slot_GSX, choice_GK[:, :R], size_GE, jnp.zeros((), jnp.float32))
 
-  return jax.vmap(one)(slot_GK)
+
+def _sorted(expert_GSX, chosen_GSX, num_experts, priority, gate_GS):
+  """Choices by expert (E: none), then by priority: their experts, indices s * X + x; counts."""
+  G, S, X = expert_GSX.shape
+  key_GSX = jnp.where(chosen_GSX, expert_GSX, num_experts)
+  index_GSX = jnp.broadcast_to(jnp.arange(S * X, dtype=jnp.int32).reshape(S, X), (G, S, X))
+  if priority == "gate":
+    if gate_GS is None:
+      raise ValueError("priority 'gate' needs the gate of each token")
+    order_GS1 = jnp.argsort(-gate_GS, axis=1, stable=True)[..., None]
+    key_GSX, index_GSX = (jnp.take_along_axis(a, order_GS1, 1) for a in (key_GSX, index_GSX))
+  if priority != "token":
+    key_GSX, index_GSX = (jnp.swapaxes(a, 1, 2) for a in (key_GSX, index_GSX))
+  key_GK, index_GK = (a.reshape(G, S * X) for a in (key_GSX, index_GSX))
+  sorted_GK, choice_GK = lax.sort((key_GK, index_GK), dimension=1, num_keys=1, is_stable=True)
+  expert_E11 = jnp.arange(num_experts, dtype=jnp.int32)[:, None, None]
+  size_EG = jnp.sum(key_GK[None] == expert_E11, axis=2, dtype=jnp.int32)
+  return sorted_GK, choice_GK, size_EG.T
 
 
-def _rows(x_GND: jax.Array, index_GR: jax.Array) -> jax.Array:
+def _unsorted(value_GK: jax.Array, index_GK: jax.Array, empty: int = 0) -> jax.Array:
+  """`out[g, index[g, k]] = value[g, k]`; an index beyond K is left out."""
+  put = lambda value_K, index_K: jnp.full_like(value_K, empty).at[index_K].set(value_K, mode="drop")
+  return jax.vmap(put)(value_GK, index_GK)
+
+
+def take_rows(x_GND: jax.Array, index_GR: jax.Array) -> jax.Array:
   """x[g, index[g, r]]; an index beyond N gives a row of zeros."""
   take = lambda x_ND, index_R: x_ND.at[index_R].get(mode="fill", fill_value=0)
   return jax.vmap(take)(x_GND, index_GR)
@@ -80,8 +134,8 @@ def _rows(x_GND: jax.Array, index_GR: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def permute(x_GSD: jax.Array, slots: Slots) -> jax.Array:
-  """Token rows in slot order [G, E * C, D]; empty slots hold zeros."""
-  return _rows(x_GSD, slots.token_GR)
+  """Token rows in slot order [G, R, D]; empty slots hold zeros."""
+  return take_rows(x_GSD, slots.token_GR)
 
 
 def _permute_fwd(x_GSD, slots):
@@ -89,7 +143,8 @@ def _permute_fwd(x_GSD, slots):
 
 
 def _permute_bwd(slots, d_rows_GRD):
-  dx_GSD = sum(_rows(d_rows_GRD, slots.slot_GSX[..., x]) for x in range(slots.slot_GSX.shape[-1]))
+  X = slots.slot_GSX.shape[-1]
+  dx_GSD = sum(take_rows(d_rows_GRD, slots.slot_GSX[..., x]) for x in range(X))
   return dx_GSD, None
 
 
@@ -100,7 +155,7 @@ permute.defvjp(_permute_fwd, _permute_bwd)
 def unpermute(rows_GRD: jax.Array, weight_GSX: jax.Array, slots: Slots) -> jax.Array:
   """Weighted sum over each token's kept choices [G, S, D], in the dtype of the rows."""
   parts_XGSD = [
-    _rows(rows_GRD, slots.slot_GSX[..., x]) * weight_GSX[..., x, None].astype(rows_GRD.dtype)
+    take_rows(rows_GRD, slots.slot_GSX[..., x]) * weight_GSX[..., x, None].astype(rows_GRD.dtype)
     for x in range(weight_GSX.shape[-1])
   ]
   return functools.reduce(operator.add, parts_XGSD)
@@ -113,15 +168,18 @@ def _unpermute_fwd(rows_GRD, weight_GSX, slots):
 def _unpermute_bwd(residuals, dy_GSD):
   rows_GRD, weight_GSX, slots = residuals
   G, S, X = weight_GSX.shape
-  flat_GK = weight_GSX.reshape(G, S * X)
-  index_GR = jnp.where(slots.token_GR == S, S * X, slots.token_GR * X + slots.choice_GR)
-  weight_GR1 = _rows(flat_GK[..., None], index_GR)
-  d_rows_GRD = _rows(dy_GSD, slots.token_GR) * weight_GR1.astype(dy_GSD.dtype)
+  weight_GR1 = take_rows(weight_GSX.reshape(G, S * X, 1), slots.choice_GR)
+  d_rows_GRD = take_rows(dy_GSD, slots.token_GR) * weight_GR1.astype(dy_GSD.dtype)
   dot = lambda rows_GSD: jnp.einsum(
     "gsd,gsd->gs", rows_GSD, dy_GSD, preferred_element_type=jnp.float32
   )
-  d_weight_GSX = jnp.stack([dot(_rows(rows_GRD, slots.slot_GSX[..., x])) for x in range(X)], -1)
-  return d_rows_GRD, d_weight_GSX, None
+  taken = (take_rows(rows_GRD, slots.slot_GSX[..., x]) for x in range(X))
+  return d_rows_GRD, jnp.stack([dot(rows_GSD) for rows_GSD in taken], -1), None
 
 
 unpermute.defvjp(_unpermute_fwd, _unpermute_bwd)
+
+
+def one_hot_slots(slots: Slots, dtype) -> jax.Array:
+  """1 where a choice has a slot [G, S, X, R]: the readable reference of both ways."""
+  return jax.nn.one_hot(slots.slot_GSX, slots.choice_GR.shape[1], dtype=dtype)

@@ -1,46 +1,72 @@
-"""The experts' MLPs over rows already sorted by expert.
+"""The experts' MLPs: over equal blocks of rows an expert, or over rows in groups of any size.
 
-E experts, R rows an expert (all groups' slots), D model width, F expert width.
+E experts, R rows, D model width, F expert width.
 """
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from mesh.collectives import manual_size
 from mesh.constrain import constrain
 
+from .kernels.grouped_matmul import gated_matmul, grouped_matmul
 from .linear import dense, product_sharding
 from .mlp import gated_activation
 from .spec import Activation
 
 
+class ExpertWeights(NamedTuple):
+  """Stacked expert MLP weights; `gate` and biases may be None."""
+
+  up_EDF: jax.Array
+  down_EFD: jax.Array
+  gate_EDF: jax.Array | None = None
+  up_bias_EF: jax.Array | None = None
+  gate_bias_EF: jax.Array | None = None
+  down_bias_ED: jax.Array | None = None
+
+
+class ExpertMath(NamedTuple):
+  """What an expert computes, see `layers.mlp.gated_activation`."""
+
+  activation: Activation = "silu"
+  clamp: float | None = None
+  up_offset: float = 0.0
+  dropout: float = 0.0  # on hidden units (Switch, section 2.4: expert dropout)
+  implementation: str | None = None  # of the grouped products
+
+  def hidden(self, up: jax.Array, gate: jax.Array | None) -> jax.Array:
+    return gated_activation(
+      up, gate, activation=self.activation, clamp=self.clamp, up_offset=self.up_offset
+    )
+
+
 def expert_mlp(
-  rows_ERD: jax.Array,
-  w_up_EDF: jax.Array,
-  w_down_EFD: jax.Array,
-  *,
-  w_gate_EDF: jax.Array | None = None,
-  b_up_EF: jax.Array | None = None,
-  b_gate_EF: jax.Array | None = None,
-  b_down_ED: jax.Array | None = None,
-  activation: Activation = "silu",
-  clamp: float | None = None,
-  up_offset: float = 0.0,
+  rows_ERD: jax.Array, weights: ExpertWeights, math: ExpertMath, seed_ER: jax.Array | None = None
 ) -> jax.Array:
-  """Each expert's MLP on its own rows; the same mathematics as `layers.mlp.mlp`."""
-  up_ERF = _grouped(rows_ERD, w_up_EDF, b_up_EF)
-  gate_ERF = None if w_gate_EDF is None else _grouped(rows_ERD, w_gate_EDF, b_gate_EF)
+  """Each expert's MLP on its own block of rows; the same mathematics as `layers.mlp.mlp`.
+
+  Args:
+    seed_ER: uint32 of each row for the dropout; None is none.
+  """
+  up_ERF = _blocks(rows_ERD, weights.up_EDF, weights.up_bias_EF)
   up_ERF = checkpoint_name(up_ERF, "expert_up")
-  if gate_ERF is not None:
+  gate_ERF = None
+  if weights.gate_EDF is not None:
+    gate_ERF = _blocks(rows_ERD, weights.gate_EDF, weights.gate_bias_EF)
     gate_ERF = checkpoint_name(gate_ERF, "expert_gate")
-  hidden_ERF = gated_activation(
-    up_ERF, gate_ERF, activation=activation, clamp=clamp, up_offset=up_offset
-  )
+  hidden_ERF = _drop(math.hidden(up_ERF, gate_ERF), math.dropout, seed_ER)
   hidden_ERF = constrain(hidden_ERF, "act_expert", "act_batch", "act_mlp")
-  return checkpoint_name(_grouped(hidden_ERF, w_down_EFD, b_down_ED), "expert_down")
+  out_ERD = _blocks(hidden_ERF, weights.down_EFD, _once(weights.down_bias_ED))
+  return checkpoint_name(out_ERD, "expert_down")
 
 
-def _grouped(x_ERD, w_EDF, b_EF):
+def _blocks(x_ERD, w_EDF, b_EF):
   spec = product_sharding(x_ERD, w_EDF, 1, 1)
   if spec is None:
     y_ERF = jax.vmap(dense)(x_ERD, w_EDF)
@@ -50,3 +76,74 @@ def _grouped(x_ERD, w_EDF, b_EF):
       "erd,edf->erf", x_ERD, w_EDF, preferred_element_type=jnp.float32, out_sharding=spec
     ).astype(x_ERD.dtype)
   return y_ERF if b_EF is None else y_ERF + b_EF[:, None].astype(x_ERD.dtype)
+
+
+def grouped_expert_mlp(
+  rows_RD: jax.Array,
+  size_E: jax.Array,
+  weights: ExpertWeights,
+  math: ExpertMath,
+  seed_R: jax.Array | None = None,
+) -> jax.Array:
+  """Each expert's MLP on its own run of rows: `size_E[0]` rows of expert 0, then of expert 1, ...
+
+  Rows beyond the last run give zeros.
+  """
+  product = functools.partial(grouped_matmul, implementation=math.implementation)
+  biased = weights.up_bias_EF is not None or weights.down_bias_ED is not None
+  owner_R = _owner(size_E, rows_RD.shape[0]) if biased else None
+  if weights.gate_EDF is not None and weights.up_bias_EF is None:
+    hidden_RF = gated_matmul(
+      rows_RD, weights.gate_EDF, weights.up_EDF, size_E, _gate_first(math),
+      implementation=math.implementation,
+    )  # fmt: skip
+  else:
+    up_RF = _biased(product(rows_RD, weights.up_EDF, size_E), weights.up_bias_EF, owner_R)
+    up_RF = checkpoint_name(up_RF, "expert_up")
+    gate_RF = None
+    if weights.gate_EDF is not None:
+      gate_RF = product(rows_RD, weights.gate_EDF, size_E)
+      gate_RF = checkpoint_name(_biased(gate_RF, weights.gate_bias_EF, owner_R), "expert_gate")
+    hidden_RF = math.hidden(up_RF, gate_RF)
+  hidden_RF = _drop(hidden_RF, math.dropout, seed_R)
+  out_RD = product(hidden_RF, weights.down_EFD, size_E)
+  return checkpoint_name(_biased(out_RD, _once(weights.down_bias_ED), owner_R), "expert_down")
+
+
+@functools.lru_cache(maxsize=64)
+def _gate_first(math: ExpertMath) -> Callable[[jax.Array, jax.Array], jax.Array]:
+  return lambda gate, up: math.hidden(up, gate)
+
+
+def _owner(size_E: jax.Array, num_rows: int) -> jax.Array:
+  """The expert of each row; E beyond the last run."""
+  row_R = jnp.arange(num_rows, dtype=jnp.int32)
+  return jnp.searchsorted(jnp.cumsum(size_E), row_R, side="right", method="compare_all")
+
+
+def _biased(y_RF, b_EF, owner_R):
+  if b_EF is None:
+    return y_RF
+  return y_RF + b_EF.at[owner_R].get(mode="fill", fill_value=0).astype(y_RF.dtype)
+
+
+def _once(b_ED: jax.Array | None) -> jax.Array | None:
+  """Devices along a manual `tensor` axis each hold part of the sum: one of them adds the bias."""
+  if b_ED is None or manual_size("tensor") == 1:
+    return b_ED
+  return jnp.where(jax.lax.axis_index("tensor") == 0, b_ED, 0)
+
+
+def _drop(hidden: jax.Array, rate: float, seed: jax.Array | None) -> jax.Array:
+  """Dropout with one seed a row: it does not matter where a row is computed."""
+  if rate == 0.0 or seed is None:
+    return hidden
+  ways, F = manual_size("tensor"), hidden.shape[-1]
+
+  def keep(seed):
+    return jax.random.bernoulli(jax.random.key(seed), 1.0 - rate, (F * ways,))
+
+  keep_RF = jax.vmap(keep)(seed.reshape(-1))
+  if ways > 1:
+    keep_RF = jax.lax.dynamic_slice_in_dim(keep_RF, jax.lax.axis_index("tensor") * F, F, axis=1)
+  return jnp.where(keep_RF.reshape(hidden.shape), hidden / (1.0 - rate), 0)

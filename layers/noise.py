@@ -7,6 +7,8 @@ starts with the same noise as a shorter one.
 Dims: B batch, T positions, D features of any kind.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -47,16 +49,25 @@ def jitter_BTD(  # noqa: N802 (named for what it returns)
   if key_B is None or eps == 0.0:
     return x_BTD
   draw = lambda key, shape: jax.random.uniform(key, shape, minval=1.0 - eps, maxval=1.0 + eps)
-  return x_BTD * _draw_rows(draw, x_BTD, key_B, place_T)
+  return x_BTD * draw_rows(draw, x_BTD.shape[1:], key_B, place_T)
 
 
-def _draw_rows(draw, x_BTD, key_B, place_T) -> jax.Array:
-  """`draw(key, [T, D])` a row, at the places this device holds."""
-  _, T, D = x_BTD.shape
+def draw_rows(
+  draw: Callable[[jax.Array, tuple[int, ...]], jax.Array],
+  shape: tuple[int, ...],
+  key_B: jax.Array,
+  place_T: jax.Array | None = None,
+) -> jax.Array:
+  """`draw(key, [T, ...])` a row, at the places this device holds.
+
+  Args:
+    shape: [T, ...].
+    place_T: where in its row each position lies; None: in order.
+  """
   if place_T is None:
-    return jax.vmap(lambda key: draw(key, (T, D)))(key_B)
-  length = T * manual_size("context")
-  return jax.vmap(lambda key: draw(key, (length, D))[place_T])(key_B)
+    return jax.vmap(lambda key: draw(key, shape))(key_B)
+  length = shape[0] * manual_size("context")
+  return jax.vmap(lambda key: draw(key, (length, *shape[1:]))[place_T])(key_B)
 
 
 def dropout_BTD(  # noqa: N802
@@ -78,4 +89,5 @@ def dropout_BTD(  # noqa: N802
   if key_B is None or rate == 0.0:
     return x_BTD
   draw = lambda key, shape: jax.random.bernoulli(key, 1.0 - rate, shape)
-  return jnp.where(_draw_rows(draw, x_BTD, key_B, place_T), x_BTD / (1.0 - rate), 0)
+  keep_BTD = draw_rows(draw, x_BTD.shape[1:], key_B, place_T)
+  return jnp.where(keep_BTD, x_BTD / (1.0 - rate), 0)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Activation = Literal["relu", "relu2", "gelu", "gelu_tanh", "quick_gelu", "silu"]
+Router = Literal["switch", "top_k", "gshard", "expert_choice", "hash", "no_token_left_behind"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -197,18 +198,31 @@ class MoeSpec:
   num_experts: int
   expert: MlpSpec
   experts_per_token: int = 1
-  router: Literal["switch", "top_k"] = "switch"
+  router: Router = "switch"
+  scores: Literal["softmax", "sigmoid"] = "softmax"  # top_k: what weights are made of
   normalize: bool = False  # top_k: divide the chosen weights by their sum (Mixtral)
+  routed_scale: float = 1.0  # top_k: factor on the weights (DeepSeek-V3: 2.5)
+  num_groups: int = 1  # top_k: experts fall into so many groups, of which
+  keep_groups: int = 1  # only so many are open to a token (DeepSeek-V3: 4 of 8)
   router_bias: bool = False  # learned, on the router's logits (gpt-oss)
-  dispatch: Literal["capacity"] = "capacity"
+  bias_rate: float | None = None  # top_k: step of a selection bias (DeepSeek-V3: 1e-3)
+  hash_vocab: int | None = None  # hash: token ids, each with a fixed expert
+  scale_input: bool = False  # the weight multiplies what the expert reads (Llama 4)
+  dispatch: Literal["dropless", "capacity", "einsum"] = "dropless"
   capacity_factor: float = 1.25  # training
   eval_capacity_factor: float = 2.0
   min_capacity: int = 4
   group_size: int | None = None  # tokens that compete for slots; None is a whole row
+  priority: Literal["choice", "token", "gate"] = "choice"  # who gets a slot first
+  noncausal: bool = False  # allow routing that reads later tokens: expert_choice, priority=gate
   jitter: float = 0.01  # router input times U[1 - jitter, 1 + jitter] in training
+  expert_dropout: float = 0.0  # on the experts' hidden units
   balance_loss: float = 0.01
   z_loss: float = 0.0
   shared: MlpSpec | None = None  # an expert every token passes, unweighted
+  exchange: Literal["auto", "all_to_all", "bounded", "ring"] = "auto"  # dropless over devices
+  buffer_factor: float = 2.0  # exchange=bounded: rows beyond so many times the mean are dropped
+  implementation: str | None = None  # of the grouped products; None chooses by platform
 
   def __post_init__(self):
     _require(self.num_experts > 0, f"num_experts must be positive, got {self.num_experts}")
@@ -217,12 +231,52 @@ class MoeSpec:
       f"experts_per_token={self.experts_per_token} must lie in 1..num_experts={self.num_experts}",
     )
     _require(
-      self.router != "switch" or self.experts_per_token == 1,
-      "the switch router sends a token to one expert; use router=top_k for more",
+      self.router not in ("switch", "hash") or self.experts_per_token == 1,
+      f"the {self.router} router sends a token to one expert; use router=top_k for more",
     )
-    for name in ("capacity_factor", "eval_capacity_factor"):
+    _require(
+      self.router != "gshard" or self.experts_per_token == 2,
+      f"the gshard router sends a token to two experts, not {self.experts_per_token}",
+    )
+    _require(
+      self.num_experts % self.num_groups == 0 and 0 < self.keep_groups <= self.num_groups,
+      f"num_groups={self.num_groups} must divide num_experts={self.num_experts} and "
+      f"keep_groups={self.keep_groups} lie in 1..num_groups",
+    )
+    _require(
+      self.experts_per_token <= self.keep_groups * (self.num_experts // self.num_groups),
+      f"{self.keep_groups} groups of {self.num_experts // self.num_groups} experts are fewer than "
+      f"experts_per_token={self.experts_per_token}",
+    )
+    _require(
+      (self.router == "hash") == (self.hash_vocab is not None),
+      "hash_vocab, the number of token ids, belongs to router=hash, which needs it",
+    )
+    own = self.scores != "softmax" or self.num_groups > 1 or self.bias_rate is not None
+    _require(
+      self.router == "top_k" or not (own or self.normalize or self.routed_scale != 1.0),
+      "scores, normalize, routed_scale, num_groups and bias_rate belong to router=top_k",
+    )
+    _require(
+      not self.scale_input or self.experts_per_token == 1,
+      "scale_input needs one expert a token: several weights can't multiply one input",
+    )
+    slots = self.router in ("expert_choice", "no_token_left_behind") or self.priority == "gate"
+    _require(
+      self.dispatch != "dropless" or not slots,
+      "expert_choice, no_token_left_behind and priority=gate share out slots: use "
+      "dispatch=capacity",
+    )
+    _require(
+      self.noncausal or not (self.router == "expert_choice" or self.priority == "gate"),
+      "expert_choice and priority=gate let a later token change an earlier one, so a decoder "
+      "trained with them can't generate; noncausal=true allows it",
+    )
+    for name in ("capacity_factor", "eval_capacity_factor", "buffer_factor"):
       _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-    _require(0 <= self.jitter < 1, f"jitter must lie in [0, 1), got {self.jitter}")
+    for name in ("jitter", "expert_dropout"):
+      value = getattr(self, name)
+      _require(0 <= value < 1, f"{name} must lie in [0, 1), got {value}")
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,7 @@ _ROW_AXES = {
   "key_B": ("act_batch",),
   "table_UN": (None, "act_heads"),
   "place_T": ("act_seq",),
+  "tokens_BT": ("act_batch", "act_seq"),
 }
 
 
@@ -252,7 +253,8 @@ def _axes_and_exact(blocks: tuple[Block, ...], with_table: bool) -> tuple[Any, A
     table_UN = None
     if with_table and isinstance(position, BucketedSpec):
       table_UN = jnp.zeros((position.num_buckets, block.spec.attention.num_heads))
-    rows = Rows(jnp.zeros((1, 1), jnp.int32), table_UN=table_UN)
+    one_11 = jnp.zeros((1, 1), jnp.int32)
+    rows = Rows(one_11, table_UN=table_UN, tokens_BT=one_11)
     boxed = jax.eval_shape(block.init, jax.random.key(0), jnp.zeros((1, 1, D)), rows)["params"]
     found[0][f"layer_{j}"], found[1][f"layer_{j}"] = axes(boxed), exact(boxed)
   return found

@@ -24,6 +24,7 @@ from .losses import token_loss
 from .moe import MoeStats
 from .norms import Norm
 from .params import declare, kernel_init, unbox
+from .router import updated_bias
 from .spec import BucketedSpec, ModelSpec, MoeSpec, Segment
 from .stack import run_segment
 
@@ -103,7 +104,9 @@ class TransformerLM(nn.Module):
       by_place = jax.tree.map(lambda x: take(x, place_T, 1), by_place)
       tokens_BT, targets_BT, weights_BT, positions_BT, segments_BT = by_place
     table_UN = self._shared_bucket_table()
-    rows = Rows(positions_BT, segments_BT, key_B, table_UN, place_T)
+    routers = {layer.mlp.router for layer in spec.layers if isinstance(layer.mlp, MoeSpec)}
+    ids_BT = tokens_BT if "hash" in routers else None
+    rows = Rows(positions_BT, segments_BT, key_B, table_UN, place_T, ids_BT)
     embedding = Embedding(
       spec.embedding, spec.vocab_size, spec.embed_dim, spec.init, self.dtype, name="embedding"
     )
@@ -163,7 +166,8 @@ class TransformerLM(nn.Module):
       return unbox(self.get_variable("params", name))
     x_BTD = jnp.zeros((1, 1, self.spec.embed_dim), self.dtype)
     table_UN = self._shared_bucket_table(declare_it=False)
-    rows = Rows(jnp.zeros((1, 1), jnp.int32), table_UN=table_UN)
+    one_11 = jnp.zeros((1, 1), jnp.int32)
+    rows = Rows(one_11, table_UN=table_UN, tokens_BT=one_11)
 
     def draw(key):
       stacked = {}
@@ -236,6 +240,28 @@ def init_caches(spec: ModelSpec, batch: int, length: int, dtype=jnp.float32) -> 
     return tuple(caches)
 
   return tuple(segment_caches(segment) for segment in spec.segments)
+
+
+def update_selection_biases(spec: ModelSpec, params: Any, stats: tuple[MoeStats, ...]) -> Any:
+  """Parameters after a step with DeepSeek-V3's selection biases moved by the step's loads.
+
+  Args:
+    stats: of the whole batch, as in `LMOutput.stats`.
+  """
+  loads = iter(stats)
+  for i, segment in enumerate(spec.segments):
+    for j, layer in enumerate(segment.layers):
+      if not isinstance(layer.mlp, MoeSpec):
+        continue
+      load_LE = next(loads).load_E
+      if layer.mlp.bias_rate is None:
+        continue
+      name, sub = f"segment_{i}", f"layer_{j}"
+      here = params[name][sub]["moe"]
+      bias_LE = updated_bias(here["selection_bias"], load_LE, layer.mlp.bias_rate)
+      moe = {**here, "selection_bias": bias_LE}
+      params = {**params, name: {**params[name], sub: {**params[name][sub], "moe": moe}}}
+  return params
 
 
 def moe_layers(spec: ModelSpec) -> tuple[tuple[int, ...], ...]:

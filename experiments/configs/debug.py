@@ -25,7 +25,7 @@ from layers.spec import (
 
 _ATTENTION = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=16, position=RotarySpec())
 _MLP = MlpSpec(hidden=128)
-_MOE = MoeSpec(num_experts=4, expert=_MLP)
+_MOE = MoeSpec(num_experts=4, expert=_MLP, dispatch="capacity")
 
 
 def config() -> Config:

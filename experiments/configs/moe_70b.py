@@ -31,7 +31,9 @@ from layers.spec import (
 
 _ATTENTION = AttentionSpec(num_heads=32, num_kv_heads=8, head_dim=128, position=RotarySpec())
 _MLP = MlpSpec(hidden=5376, activation="silu", gated=True)
-_MOE = MoeSpec(num_experts=64, expert=_MLP, capacity_factor=1.25, eval_capacity_factor=2.0)
+_MOE = MoeSpec(
+  num_experts=64, expert=_MLP, dispatch="capacity", capacity_factor=1.25, eval_capacity_factor=2.0
+)
 
 
 def model() -> ModelSpec:

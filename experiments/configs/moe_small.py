@@ -32,7 +32,7 @@ from layers.spec import (
 _ATTENTION = AttentionSpec(num_heads=6, head_dim=64, position=RotarySpec())
 _EXPERT = MlpSpec(hidden=1024)
 _DENSE = LayerSpec(_ATTENTION, _EXPERT)
-_SPARSE = LayerSpec(_ATTENTION, MoeSpec(num_experts=8, expert=_EXPERT))
+_SPARSE = LayerSpec(_ATTENTION, MoeSpec(num_experts=8, expert=_EXPERT, dispatch="capacity"))
 
 
 def config() -> Config:

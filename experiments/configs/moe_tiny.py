@@ -27,7 +27,7 @@ from layers.spec import (
 _ATTENTION = AttentionSpec(num_heads=2, head_dim=64, position=RotarySpec())
 _EXPERT = MlpSpec(hidden=384, activation="silu", gated=True)
 _DENSE = LayerSpec(_ATTENTION, _EXPERT)
-_SPARSE = LayerSpec(_ATTENTION, MoeSpec(num_experts=8, expert=_EXPERT))
+_SPARSE = LayerSpec(_ATTENTION, MoeSpec(num_experts=8, expert=_EXPERT, dispatch="capacity"))
 
 
 def model() -> ModelSpec:

@@ -22,7 +22,10 @@ _BOARD_SECONDS = 5.0  # between flushes of the events, each of which waits for t
 def summarise(steps: list[StepMetrics]) -> dict[str, Any]:
   """Means over the logged interval of metrics already on the host.
 
-  `load` is each expert's share of its layer's choices, one list a MoE layer in layer order.
+  `load` is each expert's share of its layer's choices, one list a MoE layer in layer order;
+  `load_cv` the standard deviation of these shares over their mean, averaged over layers;
+  `dead_experts` how many experts of all layers nobody chose; `nonfinite` how often a router met a
+  token whose logits held a NaN or an infinity.
   """
   row = {
     "loss": float(np.mean([m.loss for m in steps])),
@@ -41,6 +44,9 @@ def summarise(steps: list[StepMetrics]) -> dict[str, Any]:
     "router_entropy": sum(float(t.entropy.sum()) for t in total) / max(tokens, 1),
     "gate": sum(float(t.gate.sum()) for t in total) / max(tokens, 1),
     "load_max_over_mean": max(float(s.max() * s.size) for s in share),
+    "load_cv": float(np.mean([s.std() * s.size for s in share])),
+    "dead_experts": sum(int(np.sum(s == 0)) for s in share),
+    "nonfinite": sum(float(t.nonfinite.sum()) for t in total),
     "load": [[round(float(v), 5) for v in s] for s in share],
   }
   return row

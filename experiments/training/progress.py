@@ -41,7 +41,8 @@ def describe_speed(row: dict[str, Any]) -> str:
 
 
 def describe_experts(row: dict[str, Any]) -> str:
-  """Expert load of the first MoE layers, the fullest expert, what was dropped; empty if dense."""
+  """Expert load of the first MoE layers, the fullest expert, what was dropped; experts that nobody
+  chose and tokens whose logits are not finite, where there are any; empty if dense."""
   load = row.get("load")
   if not load:
     return ""
@@ -51,6 +52,10 @@ def describe_experts(row: dict[str, Any]) -> str:
     parts.append(" ".join(f"│{load_bars(share)}│" for share in load[:_SHOWN_LAYERS]) + more)
   parts.append(f"fullest {row['load_max_over_mean']:.1f}x")
   parts.append(f"dropped {row['drop_rate']:.1%}")
+  if row["dead_experts"]:
+    parts.append(f"dead {row['dead_experts']}")
+  if row["nonfinite"]:
+    parts.append(f"not finite {row['nonfinite']:.0f}")
   return "experts " + "   ".join(parts)
 
 

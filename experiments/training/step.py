@@ -13,7 +13,7 @@ import optax
 
 from layers.embedding import embed_tokens
 from layers.moe import MoeStats
-from layers.transformer import TransformerLM
+from layers.transformer import TransformerLM, update_selection_biases
 from mesh.constrain import constrain
 
 from .state import TrainState
@@ -94,6 +94,7 @@ def make_train_step(
     with jax.named_scope("optimizer"):
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
       params = optax.apply_updates(state.params, updates)
+      params = update_selection_biases(model.spec, params, stats)
     metrics = StepMetrics(nll, aux, optax.tree.norm(grads), jnp.sum(batch["weights"]), stats)
     return TrainState(state.step + 1, params, opt_state), metrics
 

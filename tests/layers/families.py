@@ -126,11 +126,11 @@ LLAMA_32 = Llama3Scaling(factor=32.0)
 
 
 def chunked(count, d, heads, kv, ff, vocab, *, chunk, experts):
-  """Llama 4's attention: three layers see runs of `chunk`, the fourth all and no positions."""
+  """Llama 4: three layers see runs of `chunk`, the fourth all and no positions; sigmoid experts."""
   local = AttentionSpec(heads, d // heads, kv, chunk=chunk, position=RotarySpec(5e5))
   everything = replace(local, chunk=None, position=None)
   mlp = MlpSpec(ff)
-  moe = MoeSpec(experts, mlp, shared=mlp, capacity_factor=1.0, min_capacity=1)
+  moe = MoeSpec(experts, mlp, router="top_k", scores="sigmoid", scale_input=True, shared=mlp)
   layers = [LayerSpec(a, moe) for a in (local, local, local, everything)]
   return ModelSpec(vocab, d, repeated(*layers, count=count))
 
@@ -202,7 +202,8 @@ def with_odd_experts(base, count, moe):
 def switch(count, d, heads, head_dim, ff, experts, **kwargs):
   """Switch Transformer as a decoder (arXiv 2101.03961)."""
   base = t5(count, d, heads, head_dim, ff, **kwargs)
-  moe = MoeSpec(experts, base.layers[0].mlp, capacity_factor=1.25, min_capacity=1)
+  slots = {"dispatch": "capacity", "capacity_factor": 1.25, "min_capacity": 1}
+  moe = MoeSpec(experts, base.layers[0].mlp, **slots)
   return with_odd_experts(base, count, moe)
 
 
@@ -250,6 +251,10 @@ def deepseek_v3(
     position=RotarySpec(interleaved=True, scaling=scaling),
     scale=(nope + rope) ** -0.5 * 1.3688879454113936**2,  # 0.1 ln 40 + 1
   )
-  moe = top_k(experts, k, expert_ff, shared=MlpSpec(expert_ff))
+  groups = 8 if experts % 16 == 0 else 2
+  moe = top_k(
+    experts, k, expert_ff, shared=MlpSpec(expert_ff), scores="sigmoid", routed_scale=2.5,
+    num_groups=groups, keep_groups=groups // 2, bias_rate=1e-3, balance_loss=1e-4,
+  )  # fmt: skip
   first, then = LayerSpec(attention, MlpSpec(ff)), LayerSpec(attention, moe)
   return ModelSpec(vocab, d, (Segment((first,), dense), Segment((then,), count - dense)))

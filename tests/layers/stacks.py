@@ -63,7 +63,9 @@ POSITIONS = ModelSpec(
 )
 
 # Switch layers whose experts overflow; noise everywhere.
-_SWITCH = MoeSpec(4, _MLP, capacity_factor=0.75, min_capacity=1, jitter=0.2, z_loss=1e-2)
+_SWITCH = MoeSpec(
+  4, _MLP, dispatch="capacity", capacity_factor=0.75, min_capacity=1, jitter=0.2, z_loss=1e-2
+)
 _ROTARY = replace(_HEADS, num_kv_heads=1, position=RotarySpec())
 _DENSE = LayerSpec(_ROTARY, _MLP, dropout=0.2)
 _SPARSE = LayerSpec(_ROTARY, _SWITCH, NormSpec("layer", bias=True), dropout=0.2)

@@ -1,5 +1,8 @@
 """The MoE layer against a float64 loop over tokens, and identities that need no oracle."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +25,8 @@ def weights(seed=0):
   return draw(D, E), draw(E, D, F), draw(E, D, F), draw(E, F, D)
 
 
-def run(x, w, **kwargs):
+def run(x, w, dispatch="capacity", **kwargs):
+  kwargs["dispatch"] = dispatch
   router, up, gate, down = (jnp.asarray(a, jnp.float32) for a in w)
   return moe(jnp.asarray(x, jnp.float32), router, ExpertWeights(up, down, gate), **kwargs)
 
@@ -110,7 +114,7 @@ def test_jitter_reaches_the_router_only_and_depends_on_the_row_key():
 
 
 def test_capacity_differs_between_training_and_evaluation():
-  layer = SwitchMoE(SPEC, D)
+  layer = SwitchMoE(dataclasses.replace(SPEC, dispatch="capacity"), D)
   x = jnp.ones((1, 32, D))  # all tokens alike: they all choose one expert
   params = init_params(layer, jax.random.key(0), x)
   dropped = {
@@ -134,3 +138,111 @@ def test_switch_is_top_1_without_renormalising():
   a, _, _ = run(x, w, route=switch_route)
   b, _, _ = run(x, w, route=lambda *args, **kw: top_k_route(*args, k=1, normalize=False, **kw))
   np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_every_dispatch_gives_the_same_with_slots_enough(bias):
+  """Values and every gradient, padding included."""
+  rng = np.random.default_rng(9)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[-2]), jnp.float32)
+  weights = ExpertWeights(draw(E, D, F), draw(E, F, D), draw(E, D, F))
+  if bias:
+    weights = weights._replace(
+      up_bias_EF=draw(E, F), gate_bias_EF=draw(E, F), down_bias_ED=draw(E, D)
+    )
+  router, x = draw(D, E), draw(B, T, D)
+  valid = jnp.asarray(np.arange(T)[None] < np.array([[T], [T - 4]]))
+  route = functools.partial(top_k_route, k=2, normalize=True)
+
+  def loss(x, router, weights, dispatch):
+    y, _, dropped = moe(
+      x, router, weights, route=route, valid_BT=valid, dispatch=dispatch, capacity_factor=float(E)
+    )
+    return jnp.sum(jnp.sin(y)), (y, dropped)
+
+  grad = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True), static_argnums=3)
+  want = grad(x, router, weights, "einsum")
+  assert want[1][1] == 0
+  for dispatch in ("dropless", "capacity"):
+    got = grad(x, router, weights, dispatch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6, rtol=1e-5), got, want)
+
+
+def test_decoding_token_by_token_equals_the_whole_row_without_drops():
+  w, x = weights(), np.random.default_rng(10).normal(size=(B, T, D))
+  one_by_one = lambda **kw: jnp.concatenate([run(x[:, t : t + 1], w, **kw)[0] for t in range(T)], 1)
+  whole = run(x, w, "dropless")[0]
+  np.testing.assert_allclose(one_by_one(dispatch="dropless"), whole, atol=1e-6)
+  short = run(x, w, capacity_factor=0.5, min_capacity=1)[0]
+  assert np.abs(one_by_one(capacity_factor=0.5, min_capacity=1) - short).max() > 0.01
+
+
+def test_scaling_the_input_is_not_scaling_the_output():
+  """Llama 4: expert(sigmoid(logit) x), one token at a time in float64."""
+  w, x = weights(), np.random.default_rng(11).normal(size=(B, T, D))
+  route = functools.partial(top_k_route, k=1, normalize=False, scores="sigmoid")
+  y, routing, _ = run(x, w, "dropless", route=route, scale_input=True)
+  router, up, gate, down = w
+  for b, t in np.ndindex(B, T):
+    logits = x[b, t] @ router
+    e = int(logits.argmax())
+    scaled = x[b, t] / (1 + np.exp(-logits[e]))
+    np.testing.assert_allclose(
+      y[b, t], oracle.gated_mlp(scaled, up[e], gate[e], down[e]), atol=2e-5
+    )
+  assert routing.expert_GSX.shape == (B, T, 1)
+
+
+@pytest.mark.parametrize(
+  "router",
+  [
+    {"router": "gshard", "experts_per_token": 2},
+    {"router": "expert_choice", "dispatch": "capacity", "noncausal": True},
+    {"router": "no_token_left_behind", "experts_per_token": 2, "dispatch": "capacity"},
+    {"router": "hash", "hash_vocab": 11},
+    {"router": "top_k", "scores": "sigmoid", "num_groups": 2, "keep_groups": 1, "bias_rate": 1e-3,
+     "normalize": True, "routed_scale": 2.5, "shared": MlpSpec(hidden=F)},
+    {"priority": "gate", "noncausal": True, "dispatch": "einsum"},
+  ],
+  ids=lambda r: r.get("router", "gate priority"),
+)  # fmt: skip
+def test_every_router_runs_and_learns(router):
+  """From the spec to gradients: finite, and none but the selection bias's and hash's are zero."""
+  layer = SwitchMoE(dataclasses.replace(SPEC, expert_dropout=0.1, **router), D)
+  x = jnp.asarray(np.random.default_rng(12).normal(size=(B, T, D)), jnp.float32)
+  ids = jnp.asarray(np.random.default_rng(13).integers(0, 11, (B, T)), jnp.int32)
+  keys = jax.random.split(jax.random.key(1), B)
+  params = init_params(layer, jax.random.key(0), x, tokens_BT=ids)
+
+  def loss(params):
+    y, stats = layer.apply({"params": params}, x, tokens_BT=ids, key_B=keys, train=True)
+    return jnp.sum(jnp.sin(y)) + jnp.sum(stats.aux_loss), stats
+
+  grads, stats = jax.jit(jax.grad(loss, has_aux=True))(params)
+  for path, g in jax.tree_util.tree_leaves_with_path(grads):
+    frozen = "selection_bias" in str(path)
+    assert np.isfinite(g).all() and bool(np.any(np.asarray(g))) != frozen, path
+  assert stats.tokens == B * T and stats.nonfinite == 0
+
+
+def test_expert_dropout_drops_hidden_units_at_its_rate():
+  """With down = identity-like sums, the share of zeroed hidden units is the rate."""
+  hidden = 64
+  spec = MoeSpec(num_experts=2, expert=MlpSpec(hidden=hidden, gated=False, activation="relu"),
+                 expert_dropout=0.4)  # fmt: skip
+  layer, x = SwitchMoE(spec, hidden), jnp.ones((4, 32, hidden))
+  params = init_params(layer, jax.random.key(0), x)
+  params["up"], params["down"] = jnp.ones_like(params["up"]), jnp.tile(jnp.eye(hidden), (2, 1, 1))
+  keys = jax.random.split(jax.random.key(1), 4)
+  y, _ = layer.apply({"params": params}, x, key_B=keys, train=True)
+  zero = np.asarray(y) == 0
+  assert abs(zero.mean() - 0.4) < 0.02
+  assert zero.mean((0, 1)).min() > 0.2 and zero.mean((0, 1)).max() < 0.6  # no unit always
+  still, _ = layer.apply({"params": params}, x, key_B=keys, train=True)
+  np.testing.assert_array_equal(y, still)
+
+
+def test_nan_logits_are_counted():
+  x = jnp.ones((1, 4, D)).at[0, 2].set(jnp.nan)
+  _, routing, _ = run(x, weights(), "dropless")
+  assert routing.nonfinite == 1

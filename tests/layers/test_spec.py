@@ -46,6 +46,26 @@ REFUSED = [
   (lambda: MoeSpec(4, MLP, 2), "use router=top_k for more"),
   (lambda: MoeSpec(4, MLP, eval_capacity_factor=0.0), "eval_capacity_factor must be positive"),
   (lambda: MoeSpec(4, MLP, jitter=1.0), r"jitter must lie in \[0, 1\), got 1.0"),
+  (lambda: MoeSpec(4, MLP, expert_dropout=-0.1), r"expert_dropout must lie in \[0, 1\)"),
+  (lambda: MoeSpec(4, MLP, router="gshard"), "sends a token to two experts, not 1"),
+  (lambda: MoeSpec(4, MLP, router="hash"), "hash_vocab, the number of token ids"),
+  (lambda: MoeSpec(6, MLP, router="top_k", num_groups=4), "num_groups=4 must divide num_experts=6"),
+  (
+    lambda: MoeSpec(8, MLP, 3, router="top_k", num_groups=4),
+    "1 groups of 2 experts are fewer than experts_per_token=3",
+  ),
+  (lambda: MoeSpec(4, MLP, scores="sigmoid"), "belong to router=top_k"),
+  (
+    lambda: MoeSpec(4, MLP, 2, router="top_k", scale_input=True),
+    "scale_input needs one expert a token",
+  ),
+  (lambda: MoeSpec(4, MLP, router="expert_choice", noncausal=True), "use dispatch=capacity"),
+  (
+    lambda: MoeSpec(4, MLP, router="expert_choice", dispatch="capacity"),
+    "a decoder trained with them can't generate; noncausal=true allows it",
+  ),
+  (lambda: MoeSpec(4, MLP, priority="gate", dispatch="einsum"), "noncausal=true allows it"),
+  (lambda: MoeSpec(4, MLP, buffer_factor=0.0), "buffer_factor must be positive"),
   (
     lambda: LayerSpec(AttentionSpec(2, 4), MLP, norm_placement="post", parallel=True),
     "a parallel block normalises before",

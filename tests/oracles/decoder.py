@@ -147,13 +147,14 @@ def feed_forward(spec, w, x):
 
 
 def mixture(spec, w, x, valid, train):
-  """Expert by chosen expert; what finds no slot adds nothing."""
+  """Expert by chosen expert; what finds no slot adds nothing, and dropless has slots for all."""
   B, T, _ = x.shape
   S = T if spec.group_size is None else spec.group_size
   factor = spec.capacity_factor if train else spec.eval_capacity_factor
   slots = moe_oracle.capacity(
     S, spec.num_experts, spec.experts_per_token, factor, spec.min_capacity
   )
+  slots = S if spec.dispatch == "dropless" else slots
   shells = ("up", "gate", "down", "up_bias", "gate_bias", "down_bias")
   expert = lambda e: {name: w[name][e] for name in shells if name in w}
   y = np.zeros_like(x)
@@ -161,11 +162,24 @@ def mixture(spec, w, x, valid, train):
     for start in range(0, T, S):
       rows = slice(start, start + S)
       logits = x[b, rows] @ w["router"] + w.get("router_bias", 0.0)
-      _, chosen, weight = moe_oracle.route(logits, spec.experts_per_token, spec.normalize)
-      kept = moe_oracle.place(chosen, spec.num_experts, slots, valid[b, rows])
+      routed = moe_oracle.route_scores(
+        logits,
+        spec.experts_per_token,
+        normalize=spec.normalize,
+        sigmoid=spec.scores == "sigmoid",
+        scale=spec.routed_scale,
+        groups=spec.num_groups,
+        keep=spec.keep_groups,
+        bias_E=w.get("selection_bias"),
+      )
+      kept = moe_oracle.place(routed.order_SX, spec.num_experts, slots, valid[b, rows])
       for s, choice in zip(*np.nonzero(kept), strict=True):
-        out = feed_forward(spec.expert, expert(chosen[s, choice]), x[b, start + s])
-        y[b, start + s] += weight[s, choice] * out
+        e = routed.order_SX[s, choice]
+        weight, h = routed.weight_SE[s, e], x[b, start + s]
+        if spec.scale_input:
+          y[b, start + s] += feed_forward(spec.expert, expert(e), weight * h)
+        else:
+          y[b, start + s] += weight * feed_forward(spec.expert, expert(e), h)
   if spec.shared is not None:
     y = y + feed_forward(spec.shared, w["shared"], x)
   return y

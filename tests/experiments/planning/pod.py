@@ -16,7 +16,7 @@ from mesh.topology import describe_devices
 
 B, T, D, V, LAYERS = 64, 512, 512, 4096, 4
 ATTENTION = AttentionSpec(num_heads=8, num_kv_heads=8, head_dim=64, position=RotarySpec())
-EXPERTS = MoeSpec(num_experts=16, expert=MlpSpec(hidden=512), group_size=64)
+EXPERTS = MoeSpec(num_experts=16, expert=MlpSpec(hidden=512), group_size=64, dispatch="capacity")
 LAYER = {
   "dense": LayerSpec(ATTENTION, MlpSpec(hidden=1536)),
   "moe": LayerSpec(ATTENTION, EXPERTS),

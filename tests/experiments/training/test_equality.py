@@ -11,7 +11,16 @@ from experiments.training.loop import batch_placer
 from experiments.training.setup import build
 from experiments.training.state import init_state
 from experiments.training.step import make_train_step
-from layers.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec, RotarySpec, Segment
+from layers.spec import (
+  AttentionSpec,
+  InitSpec,
+  LayerSpec,
+  MlpSpec,
+  ModelSpec,
+  MoeSpec,
+  RotarySpec,
+  Segment,
+)
 from mesh.constrain import use_mesh
 
 pytestmark = pytest.mark.xdist_group("devices")
@@ -19,10 +28,16 @@ pytestmark = pytest.mark.xdist_group("devices")
 B, T, V, STEPS = 16, 64, 64, 5
 ATTENTION = AttentionSpec(num_heads=8, num_kv_heads=8, head_dim=8, position=RotarySpec())
 # Groups of 4 tokens: the largest that lie on one device when a row lies on eight, in zigzag.
-MOE = MoeSpec(num_experts=8, expert=MlpSpec(hidden=32), jitter=0.0, group_size=4)
+SLOTS = MoeSpec(
+  num_experts=8, expert=MlpSpec(hidden=32), jitter=0.0, group_size=4, dispatch="capacity"
+)
+DEEPSEEK = MoeSpec(
+  num_experts=8, expert=MlpSpec(hidden=32), experts_per_token=2, router="top_k", jitter=0.0,
+  group_size=4, scores="sigmoid", normalize=True, num_groups=4, keep_groups=2, bias_rate=1e-3,
+)  # fmt: skip
 MODELS = {
-  "dense": Segment((LayerSpec(ATTENTION, MlpSpec(hidden=64)),), 8),
-  "moe": Segment((LayerSpec(ATTENTION, MOE),), 8),
+  "dense": (Segment((LayerSpec(ATTENTION, MlpSpec(hidden=64)),), 8),),
+  "moe": (Segment((LayerSpec(ATTENTION, SLOTS),), 8), Segment((LayerSpec(ATTENTION, DEEPSEEK),))),
 }
 MESHES = {
   "data": {"data": 8},
@@ -65,10 +80,15 @@ CASES = [
 
 
 def config(model: str, optimizer: str, microbatches: int = 1, **mesh) -> Config:
-  segments = (MODELS[model],)
   return Config(
     name="equality",
-    model=ModelSpec(vocab_size=V, embed_dim=64, max_length=T, segments=segments),
+    model=ModelSpec(
+      vocab_size=V,
+      embed_dim=64,
+      max_length=T,
+      segments=MODELS[model],
+      init=InitSpec(stddev=0.3),  # routers whose choices rounding does not change
+    ),
     mesh=MeshConfig(**mesh),
     data=DataConfig(source="synthetic", row_length=T, batch_size=B),
     optimizer=OptimizerConfig(

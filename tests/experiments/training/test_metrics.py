@@ -30,13 +30,14 @@ def scalars(folder, tag):
   return [(e.step, v.simple_value) for e in events(folder) for v in e.summary.value if v.tag == tag]
 
 
-def moe(load_LE, dropped, tokens=8):
+def moe(load_LE, dropped, tokens=8, nonfinite=0):
   """Statistics of a layer that stands L times in the model."""
   load_LE = np.array(load_LE, np.float32)
   each = np.ones(len(load_LE), np.float32)
   return MoeStats(
     aux_loss=each, balance=each, z=each, load_E=load_LE, dropped=dropped * each,
     entropy=0.5 * tokens * each, gate=0.25 * tokens * each, tokens=tokens * each,
+    nonfinite=nonfinite * each,
   )  # fmt: skip
 
 
@@ -49,6 +50,19 @@ def test_summary_is_a_mean_over_steps_and_a_share_over_choices():
   assert row["load_max_over_mean"] == 0.875 * 2
   assert row["drop_rate"] == pytest.approx(8 / 64)
   assert row["router_entropy"] == 0.5 and row["gate"] == 0.25
+
+
+def test_router_health():
+  """The worked load [3, 0, 1, 0] has a CV of 1.224745, an even one of 0; experts are dead when they
+  are so over the whole interval."""
+  first = StepMetrics(1.0, 0.1, 2.0, 8, (moe([[2, 0, 0, 0], [1, 1, 1, 1]], 0, nonfinite=2),))
+  second = StepMetrics(1.0, 0.1, 2.0, 8, (moe([[1, 0, 1, 0], [0, 0, 0, 0]], 0, nonfinite=1),))
+  row = summarise([first, second])
+  assert row["load_cv"] == pytest.approx(1.224745 / 2, abs=1e-6)
+  assert row["dead_experts"] == 2
+  assert row["nonfinite"] == 6  # in both layers
+  empty = summarise([StepMetrics(1.0, 0.1, 2.0, 8, (moe([[0, 0]], 0, tokens=0),))])
+  assert empty["load_cv"] == 0 and empty["dead_experts"] == 2
 
 
 def test_summary_of_a_dense_model_has_no_experts():

@@ -17,6 +17,7 @@ from mesh import hardware
 ROW = {
   "loss": 2.3456, "tokens_per_second": 17_887.4, "mfu": None, "drop_rate": 0.021,
   "load": [[0.5, 0.25, 0.25, 0.0], [0.25] * 4], "load_max_over_mean": 2.0,
+  "dead_experts": 0, "nonfinite": 0.0,
 }  # fmt: skip
 
 
@@ -46,6 +47,8 @@ def test_experts_of_a_row():
   deep = progress.describe_experts(ROW | {"load": [[0.25] * 4] * 6})
   assert deep.count("│▅▅▅▅│") == 4 and "…" in deep
   assert progress.describe_experts({"loss": 1.0}) == ""
+  ill = progress.describe_experts(ROW | {"dead_experts": 3, "nonfinite": 12.0})
+  assert ill.endswith("dropped 2.1%   dead 3   not finite 12")
 
 
 @pytest.mark.parametrize(("kind", "share"), (("h100", 989e12), ("cpu", None)))

@@ -31,7 +31,8 @@ def layer(mlp, dropout=0.0):
 DENSE = layer(MLP)
 # Jitter and dropout so strong that other keys would show; capacity so small that rows drop tokens.
 SPARSE = layer(
-  MoeSpec(3, MLP, jitter=0.5, balance_loss=0.1, z_loss=0.1, min_capacity=1), dropout=0.3
+  MoeSpec(3, MLP, dispatch="capacity", jitter=0.5, balance_loss=0.1, z_loss=0.1, min_capacity=1),
+  dropout=0.3,
 )
 
 

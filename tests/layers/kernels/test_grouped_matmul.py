@@ -1,0 +1,141 @@
+"""Grouped products against a float64 loop over rows; gradients against that of a masked product."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layers.kernels.grouped_matmul import gated_matmul, grouped_matmul, xla
+
+E, D, F, R = 5, 12, 9, 96
+SIZES = {
+  "uneven": [40, 1, 0, 30, 25],
+  "one expert": [0, 0, 96, 0, 0],
+  "short": [7, 0, 21, 3, 2],
+  "none": [0, 0, 0, 0, 0],
+}
+
+
+def silu(gate, up):
+  return jax.nn.silu(gate) * up
+
+
+def owners(sizes):
+  """The expert of each row, -1 beyond the last group."""
+  return np.concatenate([np.repeat(np.arange(E), sizes), np.full(R - sum(sizes), -1)])
+
+
+def oracle(x, w, sizes):
+  x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
+  rows = [x[r] @ w[e] if e >= 0 else np.zeros(w.shape[2]) for r, e in enumerate(owners(sizes))]
+  return np.stack(rows)
+
+
+def arrays(dtype=np.float32, seed=0):
+  rng = np.random.default_rng(seed)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+  return draw(R, D), draw(E, D, F), draw(E, D, F)
+
+
+def with_nan_past(x, sizes):
+  return x.at[sum(sizes) :].set(jnp.nan)
+
+
+_product = jax.jit(grouped_matmul, static_argnames=("transposed", "implementation"))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_values(sizes, dtype, implementation):
+  x, w, _ = arrays(dtype)
+  want, total = oracle(x, w, sizes), sum(sizes)
+  x, sizes = with_nan_past(x, sizes), jnp.array(sizes)
+  tolerance = {"atol": 2e-5} if dtype == np.float32 else {"rtol": 2**-8, "atol": 1e-5}
+  for transposed, given_w in ((False, w), (True, jnp.swapaxes(w, 1, 2))):
+    y = _product(x, given_w, sizes, transposed=transposed, implementation=implementation)
+    assert y.dtype == dtype
+    np.testing.assert_allclose(np.asarray(y, np.float64), want, **tolerance)
+    assert not np.asarray(y[total:], np.float32).any()
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_gradients(sizes, implementation):
+  """Against autodiff of y_r = sum_e [r in e] x_r w_e, and the gated pair against its parts."""
+  x, gate, up = arrays()
+  mask = jnp.asarray(owners(sizes)[:, None] == np.arange(E), jnp.float32)
+  group_sizes = jnp.array(sizes)
+  total = sum(sizes)
+
+  def ours(x, gate, up):
+    options = {"implementation": implementation}
+    hidden = gated_matmul(with_nan_past(x, sizes), gate, up, group_sizes, silu, **options)
+    y = grouped_matmul(hidden, gate, group_sizes, transposed=True, **options)
+    return jnp.sum(jnp.sin(y))
+
+  def plain(x, gate, up):
+    each = lambda w: jnp.einsum("re,rd,edf->rf", mask, x, w)
+    y = jnp.einsum("re,rf,edf->rd", mask, silu(each(gate), each(up)), gate)
+    return jnp.sum(jnp.sin(y))
+
+  got = jax.jit(jax.value_and_grad(ours, (0, 1, 2)))(x, gate, up)
+  want = jax.value_and_grad(plain, (0, 1, 2))(x, gate, up)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-4, rtol=1e-4), got, want)
+  dx, *dws = got[1]
+  assert not np.asarray(dx[total:]).any()
+  for dw in dws:
+    assert not np.asarray(dw)[np.array(sizes) == 0].any()
+
+
+def test_gradient_of_float32_weights_is_not_rounded_to_bfloat16():
+  x, w, _ = arrays()
+  sizes = jnp.array(SIZES["uneven"])
+  loss = lambda w: jnp.sum(grouped_matmul(x.astype(jnp.bfloat16), w, sizes).astype(jnp.float32))
+  dw = jax.grad(loss)(w)
+  wide = np.asarray(x.astype(jnp.bfloat16), np.float64)
+  want = np.stack([wide[owners(SIZES["uneven"]) == e].sum(0) for e in range(E)])
+  np.testing.assert_allclose(dw, np.repeat(want[:, :, None], F, 2), rtol=1e-5, atol=1e-5)
+
+
+_plan = jax.jit(xla.make_plan, static_argnames="num_rows")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=7, max_size=7), st.integers(0, 5))
+def test_every_row_is_multiplied_once_by_its_own_expert(sizes, rest):
+  """The plan against brute force, and its work against its promise."""
+  R = 280 + rest
+  plan = _plan(jnp.array(sizes), num_rows=R)
+  seen = np.full(R, -1)
+  rows_EA, E = np.asarray(plan.row_EA), len(sizes)
+  for e, rows in enumerate(rows_EA):
+    rows = rows[rows < R]
+    assert (seen[rows] == -1).all()
+    seen[rows] = e
+    np.testing.assert_array_equal(
+      np.asarray(plan.place_R)[rows], e * rows_EA.shape[1] + np.arange(len(rows))
+    )
+  for i in range(int(plan.count)):
+    start, count = int(plan.start_I[i]), int(plan.rows_I[i])
+    assert count > 0 and (seen[start : start + count] == -1).all()
+    seen[start : start + count] = int(plan.expert_I[i])
+  np.testing.assert_array_equal(seen[: sum(sizes)], np.repeat(np.arange(E), sizes))
+  assert (seen[sum(sizes) :] == -1).all()
+  small = int(plan.count) * plan.size
+  left = sum(max(n - rows_EA.shape[1], 0) for n in sizes)
+  assert rows_EA.size <= 1.15 * R + 12 * E and small <= left + plan.size * E
+
+
+def test_bad_input():
+  x, w, _ = arrays()
+  with pytest.raises(ValueError, match="the groups hold 97 rows, x has only 96"):
+    grouped_matmul(x, w, jnp.array([97, 0, 0, 0, 0]))
+  with pytest.raises(ValueError, match=r"needs x \[R, D\] and w \[E, D, F\] of one width"):
+    grouped_matmul(x, jnp.swapaxes(w, 1, 2), jnp.array(SIZES["short"]))
+  with pytest.raises(ValueError, match="w has 5 groups"):
+    grouped_matmul(x, w, jnp.array([1, 2]))
+  with pytest.raises(ValueError, match="unknown implementation 'cuda'"):
+    grouped_matmul(x, w, jnp.array(SIZES["short"]), implementation="cuda")

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType
 
 from ..partition import vary_with
 from ..select import anywhere, current_platform, select
@@ -20,8 +21,6 @@ __all__ = ["gated_matmul", "grouped_matmul"]
 
 # (gate, up) -> hidden, elementwise.
 Activation = Callable[[jax.Array, jax.Array], jax.Array]
-
-_MODULES: dict[str, Any] = {"xla": xla, "reference": reference}
 
 
 def grouped_matmul(
@@ -40,8 +39,8 @@ def grouped_matmul(
     group_sizes_E: int32 rows of each group. Rows after the last group give zeros and have no
       gradient, whatever they hold; an empty group has a gradient of exact zeros.
     transposed: w is [E, F, D].
-    implementation: "xla" (tiles of rows, any platform) or "reference" (a loop over experts); None
-      is the best for the platform.
+    implementation: "pallas_tpu", "xla" (tiles of rows, any platform) or "reference" (a loop over
+      experts); None is the best for the platform.
 
   Returns:
     [R, F] in the dtype of x; sums are float32. Differentiable once, in reverse mode, by x and w:
@@ -53,7 +52,7 @@ def grouped_matmul(
     NotImplementedError: the named implementation cannot run here.
   """
   _check(x_RD, (w_EDF,), group_sizes_E, transposed)
-  chosen = _select(implementation)
+  chosen = _select(implementation, x_RD, w_EDF.mT if transposed else w_EDF)
   x_RD, w_EDF, group_sizes_E = vary_with((x_RD, w_EDF, group_sizes_E), (x_RD, w_EDF, group_sizes_E))
   return _product(x_RD, w_EDF, group_sizes_E, transposed, chosen)
 
@@ -79,13 +78,33 @@ def gated_matmul(
     checkpoint names `expert_gate` and `expert_up`.
   """
   _check(x_RD, (w_gate_EDF, w_up_EDF), group_sizes_E, False)
-  chosen = _select(implementation)
+  chosen = _select(implementation, x_RD, w_up_EDF, weights=2)
   args = (x_RD, w_gate_EDF, w_up_EDF, group_sizes_E)
   return _gated(*vary_with(args, args), activation, chosen)
 
 
-def _select(implementation: str | None) -> str:
-  return select(implementation, current_platform(), dict.fromkeys(_MODULES, anywhere))
+def _select(implementation: str | None, x_RD, w_EDF, weights: int = 1) -> str:
+  def tpu(platform: str) -> str | None:
+    if platform != "tpu":
+      return f"the kernel is for TPUs, not for {platform}"
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    free = [a for a, kind in kinds if kind is not AxisType.Manual and mesh.shape[a] > 1]
+    if free:
+      return f"the compiler cannot spread it over {', '.join(free)}: call it in a shard_map"
+    return _module("pallas_tpu").supports(x_RD, w_EDF, platform, weights=weights)
+
+  candidates = {"pallas_tpu": tpu, "xla": anywhere, "reference": anywhere}
+  return select(implementation, current_platform(), candidates)
+
+
+def _module(name: str) -> Any:
+  """An implementation; TPU kernels take half a second to import and are of no use elsewhere."""
+  if name == "pallas_tpu":
+    from . import pallas_tpu
+
+    return pallas_tpu
+  return {"xla": xla, "reference": reference}[name]
 
 
 def _check(x_RD, weights, group_sizes_E, transposed) -> None:
@@ -106,7 +125,7 @@ def _check(x_RD, weights, group_sizes_E, transposed) -> None:
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _product(x_RD, w_EDF, group_sizes_E, transposed, chosen):
-  run = _MODULES[chosen].product
+  run = _module(chosen).product
   return run(x_RD, w_EDF.astype(x_RD.dtype), group_sizes_E, transposed=transposed)
 
 
@@ -117,7 +136,7 @@ def _product_fwd(x_RD, w_EDF, group_sizes_E, transposed, chosen):
 
 def _product_bwd(transposed, chosen, saved, dy_RF):
   x_RD, w_EDF, group_sizes_E = saved
-  module = _MODULES[chosen]
+  module = _module(chosen)
   dx_RD = module.product(dy_RF, w_EDF.astype(dy_RF.dtype), group_sizes_E, transposed=not transposed)
   pair = (dy_RF, x_RD) if transposed else (x_RD, dy_RF)
   return dx_RD, module.outer(*pair, group_sizes_E, dtype=w_EDF.dtype), None
@@ -133,7 +152,7 @@ def _gated(x_RD, w_gate_EDF, w_up_EDF, group_sizes_E, activation, chosen):
 
 def _gated_fwd(x_RD, w_gate_EDF, w_up_EDF, group_sizes_E, activation, chosen):
   gate_up = (w.astype(x_RD.dtype) for w in (w_gate_EDF, w_up_EDF))
-  run = _MODULES[chosen].gated
+  run = _module(chosen).gated
   hidden_RF, gate_RF, up_RF = run(x_RD, *gate_up, group_sizes_E, activation)
   gate_RF = checkpoint_name(gate_RF, "expert_gate")
   up_RF = checkpoint_name(up_RF, "expert_up")
@@ -142,7 +161,7 @@ def _gated_fwd(x_RD, w_gate_EDF, w_up_EDF, group_sizes_E, activation, chosen):
 
 def _gated_bwd(activation, chosen, saved, d_hidden_RF):
   x_RD, w_gate_EDF, w_up_EDF, group_sizes_E, gate_RF, up_RF = saved
-  module = _MODULES[chosen]
+  module = _module(chosen)
   wide = (y.astype(jnp.float32) for y in (gate_RF, up_RF))
   d_gate_RF, d_up_RF = jax.vjp(activation, *wide)[1](d_hidden_RF.astype(jnp.float32))
   dx_RD = jnp.zeros(x_RD.shape, jnp.float32)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType
 
 from layers.kernels.grouped_matmul import gated_matmul, grouped_matmul, xla
 
@@ -139,3 +140,29 @@ def test_bad_input():
     grouped_matmul(x, w, jnp.array([1, 2]))
   with pytest.raises(ValueError, match="unknown implementation 'cuda'"):
     grouped_matmul(x, w, jnp.array(SIZES["short"]), implementation="cuda")
+
+
+@pytest.mark.parametrize("width, tpu_kernels", [(256, True), (200, False)])
+def test_the_platform_decides(width, tpu_kernels):
+  """For a layer and its gradients."""
+  device = jax.sharding.AbstractDevice(device_kind="TPU v5", num_cores=2, platform="tpu")
+  mesh = jax.sharding.AbstractMesh((1,), ("d",), (AxisType.Auto,), abstract_device=device)
+  s = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+  def loss(x, gate, down, sizes):
+    hidden = gated_matmul(x, gate, gate, sizes, silu)
+    return jnp.sum(grouped_matmul(hidden, down, sizes).astype(jnp.float32))
+
+  args = s(512, 128), s(4, 128, width), s(4, width, 128), jax.ShapeDtypeStruct((4,), jnp.int32)
+  with jax.sharding.use_abstract_mesh(mesh):
+    traced = jax.jit(jax.grad(loss, (1, 2))).trace(*args)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+  for name in ("gated", "product", "outer"):
+    assert (f"grouped_matmul_{name}" in text) == tpu_kernels
+  assert ("dot_general" in text) != tpu_kernels
+
+
+def test_a_named_kernel_is_not_replaced():
+  x, w, _ = arrays()
+  with pytest.raises(NotImplementedError, match="the kernel is for TPUs, not for cpu"):
+    grouped_matmul(x, w, jnp.array(SIZES["short"]), implementation="pallas_tpu")

@@ -41,7 +41,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from layers.kernels.grouped_matmul import pallas_tpu
-from layers.kernels.grouped_matmul.visits import Visits, visits, windows
+from layers.kernels.grouped_matmul.visits import Visits, usual, visits, windows
 
 megablox = sys.modules["jax.experimental.pallas.ops.tpu.megablox.gmm"]
 
@@ -167,7 +167,7 @@ def our_windows(sizes: np.ndarray, tile: int, heights) -> np.ndarray:
       low, high = max(start - at, 0), min(end - at, tile)
       if high > low:
         plan = windows(np.int32(low), np.int32(high), heights)
-        counts[-1] += int(plan.full)
+        counts[heights.index(usual(heights))] += int(plan.full)
         counts[int(plan.last)] += 1
   return counts
 

@@ -282,6 +282,8 @@ class SwitchMoE(nn.Module):
       exchange=spec.exchange,
       buffer_factor=spec.buffer_factor,
     )
+    if spec.router == "no_token_left_behind":  # where no round finds a slot nothing is chosen
+      dropped += routing.tokens - jnp.sum(routing.chosen_GSX, dtype=jnp.float32)
     if spec.shared is not None:
       y_BTD += Mlp(spec.shared, D, self.init_spec, self.gain, name="shared")(x_BTD)
     groups_per_row = routing.expert_GSX.shape[0] / B * manual_size("context")

@@ -44,6 +44,14 @@ LATE_IMPORTS = {
   ("experiments/show_mesh.py", "matplotlib"): "a second to import, only to draw",
   ("experiments/show_mesh.py", "matplotlib.collections"): "the same",
   ("experiments/show_mesh.py", "matplotlib.figure"): "the same",
+  (
+    "layers/kernels/grouped_matmul/__init__.py",
+    "layers.kernels.grouped_matmul.pallas_tpu",
+  ): "half a second to import, of no use on a CPU",
+  (
+    "layers/kernels/grouped_matmul/__init__.py",
+    "layers.kernels.grouped_matmul.pallas_gpu",
+  ): "the same",
   ("layers/params.py", "flax.nnx"): "a second module system, which most programs never load",
 }
 

@@ -242,6 +242,18 @@ def test_expert_dropout_drops_hidden_units_at_its_rate():
   np.testing.assert_array_equal(y, still)
 
 
+def test_a_token_that_no_round_places_is_counted_as_dropped():
+  """All tokens alike: two experts with a slot each take two of them in two rounds."""
+  spec = dataclasses.replace(
+    SPEC, router="no_token_left_behind", experts_per_token=2, dispatch="capacity", min_capacity=1,
+    capacity_factor=0.25,
+  )  # fmt: skip
+  layer, x = SwitchMoE(spec, D), jnp.ones((1, 8, D))
+  params = init_params(layer, jax.random.key(0), x)
+  _, stats = layer.apply({"params": params}, x, train=True)
+  assert stats.dropped == 8 - 2 and stats.load_E.sum() == 8
+
+
 def test_nan_logits_are_counted():
   x = jnp.ones((1, 4, D)).at[0, 2].set(jnp.nan)
   _, routing, _ = run(x, weights(), "dropless")

@@ -39,8 +39,9 @@ def grouped_matmul(
     group_sizes_E: int32 rows of each group. Rows after the last group give zeros and have no
       gradient, whatever they hold; an empty group has a gradient of exact zeros.
     transposed: w is [E, F, D].
-    implementation: "pallas_tpu", "xla" (tiles of rows, any platform) or "reference" (a loop over
-      experts); None is the best for the platform.
+    implementation: "pallas_tpu", "xla" (tiles of rows, any platform), "pallas_gpu" (Triton, never
+      timed so far) or "reference" (a loop over experts); None is the TPU kernel where it can run,
+      else "xla".
 
   Returns:
     [R, F] in the dtype of x; sums are float32. Differentiable once, in reverse mode, by x and w:
@@ -84,26 +85,40 @@ def gated_matmul(
 
 
 def _select(implementation: str | None, x_RD, w_EDF, weights: int = 1) -> str:
-  def tpu(platform: str) -> str | None:
-    if platform != "tpu":
-      return f"the kernel is for TPUs, not for {platform}"
+  def spread() -> str | None:
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     free = [a for a, kind in kinds if kind is not AxisType.Manual and mesh.shape[a] > 1]
-    if free:
-      return f"the compiler cannot spread it over {', '.join(free)}: call it in a shard_map"
-    return _module("pallas_tpu").supports(x_RD, w_EDF, platform, weights=weights)
+    return (
+      f"no compiler spreads it over {', '.join(free)}: call it in a shard_map" if free else None
+    )
 
-  candidates = {"pallas_tpu": tpu, "xla": anywhere, "reference": anywhere}
+  def tpu(platform: str) -> str | None:
+    if platform != "tpu":
+      return f"the kernel is for TPUs, not for {platform}"
+    return spread() or _module("pallas_tpu").supports(x_RD, w_EDF, platform, weights=weights)
+
+  def gpu(platform: str) -> str | None:
+    if platform not in ("gpu", "cuda"):
+      return f"the kernel is for GPUs, not for {platform}"
+    return spread() or _module("pallas_gpu").supports(x_RD, w_EDF, platform)
+
+  candidates = {"pallas_tpu": tpu, "xla": anywhere, "pallas_gpu": gpu, "reference": anywhere}
   return select(implementation, current_platform(), candidates)
 
 
 def _module(name: str) -> Any:
-  """An implementation; TPU kernels take half a second to import and are of no use elsewhere."""
+  """An implementation by its name."""
   if name == "pallas_tpu":
+    # Pallas takes half a second to import and is of no use on a CPU.
     from . import pallas_tpu
 
     return pallas_tpu
+  if name == "pallas_gpu":
+    # The same.
+    from . import pallas_gpu
+
+    return pallas_gpu
   return {"xla": xla, "reference": reference}[name]
 
 

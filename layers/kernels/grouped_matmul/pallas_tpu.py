@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..partition import vary_with
 from ..select import current_platform
-from .visits import ALIGN, visit, visits, windows
+from .visits import ALIGN, usual, visit, visits, windows
 
 LANES = 128
 
@@ -294,12 +294,13 @@ def _row_kernel(heights, at, step, transposed, finish, weights, next_, start, be
 def _each_window(heights, low, high, one):
   """Calls one(height, first row) for each window in order, in code of its own for each height."""
   start, full, last = windows(low, high, heights)
-  *lower, most = heights
-  # A last window that is as high as a full one shares its code.
-  full = full + ((high > low) & (last == len(lower))).astype(jnp.int32)
-  jax.lax.fori_loop(0, full, lambda i, _: one(most, start + i * most), None)
-  for kind, height in enumerate(lower):
-    pl.when((high > low) & (last == kind))(partial(one, height, start + full * most))
+  height = usual(heights)
+  # A last window of the usual height shares the code of those before it.
+  number = full + ((high > low) & (last == heights.index(height))).astype(jnp.int32)
+  jax.lax.fori_loop(0, number, lambda i, _: one(height, start + i * height), None)
+  for kind, other in enumerate(heights):
+    if other != height:
+      pl.when((high > low) & (last == kind))(partial(one, other, start + full * height))
 
 
 def row_window(x_ref, w_refs, out_refs, step, transposed, finish, first, height, low, high):

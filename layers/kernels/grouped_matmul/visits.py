@@ -84,11 +84,16 @@ def visit(v, next_V, start_G, begin_G, *, rows: int, tile: int) -> Visit:
 
 
 class Windows(NamedTuple):
-  """int32 scalars: `full` windows of the largest height and below them one of heights[last]."""
+  """int32 scalars: `full` windows of the usual height and below them one of heights[last]."""
 
   start: jax.Array  # first row of the first window
   full: jax.Array
   last: jax.Array
+
+
+def usual(heights: Sequence[int]) -> int:
+  """The height of all windows but the last; tiles of 1024 rows are whole numbers of it."""
+  return max((height for height in heights if height % 256 == 0), default=heights[-1])
 
 
 def windows(low: jax.Array, high: jax.Array, heights: Sequence[int]) -> Windows:
@@ -98,8 +103,9 @@ def windows(low: jax.Array, high: jax.Array, heights: Sequence[int]) -> Windows:
   to be moved up.
   """
   start = jax.lax.div(low, ALIGN) * ALIGN
-  # Never all rows: the last window is there even where full ones are enough.
-  full = jax.lax.div(jnp.maximum(high - start - 1, 0), heights[-1])
-  rows = high - start - full * heights[-1]
+  height = usual(heights)
+  # The last window is there even where usual ones would do, and as high as can be.
+  full = jax.lax.div(jnp.maximum(high - start - heights[-1] + height - 1, 0), height)
+  rows = high - start - full * height
   last = sum(((rows > height).astype(i32) for height in heights[:-1]), jnp.int32(0))
   return Windows(start, full, last)

@@ -15,7 +15,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from layers.kernels.grouped_matmul import pallas_tpu
-from layers.kernels.grouped_matmul.visits import ALIGN, visit, visits, windows
+from layers.kernels.grouped_matmul.visits import ALIGN, usual, visit, visits, windows
 
 # Tiles of 128 rows of which the last is not full, two blocks of columns of which the second
 # sticks out, and in a block a step and a remainder.
@@ -190,6 +190,19 @@ def test_visits_are_those_that_share_rows(sizes, each_group):
     assert kind == 0 or rest_of_it > WINDOW_HEIGHTS[kind - 1]  # no lower window would do
   assert not pairs and not empty
   assert np.all(np.diff(found[1]) >= 0)  # a tile of results is left only once
+
+
+@pytest.mark.parametrize("heights", ["HEIGHTS", "HIGH_HEIGHTS", "OUTER_HEIGHTS"])
+def test_windows_cover_little_more_than_the_rows(heights):
+  heights = getattr(pallas_tpu, heights)
+  low, rows = np.meshgrid(np.arange(0, 48, 5), np.arange(1, 1025 - 48), indexing="ij")
+  plan = jax.jit(partial(windows, heights=heights))(low, low + rows)
+  start, full, last = map(np.asarray, plan)
+  assert np.all((start % ALIGN == 0) & (low - start >= 0) & (low - start < ALIGN))
+  left = low + rows - start - full * usual(heights)
+  edges = np.array((0, *heights))
+  assert np.all((left > edges[last]) & (left <= edges[last + 1]))
+  assert np.all((full == 0) | (left > heights[-1] - usual(heights)))
 
 
 SHAPES = [(8192, 2048, 1024, 32), (16384, 4096, 14336, 8), (16384, 4096, 5376, 64)]

@@ -66,7 +66,7 @@ def test_values(sizes, dtype, implementation):
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_gradients(sizes, implementation):
   """Against autodiff of y_r = sum_e [r in e] x_r w_e, and the gated pair against its parts."""
-  x, gate, up = arrays()
+  x, gate, up = (a / 3 for a in arrays())  # a sine of large numbers would magnify rounding
   mask = jnp.asarray(owners(sizes)[:, None] == np.arange(E), jnp.float32)
   group_sizes = jnp.array(sizes)
   total = sum(sizes)
@@ -84,7 +84,7 @@ def test_gradients(sizes, implementation):
 
   got = jax.jit(jax.value_and_grad(ours, (0, 1, 2)))(x, gate, up)
   want = jax.value_and_grad(plain, (0, 1, 2))(x, gate, up)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-4, rtol=1e-4), got, want)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5, rtol=3e-5), got, want)
   dx, *dws = got[1]
   assert not np.asarray(dx[total:]).any()
   for dw in dws:

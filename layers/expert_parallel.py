@@ -33,12 +33,12 @@ from mesh.collectives import (
   send,
   send_back,
   vary,
-  varying,
 )
 
 from .dispatch import permute, sort_slots, unpermute
 from .experts import ExpertWeights
-from .kernels.partition import auto_partitioned, replicated_like, sharding_like
+from .kernels.partition import auto_partitioned, replicated_like, sharding_like, vary_with
+from .kernels.select import current_platform
 
 Exchange = Literal["auto", "all_to_all", "bounded", "ring"]
 
@@ -72,8 +72,7 @@ def choose_exchange(devices: int, local_experts: int, k: int, ragged: bool) -> E
 
 def has_ragged() -> bool:
   """Whether the platform sends rows alone."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return (device.platform if device else jax.default_backend()) in ("tpu", "gpu", "cuda")
+  return current_platform() in ("tpu", "gpu", "cuda")
 
 
 def dropless(
@@ -151,8 +150,8 @@ def _visit(choices: Choices, weights: ExpertWeights, run: Experts) -> jax.Array:
 
 
 def _ring(choices: Choices, weights: ExpertWeights, run: Experts) -> jax.Array:
-  axes = frozenset().union(*map(varying, jax.tree.leaves((choices, weights))), {"expert"})
-  return _ring_vjp(*vary((choices, weights), axes), run)
+  arguments = (choices, weights)
+  return _ring_vjp(*vary_with(arguments, arguments), run)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -53,6 +53,9 @@ def expert_mlp(
 
   Args:
     seed_ER: uint32 of each row for the dropout; None is none.
+
+  Returns:
+    [E, R, D] in the dtype of the rows.
   """
   up_ERF = _blocks(rows_ERD, weights.up_EDF, weights.up_bias_EF)
   up_ERF = checkpoint_name(up_ERF, "expert_up")
@@ -87,7 +90,13 @@ def grouped_expert_mlp(
 ) -> jax.Array:
   """Each expert's MLP on its own run of rows: `size_E[0]` rows of expert 0, then of expert 1, ...
 
-  Rows beyond the last run give zeros.
+  Args:
+    rows_RD: rows beyond the last run give zeros.
+    size_E: int32.
+    seed_R: uint32 of each row for the dropout; None is none.
+
+  Returns:
+    [R, D] in the dtype of the rows.
   """
   product = functools.partial(grouped_matmul, implementation=math.implementation)
   biased = weights.up_bias_EF is not None or weights.down_bias_ED is not None

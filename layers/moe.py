@@ -28,6 +28,7 @@ from .dispatch import (
 )
 from .expert_parallel import Choices, Exchange, dropless, over_tensor, row_seeds
 from .experts import ExpertMath, ExpertWeights, expert_mlp, grouped_expert_mlp
+from .kernels.partition import free_axes
 from .linear import regroup
 from .mlp import Mlp
 from .noise import draw_rows, fold, jitter_BTD
@@ -134,6 +135,12 @@ def moe(
 
   Returns:
     y_BTD in the dtype of x, the Routing, and the number of dropped choices.
+
+  Raises:
+    ValueError: routing groups that do not divide the row, or lie on several devices.
+
+  Source: Switch Transformer, arXiv 2101.03961, section 2; dropless as in MegaBlocks, arXiv
+  2211.15841.
   """
   B, T, D = x_BTD.shape
   valid_BT = jnp.ones_like(x_BTD[..., 0], bool) if valid_BT is None else valid_BT
@@ -164,11 +171,9 @@ def moe(
 
 def _compiler_partitions() -> bool:
   """Whether there are devices to which no `shard_map` gives their own tokens."""
-  mesh = jax.sharding.get_abstract_mesh()
-  kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-  manual = AxisType.Manual in mesh.axis_types
-  left = [a for a, kind in kinds if kind is not AxisType.Manual and mesh.shape[a] > 1]
-  return bool(left) and not (manual and left == ["tensor"])
+  free = free_axes()
+  region = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+  return bool(free) and not (region and free == ["tensor"])
 
 
 def _dropless(x_GSD, weight_GSX, chosen, seed_GS, weights, *, math, exchange, buffer_factor):

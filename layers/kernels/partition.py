@@ -43,6 +43,13 @@ def vary_with(arrays: Any, tree: Any) -> Any:
   return jax.tree.map(one, tree)
 
 
+def free_axes() -> list[str]:
+  """Mesh axes larger than 1 along which no enclosing `shard_map` has cut the arrays."""
+  mesh = jax.sharding.get_abstract_mesh()
+  kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+  return [a for a, kind in kinds if kind is not AxisType.Manual and mesh.shape[a] > 1]
+
+
 def sharding_like(x: jax.Array) -> NamedSharding:
   return jax.typeof(x).sharding
 

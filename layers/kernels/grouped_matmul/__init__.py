@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType
 
-from ..partition import vary_with
+from ..partition import free_axes, vary_with
 from ..select import anywhere, current_platform, select
 from . import reference, xla
 
@@ -86,12 +85,8 @@ def gated_matmul(
 
 def _select(implementation: str | None, x_RD, w_EDF, weights: int = 1) -> str:
   def spread() -> str | None:
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    free = [a for a, kind in kinds if kind is not AxisType.Manual and mesh.shape[a] > 1]
-    return (
-      f"no compiler spreads it over {', '.join(free)}: call it in a shard_map" if free else None
-    )
+    free = ", ".join(free_axes())
+    return f"no compiler spreads it over {free}: call it in a shard_map" if free else None
 
   def tpu(platform: str) -> str | None:
     if platform != "tpu":

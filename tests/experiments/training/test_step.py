@@ -182,3 +182,22 @@ def test_compile_once_sees_shardings_of_donated_arrays():
   step(jax.device_put(np.ones(3, np.float32), first))
   step(jax.device_put(np.ones(3, np.float32), second))
   assert len(notes) == 1 and "SingleDeviceSharding" in notes[0]
+
+
+def test_selection_biases_follow_the_loads_of_the_whole_batch():
+  """DeepSeek-V3: up where the load lies below the mean, down above; only in that layer."""
+  rate = 1e-3
+  balanced = MoeSpec(6, MLP, 2, router="top_k", scores="sigmoid", bias_rate=rate, jitter=0.0)
+  plain = LayerSpec(ATTENTION, MoeSpec(3, MLP, jitter=0.0))
+  segments = (
+    Segment((plain,)),
+    Segment((LayerSpec(ATTENTION, MLP), LayerSpec(ATTENTION, balanced)), 2),
+  )
+  model = TransformerLM(ModelSpec(vocab_size=V, embed_dim=16, max_length=T, segments=segments))
+  metrics, moved = step_of(model, seed=0, microbatches=2)()
+  load_LE = np.asarray(metrics.moe[1].load_E)
+  assert load_LE.shape == (2, 6) and load_LE.sum() == 2 * 2 * (batch()["segments"] > 0).sum()
+  assert (load_LE.std(axis=1) > 0).all()
+  want = rate * np.sign(load_LE.mean(axis=1, keepdims=True) - load_LE)
+  bias_LE = moved["segment_1"]["layer_1"]["moe"]["selection_bias"]
+  np.testing.assert_allclose(-bias_LE, want, atol=1e-6)

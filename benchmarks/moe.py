@@ -1,7 +1,9 @@
-"""Mixture-of-experts layers, measured: one layer on this CPU, and moe_tiny with every router.
+"""Mixture-of-experts layers, measured: one layer on this CPU, moe_tiny with every router, and a
+training step compiled for TPUs that are not here.
 
 python benchmarks/moe.py layer     forward and backward of a layer beside a dense MLP
 python benchmarks/moe.py routers   moe_tiny trained with each router: a row a run
+python benchmarks/moe.py pod CONFIG TOPOLOGY [section.field=value ...]   what a step computes, sends
 """
 
 import functools
@@ -17,10 +19,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import cli
+from experiments.overrides import apply_overrides
+from experiments.plan import lower_step
+from experiments.planning.program import compile_with_text
+from experiments.planning.traffic import by_axes, collectives
+from experiments.planning.work import totals, work
+from experiments.training.setup import build
 from layers.experts import ExpertMath, ExpertWeights
 from layers.mlp import mlp
 from layers.moe import moe
 from layers.router import top_k_route
+from mesh.topology import describe_devices
 
 T, D, F, ROUNDS = 2048, 256, 512, 7
 GRID = [(8, 1), (8, 2), (8, 4), (32, 1), (32, 2), (32, 4), (128, 1), (128, 2), (128, 4)]
@@ -157,5 +167,38 @@ def routers() -> None:
       print("|", " | ".join((name, *cells)), "|", flush=True)
 
 
+def pod() -> None:
+  """Memory, work and traffic of a chip in one training step, as the TPU's compiler states them."""
+  os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+  jax.config.update("jax_enable_compilation_cache", False)  # nothing here can read it back
+  name, topology, *overrides = sys.argv[2:]
+  config = cli.named_config(name)
+  pairs = [(path, text) for path, _, text in (o.partition("=") for o in overrides)]
+  setup = build(apply_overrides(config, pairs), describe_devices(topology))
+  began = time.process_time()
+  program, text = compile_with_text(lower_step(setup))
+  print(f"compiled in {time.process_time() - began:.0f} CPU seconds")
+  memory = program.memory_analysis()
+  arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+  peak = memory.peak_memory_in_bytes
+  print(f"GB: arguments {arguments / 1e9:.2f}, temporaries {temporaries / 1e9:.2f}", end=", ")
+  print(f"peak {peak / 1e9:.2f}")
+  ops = work(text)
+  # The loops of xla's attention run as often as their masks say: not seen here.
+  inside = lambda op: "attention/while" in op.name or "attention/closed_call" in op.name
+  for kind, unit, title in (
+    ("product", 1e12, "TFLOP of dense products"),
+    ("kernel", 1e12, "TFLOP stated by kernels"),
+    ("cycles", 1e9, "10^9 cycles outside kernels"),
+  ):
+    found = [op for op in ops if op.kind == kind and not inside(op)]
+    whole = sum(op.total for op in found) / unit
+    again = sum(op.total for op in found if op.recomputed) / unit
+    parts = ", ".join(f"{k} {v / unit:.3f}" for k, v in totals(found, ("attention", "mlp")).items())
+    print(f"{title}: {whole:.3f}, recomputed {again:.3f} ({parts})")
+  for (kind, axes, dtype), received in by_axes(collectives(text, setup.mesh)).items():
+    print(f"{kind} over {', '.join(axes)}, {dtype}: {received / 1e9:.2f} GB")
+
+
 if __name__ == "__main__":
-  {"layer": layer, "routers": routers}[sys.argv[1]]()
+  {"layer": layer, "routers": routers, "pod": pod}[sys.argv[1]]()

@@ -15,7 +15,7 @@ from .start import Request
 def print_list() -> None:
   """Every config: parameters, active parameters, layers, tokens of its run."""
   console = Console(highlight=False, soft_wrap=True)
-  table = Table(box=None, pad_edge=False)
+  table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
   for name in ("config", "parameters", "active", "layers", "width", "tokens", "optimizer"):
     table.add_column(name, justify="left" if name in ("config", "optimizer") else "right")
   for name in cli.config_names():

@@ -9,12 +9,12 @@ from .attention import Attention, Rows, causal_mask
 from .block import Block
 from .cache import KVCache, empty_cache, update_cache
 from .count import count_params, train_flops_per_token
-from .dispatch import assign_slots, expert_capacity, permute, sort_slots, unpermute
+from .dispatch import assign_slots, expert_capacity, permute, slot_weights, sort_slots, unpermute
 from .embedding import Embedding, embed_tokens
 from .experts import ExpertMath, ExpertWeights, expert_mlp, grouped_expert_mlp
 from .kernels.attention import attention
 from .kernels.cross_entropy import CrossEntropy, cross_entropy
-from .kernels.grouped_matmul import gated_matmul, grouped_matmul
+from .kernels.grouped_matmul import grouped_matmul, grouped_mlp
 from .latent_attention import LatentAttention, latent_attention
 from .linear import dense
 from .masks import BlockLocal, Causal, Local, Mask
@@ -64,8 +64,9 @@ __all__ = [
   "Segment", "SwitchMoE", "TransformerLM", "TransformerXLSpec", "YarnScaling", "activate",
   "alibi_slopes", "apply_rotary", "assign_slots", "attention", "causal_mask", "count_params",
   "cross_entropy", "dense", "embed_tokens", "empty_cache", "expert_capacity",
-  "expert_choice_route", "expert_mlp", "gated_matmul", "grouped_expert_mlp", "grouped_matmul",
+  "expert_choice_route", "expert_mlp", "grouped_expert_mlp", "grouped_matmul", "grouped_mlp",
   "gshard_route", "hash_route", "init_caches", "init_params", "latent_attention", "layer_norm",
-  "mlp", "moe", "no_token_left_behind_route", "permute", "rms_norm", "rotary_table", "sort_slots",
-  "switch_route", "to_nnx", "top_k_route", "train_flops_per_token", "unpermute", "update_cache",
+  "mlp", "moe", "no_token_left_behind_route", "permute", "rms_norm", "rotary_table",
+  "slot_weights", "sort_slots", "switch_route", "to_nnx", "top_k_route", "train_flops_per_token",
+  "unpermute", "update_cache",
 ]  # fmt: skip

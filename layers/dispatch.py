@@ -126,10 +126,10 @@ def _unsorted(value_GK: jax.Array, index_GK: jax.Array, empty: int = 0) -> jax.A
   return jax.vmap(put)(value_GK, index_GK)
 
 
-def take_rows(x_GND: jax.Array, index_GR: jax.Array) -> jax.Array:
-  """x[g, index[g, r]]; an index beyond N gives a row of zeros."""
-  take = lambda x_ND, index_R: x_ND.at[index_R].get(mode="fill", fill_value=0)
-  return jax.vmap(take)(x_GND, index_GR)
+def take_rows(x_GN: jax.Array, index_GR: jax.Array) -> jax.Array:
+  """x[g, index[g, r]], numbers or rows of them; an index beyond N gives zeros."""
+  take = lambda x_N, index_R: x_N.at[index_R].get(mode="fill", fill_value=0)
+  return jax.vmap(take)(x_GN, index_GR)
 
 
 @jax.custom_vjp
@@ -152,32 +152,44 @@ permute.defvjp(_permute_fwd, _permute_bwd)
 
 
 @jax.custom_vjp
-def unpermute(rows_GRD: jax.Array, weight_GSX: jax.Array, slots: Slots) -> jax.Array:
-  """Weighted sum over each token's kept choices [G, S, D], in the dtype of the rows."""
-  parts_XGSD = [
-    take_rows(rows_GRD, slots.slot_GSX[..., x]) * weight_GSX[..., x, None].astype(rows_GRD.dtype)
-    for x in range(weight_GSX.shape[-1])
-  ]
-  return functools.reduce(operator.add, parts_XGSD)
-
-
-def _unpermute_fwd(rows_GRD, weight_GSX, slots):
-  return unpermute(rows_GRD, weight_GSX, slots), (rows_GRD, weight_GSX, slots)
-
-
-def _unpermute_bwd(residuals, dy_GSD):
-  rows_GRD, weight_GSX, slots = residuals
-  G, S, X = weight_GSX.shape
-  weight_GR1 = take_rows(weight_GSX.reshape(G, S * X, 1), slots.choice_GR)
-  d_rows_GRD = take_rows(dy_GSD, slots.token_GR) * weight_GR1.astype(dy_GSD.dtype)
-  dot = lambda rows_GSD: jnp.einsum(
-    "gsd,gsd->gs", rows_GSD, dy_GSD, preferred_element_type=jnp.float32
+def unpermute(rows_GRD: jax.Array, slots: Slots) -> jax.Array:
+  """Sum over each token's kept choices [G, S, D], in the dtype of the rows."""
+  parts_XGSD = (
+    take_rows(rows_GRD, slots.slot_GSX[..., x]).astype(jnp.float32)
+    for x in range(slots.slot_GSX.shape[-1])
   )
-  taken = (take_rows(rows_GRD, slots.slot_GSX[..., x]) for x in range(X))
-  return d_rows_GRD, jnp.stack([dot(rows_GSD) for rows_GSD in taken], -1), None
+  return functools.reduce(operator.add, parts_XGSD).astype(rows_GRD.dtype)
+
+
+def _unpermute_fwd(rows_GRD, slots):
+  return unpermute(rows_GRD, slots), slots
+
+
+def _unpermute_bwd(slots, dy_GSD):
+  return take_rows(dy_GSD, slots.token_GR), None
 
 
 unpermute.defvjp(_unpermute_fwd, _unpermute_bwd)
+
+
+@jax.custom_vjp
+def slot_weights(weight_GSX: jax.Array, slots: Slots) -> jax.Array:
+  """The weight of the choice in each slot [G, R]; 0 where it is empty."""
+  G = weight_GSX.shape[0]
+  return take_rows(weight_GSX.reshape(G, -1), slots.choice_GR)
+
+
+def _slot_weights_fwd(weight_GSX, slots):
+  return slot_weights(weight_GSX, slots), slots
+
+
+def _slot_weights_bwd(slots, d_weight_GR):
+  G = d_weight_GR.shape[0]
+  d_weight_GK = take_rows(d_weight_GR, slots.slot_GSX.reshape(G, -1))
+  return d_weight_GK.reshape(slots.slot_GSX.shape), None
+
+
+slot_weights.defvjp(_slot_weights_fwd, _slot_weights_bwd)
 
 
 def one_hot_slots(slots: Slots, dtype) -> jax.Array:

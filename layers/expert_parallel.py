@@ -35,15 +35,15 @@ from mesh.collectives import (
   vary,
 )
 
-from .dispatch import permute, sort_slots, unpermute
+from .dispatch import permute, slot_weights, sort_slots, unpermute
 from .experts import ExpertWeights
 from .kernels.partition import auto_partitioned, replicated_like, sharding_like, vary_with
 from .kernels.select import current_platform
 
 Exchange = Literal["auto", "all_to_all", "bounded", "ring"]
 
-# (rows_RD, size_E, weights, seed_R) -> rows_RD
-Experts = Callable[[jax.Array, jax.Array, ExpertWeights, jax.Array | None], jax.Array]
+# (rows_RD, size_E, weights, weight_R, seed_R) -> rows_RD
+Experts = Callable[[jax.Array, jax.Array, ExpertWeights, jax.Array, jax.Array | None], jax.Array]
 
 # A worst-case buffer of at most so many times the balanced load; beyond it the ring.
 _BUFFER_LIMIT = 8
@@ -122,13 +122,14 @@ def experts_here(
       choices.expert_MX[None], choices.chosen_MX[None], num_experts=E, num_rows=num_rows
     )
     rows_RD = permute(choices.x_MD[None], slots)[0]
+    weight_R = slot_weights(choices.weight_MX[None], slots)[0]
     seed_R = None
     if choices.seed_M is not None:
       seed_R = row_seeds(choices.seed_M, slots.token_GR[0])
   with jax.named_scope("experts"):
-    out_RD = run(rows_RD, slots.size_GE[0], weights, seed_R)
+    out_RD = run(rows_RD, slots.size_GE[0], weights, weight_R, seed_R)
   with jax.named_scope("combine"):
-    return unpermute(out_RD[None], choices.weight_MX[None], slots)[0]
+    return unpermute(out_RD[None], slots)[0]
 
 
 def row_seeds(seed_M: jax.Array, token_R: jax.Array) -> jax.Array:
@@ -210,15 +211,17 @@ def _all_to_all(choices: Choices, weights, run: Experts, block: int, *, ragged: 
     kept_PL = jnp.diff(jnp.minimum(jnp.cumsum(size_PL, axis=1), block), axis=1, prepend=0)
     plan = plan_exchange(size_PL, kept_PL, num_rows=R, block=block, ragged=ragged, axis="expert")
     rows_WD = send(permute(choices.x_MD[None], slots)[0], plan, "expert")
+    weight_R = slot_weights(choices.weight_MX[None], slots)[0]
+    weight_W = send(weight_R[:, None], plan, "expert")[:, 0]
     seed_W = None
     if choices.seed_M is not None:
       seed_R = row_seeds(choices.seed_M, slots.token_GR[0])
       seed_W = send(seed_R[:, None], plan, "expert")[:, 0]
   with jax.named_scope("experts"):
-    out_WD = run(rows_WD, plan.size_L, weights, seed_W)
+    out_WD = run(rows_WD, plan.size_L, weights, weight_W, seed_W)
   with jax.named_scope("combine"):
     back_RD = send_back(out_WD, plan, R, "expert")
-    y_MD = unpermute(back_RD[None], choices.weight_MX[None], slots)[0]
+    y_MD = unpermute(back_RD[None], slots)[0]
   return y_MD, jnp.sum(size_PL - kept_PL).astype(jnp.float32)
 
 

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mesh.collectives import manual_size
 from mesh.constrain import constrain
 
-from .kernels.grouped_matmul import gated_matmul, grouped_matmul
+from .kernels.grouped_matmul import grouped_matmul, grouped_mlp
 from .linear import dense, product_sharding
 from .mlp import gated_activation
 from .spec import Activation
@@ -47,11 +47,17 @@ class ExpertMath(NamedTuple):
 
 
 def expert_mlp(
-  rows_ERD: jax.Array, weights: ExpertWeights, math: ExpertMath, seed_ER: jax.Array | None = None
+  rows_ERD: jax.Array,
+  weights: ExpertWeights,
+  math: ExpertMath,
+  weight_ER: jax.Array | None = None,
+  seed_ER: jax.Array | None = None,
 ) -> jax.Array:
   """Each expert's MLP on its own block of rows; the same mathematics as `layers.mlp.mlp`.
 
   Args:
+    weight_ER: float32 factor on each row's result; None is 1. It multiplies the hidden units, so
+      that no gradient needs the result itself.
     seed_ER: uint32 of each row for the dropout; None is none.
 
   Returns:
@@ -64,9 +70,13 @@ def expert_mlp(
     gate_ERF = _blocks(rows_ERD, weights.gate_EDF, weights.gate_bias_EF)
     gate_ERF = checkpoint_name(gate_ERF, "expert_gate")
   hidden_ERF = _drop(math.hidden(up_ERF, gate_ERF), math.dropout, seed_ER)
+  hidden_ERF = _weighted(hidden_ERF, weight_ER)
   hidden_ERF = constrain(hidden_ERF, "act_expert", "act_batch", "act_mlp")
-  out_ERD = _blocks(hidden_ERF, weights.down_EFD, _once(weights.down_bias_ED))
-  return checkpoint_name(out_ERD, "expert_down")
+  out_ERD = _blocks(hidden_ERF, weights.down_EFD, None)
+  bias_ED = _once(weights.down_bias_ED)
+  if bias_ED is None:
+    return out_ERD
+  return out_ERD + _weighted(bias_ED[:, None].astype(out_ERD.dtype), weight_ER)
 
 
 def _blocks(x_ERD, w_EDF, b_EF):
@@ -86,6 +96,7 @@ def grouped_expert_mlp(
   size_E: jax.Array,
   weights: ExpertWeights,
   math: ExpertMath,
+  weight_R: jax.Array | None = None,
   seed_R: jax.Array | None = None,
 ) -> jax.Array:
   """Each expert's MLP on its own run of rows: `size_E[0]` rows of expert 0, then of expert 1, ...
@@ -93,30 +104,35 @@ def grouped_expert_mlp(
   Args:
     rows_RD: rows beyond the last run give zeros.
     size_E: int32.
-    seed_R: uint32 of each row for the dropout; None is none.
+    weight_R, seed_R: as in `expert_mlp`.
 
   Returns:
     [R, D] in the dtype of the rows.
   """
-  product = functools.partial(grouped_matmul, implementation=math.implementation)
+  implementation = math.implementation
   biased = weights.up_bias_EF is not None or weights.down_bias_ED is not None
-  owner_R = _owner(size_E, rows_RD.shape[0]) if biased else None
-  if weights.gate_EDF is not None and weights.up_bias_EF is None:
-    hidden_RF = gated_matmul(
-      rows_RD, weights.gate_EDF, weights.up_EDF, size_E, _gate_first(math),
-      implementation=math.implementation,
+  dropped = math.dropout > 0 and seed_R is not None
+  if weights.gate_EDF is not None and not biased and not dropped:
+    return grouped_mlp(
+      rows_RD, weights.gate_EDF, weights.up_EDF, weights.down_EFD, size_E, _gate_first(math),
+      weight_R=weight_R, implementation=implementation,
     )  # fmt: skip
-  else:
-    up_RF = _biased(product(rows_RD, weights.up_EDF, size_E), weights.up_bias_EF, owner_R)
-    up_RF = checkpoint_name(up_RF, "expert_up")
-    gate_RF = None
-    if weights.gate_EDF is not None:
-      gate_RF = product(rows_RD, weights.gate_EDF, size_E)
-      gate_RF = checkpoint_name(_biased(gate_RF, weights.gate_bias_EF, owner_R), "expert_gate")
-    hidden_RF = math.hidden(up_RF, gate_RF)
-  hidden_RF = _drop(hidden_RF, math.dropout, seed_R)
-  out_RD = product(hidden_RF, weights.down_EFD, size_E)
-  return checkpoint_name(_biased(out_RD, _once(weights.down_bias_ED), owner_R), "expert_down")
+  product = functools.partial(grouped_matmul, implementation=implementation)
+  owner_R = _owner(size_E, rows_RD.shape[0]) if biased else None
+  up_RF = _biased(product(rows_RD, weights.up_EDF, size_E), weights.up_bias_EF, owner_R)
+  up_RF = checkpoint_name(up_RF, "expert_up")
+  gate_RF = None
+  if weights.gate_EDF is not None:
+    gate_RF = product(rows_RD, weights.gate_EDF, size_E)
+    gate_RF = checkpoint_name(_biased(gate_RF, weights.gate_bias_EF, owner_R), "expert_gate")
+  hidden_RF = _drop(math.hidden(up_RF, gate_RF), math.dropout, seed_R)
+  out_RD = product(_weighted(hidden_RF, weight_R), weights.down_EFD, size_E)
+  bias_ED = _once(weights.down_bias_ED)
+  return (
+    out_RD
+    if bias_ED is None
+    else out_RD + _weighted(_rows(bias_ED, owner_R, out_RD.dtype), weight_R)
+  )
 
 
 @functools.lru_cache(maxsize=64)
@@ -130,10 +146,17 @@ def _owner(size_E: jax.Array, num_rows: int) -> jax.Array:
   return jnp.searchsorted(jnp.cumsum(size_E), row_R, side="right", method="compare_all")
 
 
+def _rows(b_EF, owner_R, dtype):
+  return b_EF.at[owner_R].get(mode="fill", fill_value=0).astype(dtype)
+
+
 def _biased(y_RF, b_EF, owner_R):
-  if b_EF is None:
-    return y_RF
-  return y_RF + b_EF.at[owner_R].get(mode="fill", fill_value=0).astype(y_RF.dtype)
+  return y_RF if b_EF is None else y_RF + _rows(b_EF, owner_R, y_RF.dtype)
+
+
+def _weighted(y_RF, weight_R):
+  """Rows times their weights, rounded once."""
+  return y_RF if weight_R is None else (y_RF * weight_R[..., None]).astype(y_RF.dtype)
 
 
 def _once(b_ED: jax.Array | None) -> jax.Array | None:

@@ -24,6 +24,7 @@ from .dispatch import (
   expert_capacity,
   one_hot_slots,
   permute,
+  slot_weights,
   unpermute,
 )
 from .expert_parallel import Choices, Exchange, dropless, over_tensor, row_seeds
@@ -182,8 +183,8 @@ def _dropless(x_GSD, weight_GSX, chosen, seed_GS, weights, *, math, exchange, bu
   expert_MX, chosen_MX = map(flat, chosen)
   seed_M = None if seed_GS is None else flat(seed_GS)
   choices = Choices(flat(x_GSD), flat(weight_GSX), expert_MX, chosen_MX, seed_M)
-  run = lambda rows_RD, size_E, weights, seed_R: grouped_expert_mlp(
-    rows_RD, size_E, weights, math, seed_R
+  run = lambda rows_RD, size_E, weights, weight_R, seed_R: grouped_expert_mlp(
+    rows_RD, size_E, weights, math, weight_R, seed_R
   )
   y_MD, dropped = dropless(choices, weights, run, exchange=exchange, buffer_factor=buffer_factor)
   return y_MD.reshape(x_GSD.shape), dropped
@@ -202,24 +203,25 @@ def _in_slots(x_GSD, weight_GSX, chosen, seed_GS, weights, *, math, capacity, pr
       priority=priority,
       gate_GS=weight_GSX.max(-1) if priority == "gate" else None,
     )
-    there, back = (_one_hot_there, _one_hot_back) if one_hot else (permute, unpermute)
     # Sharded over groups before, over experts after; without a region the compiler finds that.
     by_expert = lambda rows: rearrange(rows, "g (e c) ... -> e g c ...", e=E)
-    rows_EGCD = by_expert(there(x_GSD, slots))
+    rows_EGCD = by_expert((_one_hot_there if one_hot else permute)(x_GSD, slots))
     rows_EGCD = to_experts(constrain(rows_EGCD, "act_expert", "act_batch", None, None))
+    numbers = lambda a_GR: to_experts(by_expert(a_GR)).reshape(rows_EGCD.shape[0], -1)
+    weight_ER = None if one_hot else numbers(slot_weights(weight_GSX, slots))
     seed_ER = None
     if seed_GS is not None:
-      seed_GR = jax.vmap(row_seeds)(seed_GS, slots.token_GR)
-      seed_ER = to_experts(by_expert(seed_GR)).reshape(rows_EGCD.shape[0], -1)
+      seed_ER = numbers(jax.vmap(row_seeds)(seed_GS, slots.token_GR))
   with jax.named_scope("experts"):
     rows_ERD = rows_EGCD.reshape(rows_EGCD.shape[0], -1, rows_EGCD.shape[-1])
-    out_ERD = expert_mlp(rows_ERD, weights, math, seed_ER)
+    out_ERD = expert_mlp(rows_ERD, weights, math, weight_ER, seed_ER)
   with jax.named_scope("combine"):
     out_EGCD = from_experts(out_ERD.reshape(rows_EGCD.shape))
     out_EGCD = constrain(out_EGCD, "act_expert", "act_batch", None, None)
     out_GRD = rearrange(out_EGCD, "e g c d -> g (e c) d")
     out_GRD = constrain(out_GRD, "act_batch", None, None)
-    return back(out_GRD, weight_GSX, slots), slots.dropped
+    y_GSD = _one_hot_back(out_GRD, weight_GSX, slots) if one_hot else unpermute(out_GRD, slots)
+    return y_GSD, slots.dropped
 
 
 def _one_hot_there(x_GSD: jax.Array, slots: Slots) -> jax.Array:

@@ -31,7 +31,7 @@ _CPU_UNROLL = 8
 MINIMAL_NAMES = (
   "query", "key", "value", "latent", "attention_out", "attention_lse",
   "attention_branch", "mlp_up", "mlp_gate", "mlp_branch",
-  "router_logits", "expert_up", "expert_gate", "expert_down",
+  "router_logits", "expert_up", "expert_gate",
 )  # fmt: skip
 
 

@@ -4,17 +4,15 @@ Counted is what one device receives, by mesh axes: a gather of n parts of S byte
 S (n - 1) / n, a reduce-scatter as much, an all-reduce twice that, a permute S.
 """
 
-import glob
 import itertools
 import math
 import re
-import tempfile
-from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
+
+from .program import Line, lines, op_name
 
 _BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1,
           "f64": 8, "s64": 8, "u64": 8, "s16": 2, "u16": 2}  # fmt: skip
@@ -44,66 +42,17 @@ class Collective(NamedTuple):
     return self.received * self.times
 
 
-def compile_with_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
-  """The compiled program and its optimized text.
-
-  The text is the compiler's own dump: jaxlib 0.10.2 cannot print the asynchronous operations of
-  libtpu 0.0.42 (`Compiled.as_text` raises on them).
-  """
-  with tempfile.TemporaryDirectory() as folder:
-    options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-    compiled = lowered.compile(options)
-    (path,) = glob.glob(f"{folder}/*after_optimizations.txt")
-    return compiled, Path(path).read_text()
-
-
 def collectives(text: str, mesh: Mesh) -> list[Collective]:
-  """Every collective of a program, in no particular order.
-
-  Loops count as often as the constant in their condition says; both branches of a conditional
-  count once.
-  """
-  bodies, entry = _computations(text)
-  found: list[Collective] = []
-
-  def walk(name: str, times: int) -> None:
-    for line in bodies[name]:
-      if (match := _OP.match(line)) and (one := _collective(line, match, name, mesh, times)):
-        found.append(one)
-      if " while(" in line:
-        condition, body = (re.search(rf"{k}=%([\w.\-]+)", line)[1] for k in ("condition", "body"))
-        walk(body, times * _trips(bodies[condition]))
-      else:
-        for called in re.findall(r"(?:calls|_computation)=%([\w.\-]+)", line):
-          walk(called, times)
-        for group in re.findall(r"branch_computations=\{([^}]*)\}", line):
-          for called in re.findall(r"%([\w.\-]+)", group):
-            walk(called, times)
-
-  walk(entry, 1)
+  """Every collective of a program, in no particular order."""
+  found = []
+  for line in lines(text):
+    if (match := _OP.match(line.text)) and (one := _collective(line, match, mesh)):
+      found.append(one)
   return found
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-  bodies: dict[str, list[str]] = {}
-  name = entry = ""
-  for line in text.splitlines():
-    if match := re.match(r"(ENTRY )?%([\w.\-]+) \(.*\{$", line):
-      name = match[2]
-      entry = name if match[1] else entry
-      bodies[name] = []
-    elif line.startswith("  ") and name:
-      bodies[name].append(line.strip())
-  return bodies, entry
-
-
-def _trips(condition: list[str]) -> int:
-  bounds = [int(k) for line in condition for k in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)]
-  return max(bounds, default=1)
-
-
-def _collective(line, match, computation, mesh, times) -> Collective | None:
-  groups = _groups(line, mesh.size)
+def _collective(line: Line, match, mesh) -> Collective | None:
+  groups = _groups(line.text, mesh.size)
   coordinates = np.stack(np.unravel_index(groups, mesh.devices.shape), -1)
   spread = (coordinates != coordinates[:, :1]).any((0, 1))
   axes = tuple(a for a, used in zip(mesh.axis_names, spread, strict=True) if used)
@@ -117,11 +66,10 @@ def _collective(line, match, computation, mesh, times) -> Collective | None:
   size = sum(sizes)
   if match[3]:  # asynchronous: operands, results, and flags of a few bytes
     size = max(sizes)
-  if kind == "all-reduce" and "reduce-scatter" in computation:
+  if kind == "all-reduce" and "reduce-scatter" in line.computation:
     kind, size = "reduce-scatter", size / n  # a fused one holds its all-reduce and a slice of it
-  name = re.search(r'op_name="([^"]*)"', line)
   return Collective(
-    kind, axes, shapes[0][0], size * _KINDS[kind](n), times, name[1] if name else ""
+    kind, axes, shapes[0][0], size * _KINDS[kind](n), line.times, op_name(line.text)
   )
 
 

@@ -8,7 +8,10 @@ from experiments import cli
 from layers.count import count_params
 from tests.experiments.programs import PROGRAMS, call
 
-CONFIGS = ("debug", "dense_1b", "dense_tiny", "moe_70b", "moe_8x1b", "moe_small", "moe_tiny")
+CONFIGS = (
+  "debug", "dense_1b", "dense_tiny", "mixtral:8x22b", "mixtral:8x7b", "moe_70b", "moe_8x1b",
+  "moe_small", "moe_tiny",
+)  # fmt: skip
 
 
 def test_list_has_every_config_with_its_sizes():

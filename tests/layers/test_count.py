@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.configs import moe_70b
+from experiments.configs import mixtral, moe_70b
 from layers.count import count_params, train_flops_per_token
 from layers.spec import AttentionSpec, HeadSpec, LayerSpec, MlpSpec, ModelSpec, Segment
 from tests.layers import families as f
@@ -60,11 +60,11 @@ def test_dense(name):
 
 SPARSE = {
   "mixtral_8x7b": (
-    lambda: f.llama(32, 4096, 32, 8, 14336, 32000, mlp=f.top_k(8, 2, 14336)),
+    lambda: mixtral.model("8x7b"),
     46_702_792_704, 12_879_925_248,
   ),
   "mixtral_8x22b": (
-    lambda: f.llama(56, 6144, 48, 8, 16384, 32768, mlp=f.top_k(8, 2, 16384)),
+    lambda: mixtral.model("8x22b"),
     140_630_071_296, 39_161_468_928,
   ),
   "qwen3_30b_a3b": (

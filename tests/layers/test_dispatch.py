@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from layers.dispatch import assign_slots, expert_capacity, permute, sort_slots, unpermute
+from layers.dispatch import (
+  assign_slots,
+  expert_capacity,
+  permute,
+  slot_weights,
+  sort_slots,
+  unpermute,
+)
 from tests.oracles import moe as oracle
 
 _assign = jax.jit(assign_slots, static_argnames=("num_experts", "capacity"))
@@ -63,7 +70,13 @@ def test_gradients_of_permute_and_unpermute():
   slots = assign_slots(experts, jnp.ones((2, 6, 2), bool), num_experts=4, capacity=2)
   x = jnp.asarray(rng.normal(size=(2, 6, 3)), jnp.float32)
   w = jnp.asarray(rng.random((2, 6, 2)), jnp.float32)
-  there_and_back = lambda x, w: unpermute(jnp.tanh(permute(x, slots)), w, slots)
+
+  def there_and_back(x, w):
+    return unpermute(jnp.tanh(permute(x, slots)) * slot_weights(w, slots)[..., None], slots)
+
+  rows = np.tanh(np.asarray(x))[:, :, None] * np.asarray(w)[..., None]
+  kept = np.asarray(slots.slot_GSX)[..., None] < 4 * 2
+  np.testing.assert_allclose(there_and_back(x, w), (rows * kept).sum(2), rtol=1e-6)
   check_grads(there_and_back, (x, w), order=1, modes=["rev"], atol=2e-2, rtol=2e-2, eps=1e-2)
 
 
@@ -72,7 +85,7 @@ def test_a_dropped_token_comes_back_as_exact_zero():
     jnp.zeros((1, 3, 1), jnp.int32), jnp.ones((1, 3, 1), bool), num_experts=2, capacity=1
   )
   x = jnp.full((1, 3, 2), 7.0)
-  y = unpermute(permute(x, slots), jnp.ones((1, 3, 1)), slots)
+  y = unpermute(permute(x, slots), slots)
   np.testing.assert_array_equal(y, [[[7, 7], [0, 0], [0, 0]]])
 
 

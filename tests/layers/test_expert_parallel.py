@@ -17,8 +17,9 @@ M, X, E, D, F = 24, 2, 8, 6, 10  # M tokens a device
 DEVICES = {"expert": 4, "data": 2}
 
 
-def run(rows_RD, size_E, weights, seed_R, dropout=0.0):
-  return grouped_expert_mlp(rows_RD, size_E, weights, ExpertMath(dropout=dropout), seed_R)
+def run(rows_RD, size_E, weights, weight_R, seed_R, dropout=0.0):
+  math = ExpertMath(dropout=dropout)
+  return grouped_expert_mlp(rows_RD, size_E, weights, math, weight_R, seed_R)
 
 
 def inputs(skew: bool):

@@ -16,7 +16,7 @@ from ..partition import free_axes, vary_with
 from ..select import anywhere, current_platform, select
 from . import reference, xla
 
-__all__ = ["gated_matmul", "grouped_matmul"]
+__all__ = ["grouped_matmul", "grouped_mlp"]
 
 # (gate, up) -> hidden, elementwise.
 Activation = Callable[[jax.Array, jax.Array], jax.Array]
@@ -57,30 +57,41 @@ def grouped_matmul(
   return _product(x_RD, w_EDF, group_sizes_E, transposed, chosen)
 
 
-def gated_matmul(
+def grouped_mlp(
   x_RD: jax.Array,
   w_gate_EDF: jax.Array,
   w_up_EDF: jax.Array,
+  w_down_EFD: jax.Array,
   group_sizes_E: jax.Array,
   activation: Activation,
   *,
+  weight_R: jax.Array | None = None,
   implementation: str | None = None,
 ) -> jax.Array:
-  """activation(x w_gate, x w_up) of each group, in one pass over the rows.
+  """weight * (activation(x w_gate, x w_up) w_down) of each group: a gated MLP an expert.
+
+  One pass over the rows makes both products and the hidden units. Backward needs gate and up
+  alone, in the dtype of x: they carry the checkpoint names `expert_gate` and `expert_up`, and where
+  a policy keeps them no product is repeated.
 
   Args:
     activation: elementwise (gate, up) -> hidden; give the same object at each call, since it is
       part of what is compiled.
+    weight_R: float32; None is 1.
     others: see `grouped_matmul`.
 
   Returns:
-    [R, F] in the dtype of x. What backward needs, gate and up in the dtype of x, carries the
-    checkpoint names `expert_gate` and `expert_up`.
+    [R, D] in the dtype of x.
   """
   _check(x_RD, (w_gate_EDF, w_up_EDF), group_sizes_E, False)
+  if w_down_EFD.shape != w_up_EDF.mT.shape or w_gate_EDF.shape != w_up_EDF.shape:
+    raise ValueError(
+      f"a grouped MLP needs gate and up [E, D, F] and down [E, F, D], got {w_gate_EDF.shape}, "
+      f"{w_up_EDF.shape} and {w_down_EFD.shape}"
+    )
   chosen = _select(implementation, x_RD, w_up_EDF, weights=2)
-  args = (x_RD, w_gate_EDF, w_up_EDF, group_sizes_E)
-  return _gated(*vary_with(args, args), activation, chosen)
+  args = (x_RD, (w_gate_EDF, w_up_EDF, w_down_EFD), group_sizes_E, weight_R)
+  return _mlp(*vary_with(args, args), activation, chosen)
 
 
 def _select(implementation: str | None, x_RD, w_EDF, weights: int = 1) -> str:
@@ -156,31 +167,43 @@ _product.defvjp(_product_fwd, _product_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _gated(x_RD, w_gate_EDF, w_up_EDF, group_sizes_E, activation, chosen):
-  return _gated_fwd(x_RD, w_gate_EDF, w_up_EDF, group_sizes_E, activation, chosen)[0]
+def _mlp(x_RD, weights, group_sizes_E, weight_R, activation, chosen):
+  return _mlp_fwd(x_RD, weights, group_sizes_E, weight_R, activation, chosen)[0]
 
 
-def _gated_fwd(x_RD, w_gate_EDF, w_up_EDF, group_sizes_E, activation, chosen):
-  gate_up = (w.astype(x_RD.dtype) for w in (w_gate_EDF, w_up_EDF))
-  run = _module(chosen).gated
-  hidden_RF, gate_RF, up_RF = run(x_RD, *gate_up, group_sizes_E, activation)
+def _mlp_fwd(x_RD, weights, group_sizes_E, weight_R, activation, chosen):
+  module = _module(chosen)
+  w_gate_EDF, w_up_EDF, w_down_EFD = (w.astype(x_RD.dtype) for w in weights)
+  hidden_RF, gate_RF, up_RF = module.gated(x_RD, w_gate_EDF, w_up_EDF, group_sizes_E, activation)
   gate_RF = checkpoint_name(gate_RF, "expert_gate")
   up_RF = checkpoint_name(up_RF, "expert_up")
-  return hidden_RF, (x_RD, w_gate_EDF, w_up_EDF, group_sizes_E, gate_RF, up_RF)
+  out_RD = module.product(hidden_RF, w_down_EFD, group_sizes_E, transposed=False)
+  if weight_R is not None:
+    out_RD = (out_RD * weight_R[:, None]).astype(out_RD.dtype)
+  return out_RD, (x_RD, weights, group_sizes_E, weight_R, gate_RF, up_RF)
 
 
-def _gated_bwd(activation, chosen, saved, d_hidden_RF):
-  x_RD, w_gate_EDF, w_up_EDF, group_sizes_E, gate_RF, up_RF = saved
-  module = _module(chosen)
+def _mlp_bwd(activation, chosen, saved, d_out_RD):
+  x_RD, weights, group_sizes_E, weight_R, gate_RF, up_RF = saved
+  module, dtype = _module(chosen), x_RD.dtype
+  back = lambda d, w: module.product(d, w.astype(dtype), group_sizes_E, transposed=True)
+  outer = lambda x, d, w: module.outer(x, d, group_sizes_E, dtype=w.dtype)
+  w_gate_EDF, w_up_EDF, w_down_EFD = weights
   wide = (y.astype(jnp.float32) for y in (gate_RF, up_RF))
-  d_gate_RF, d_up_RF = jax.vjp(activation, *wide)[1](d_hidden_RF.astype(jnp.float32))
-  dx_RD = jnp.zeros(x_RD.shape, jnp.float32)
-  dws = []
-  for w_EDF, d_RF in ((w_gate_EDF, d_gate_RF), (w_up_EDF, d_up_RF)):
-    d_RF = d_RF.astype(x_RD.dtype)
-    dx_RD += module.product(d_RF, w_EDF.astype(d_RF.dtype), group_sizes_E, transposed=True)
-    dws.append(module.outer(x_RD, d_RF, group_sizes_E, dtype=w_EDF.dtype))
-  return dx_RD.astype(x_RD.dtype), *dws, None
+  hidden_RF, vjp = jax.vjp(activation, *wide)
+  d_hidden_RF = back(d_out_RD, w_down_EFD).astype(jnp.float32)
+  d_weight_R = None
+  if weight_R is not None:  # of weight * hidden: the result itself is not needed
+    d_weight_R = jnp.sum(hidden_RF * d_hidden_RF, axis=1)
+    hidden_RF, d_hidden_RF = (y * weight_R[:, None] for y in (hidden_RF, d_hidden_RF))
+  d_gate_RF, d_up_RF = (d.astype(dtype) for d in vjp(d_hidden_RF))
+  dx_RD = back(d_gate_RF, w_gate_EDF).astype(jnp.float32) + back(d_up_RF, w_up_EDF)
+  d_weights = (
+    outer(x_RD, d_gate_RF, w_gate_EDF),
+    outer(x_RD, d_up_RF, w_up_EDF),
+    outer(hidden_RF.astype(dtype), d_out_RD, w_down_EFD),
+  )
+  return dx_RD.astype(dtype), d_weights, None, d_weight_R
 
 
-_gated.defvjp(_gated_fwd, _gated_bwd)
+_mlp.defvjp(_mlp_fwd, _mlp_bwd)

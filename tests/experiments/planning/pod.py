@@ -9,7 +9,8 @@ import pytest
 
 from experiments.config import Config, DataConfig, MeshConfig, TrainConfig
 from experiments.plan import lower_step
-from experiments.planning.traffic import Collective, collectives, compile_with_text
+from experiments.planning.program import compile_with_text
+from experiments.planning.traffic import Collective, collectives
 from experiments.training.setup import Setup, build
 from layers.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec, RotarySpec, Segment
 from mesh.topology import describe_devices

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 
-from layers.kernels.grouped_matmul import gated_matmul, grouped_matmul, xla
+from layers.kernels.grouped_matmul import grouped_matmul, grouped_mlp, xla
 
 E, D, F, R = 5, 12, 9, 96
 SIZES = {
@@ -65,27 +65,34 @@ def test_values(sizes, dtype, implementation):
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_gradients(sizes, implementation):
-  """Against autodiff of y_r = sum_e [r in e] x_r w_e, and the gated pair against its parts."""
+  """Against autodiff of y_r = sum_e [r in e] x_r w_e, and the MLP against its parts."""
   x, gate, up = (a / 3 for a in arrays())  # a sine of large numbers would magnify rounding
   mask = jnp.asarray(owners(sizes)[:, None] == np.arange(E), jnp.float32)
   group_sizes = jnp.array(sizes)
   total = sum(sizes)
+  down = jnp.flip(jnp.swapaxes(up, 1, 2), 0)
+  weight = jnp.asarray(np.random.default_rng(1).random(R), jnp.float32)
 
-  def ours(x, gate, up):
+  def ours(x, weight, gate, up, down):
     options = {"implementation": implementation}
-    hidden = gated_matmul(with_nan_past(x, sizes), gate, up, group_sizes, silu, **options)
-    y = grouped_matmul(hidden, gate, group_sizes, transposed=True, **options)
-    return jnp.sum(jnp.sin(y))
+    x = with_nan_past(x, sizes)
+    y = grouped_mlp(x, gate, up, down, group_sizes, silu, weight_R=weight, **options)
+    y += grouped_mlp(x, up, gate, down, group_sizes, silu, **options)
+    z = grouped_matmul(y, down, group_sizes, transposed=True, **options)
+    return jnp.sum(jnp.sin(z))
 
-  def plain(x, gate, up):
+  def plain(x, weight, gate, up, down):
     each = lambda w: jnp.einsum("re,rd,edf->rf", mask, x, w)
-    y = jnp.einsum("re,rf,edf->rd", mask, silu(each(gate), each(up)), gate)
-    return jnp.sum(jnp.sin(y))
+    hidden = weight[:, None] * silu(each(gate), each(up)) + silu(each(up), each(gate))
+    y = jnp.einsum("re,rf,efd->rd", mask, hidden, down)
+    return jnp.sum(jnp.sin(jnp.einsum("re,rd,efd->rf", mask, y, down)))
 
-  got = jax.jit(jax.value_and_grad(ours, (0, 1, 2)))(x, gate, up)
-  want = jax.value_and_grad(plain, (0, 1, 2))(x, gate, up)
+  arguments = (x, weight, gate, up, down)
+  got = jax.jit(jax.value_and_grad(ours, (0, 1, 2, 3, 4)))(*arguments)
+  want = jax.value_and_grad(plain, (0, 1, 2, 3, 4))(*arguments)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5, rtol=3e-5), got, want)
-  dx, *dws = got[1]
+  dx, d_weight, *dws = got[1]
+  assert not np.asarray(d_weight[total:]).any()
   assert not np.asarray(dx[total:]).any()
   for dw in dws:
     assert not np.asarray(dw)[np.array(sizes) == 0].any()
@@ -140,6 +147,8 @@ def test_bad_input():
     grouped_matmul(x, w, jnp.array([1, 2]))
   with pytest.raises(ValueError, match="unknown implementation 'cuda'"):
     grouped_matmul(x, w, jnp.array(SIZES["short"]), implementation="cuda")
+  with pytest.raises(ValueError, match=r"gate and up \[E, D, F\] and down \[E, F, D\], got"):
+    grouped_mlp(x, w, w, w, jnp.array(SIZES["short"]), silu)
 
 
 @pytest.mark.parametrize("width, tpu_kernels", [(256, True), (200, False)])
@@ -150,8 +159,7 @@ def test_the_platform_decides(width, tpu_kernels):
   s = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
   def loss(x, gate, down, sizes):
-    hidden = gated_matmul(x, gate, gate, sizes, silu)
-    return jnp.sum(grouped_matmul(hidden, down, sizes).astype(jnp.float32))
+    return jnp.sum(grouped_mlp(x, gate, gate, down, sizes, silu).astype(jnp.float32))
 
   args = s(512, 128), s(4, 128, width), s(4, width, 128), jax.ShapeDtypeStruct((4,), jnp.int32)
   with jax.sharding.use_abstract_mesh(mesh):

@@ -1,0 +1,79 @@
+"""What a compiled program does, line by line, read from its optimized text."""
+
+import glob
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+
+class Line(NamedTuple):
+  """One instruction of a program."""
+
+  text: str
+  computation: str  # the one it stands in
+  times: int  # how often a run of the program executes it
+
+
+def compile_with_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
+  """The compiled program for TPUs and its optimized text, with the compiler's estimates.
+
+  The text is the compiler's own dump: jaxlib 0.10.2 cannot print the asynchronous operations of
+  libtpu 0.0.42 (`Compiled.as_text` raises on them).
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    compiled = lowered.compile(options)
+    (path,) = glob.glob(f"{folder}/*after_codegen.txt")
+    return compiled, Path(path).read_text()
+
+
+def lines(text: str) -> Iterator[Line]:
+  """Every instruction that runs, those inside of fusions, loops and branches too.
+
+  Loops count as often as the constant in their condition says; both branches of a conditional
+  count once.
+  """
+  bodies, entry = _computations(text)
+
+  def walk(name: str, times: int) -> Iterator[Line]:
+    for line in bodies[name]:
+      yield Line(line, name, times)
+      if " while(" in line:
+        condition, body = (re.search(rf"{k}=%([\w.\-]+)", line)[1] for k in ("condition", "body"))
+        yield from walk(body, times * _trips(bodies[condition]))
+        continue
+      called = re.findall(r"(?:calls|_computation)=%([\w.\-]+)", line)
+      for group in re.findall(r"branch_computations=\{([^}]*)\}", line):
+        called += re.findall(r"%([\w.\-]+)", group)
+      for inner in called:
+        yield from walk(inner, times)
+
+  yield from walk(entry, 1)
+
+
+def op_name(line: str) -> str:
+  """Where in the model an instruction comes from; empty if unknown."""
+  found = re.search(r'op_name="([^"]*)"', line)
+  return found[1] if found else ""
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+  bodies: dict[str, list[str]] = {}
+  name = entry = ""
+  for line in text.splitlines():
+    if match := re.match(r"(ENTRY )?%([\w.\-]+) \(.*\{$", line):
+      name = match[2]
+      entry = name if match[1] else entry
+      bodies[name] = []
+    elif line.startswith("  ") and name:
+      bodies[name].append(line.strip())
+  return bodies, entry
+
+
+def _trips(condition: list[str]) -> int:
+  bounds = [int(k) for line in condition for k in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)]
+  return max(bounds, default=1)

@@ -180,7 +180,9 @@ def our_body(case: Case, kind: int, steps: int) -> int:
   if case.op == "d-weights":
     call = lambda x, dy, sizes: pallas_tpu.outer(x, dy, sizes, dtype=jnp.bfloat16)
   else:
-    call = lambda x, w, sizes: pallas_tpu.product(x, w, sizes, transposed=case.op == "d-rows")
+    call = lambda x, w, sizes: pallas_tpu.row_products(
+      x, (w,), sizes, lambda y: (y,), transposed=case.op == "d-rows"
+    )
   with replaced(
     pallas_tpu,
     outer_tiles=lambda *args: tiles,

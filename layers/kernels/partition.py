@@ -43,6 +43,11 @@ def vary_with(arrays: Any, tree: Any) -> Any:
   return jax.tree.map(one, tree)
 
 
+def varying_shape(shape: tuple[int, ...], dtype: Any, operand: jax.Array) -> jax.ShapeDtypeStruct:
+  """Of a kernel's result, which varies over the manual mesh axes that its operand does."""
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(operand).manual_axis_type)
+
+
 def free_axes() -> list[str]:
   """Mesh axes larger than 1 along which no enclosing `shard_map` has cut the arrays."""
   mesh = jax.sharding.get_abstract_mesh()

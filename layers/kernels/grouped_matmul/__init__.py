@@ -144,10 +144,20 @@ def _check(x_RD, weights, group_sizes_E, transposed) -> None:
       raise ValueError(f"the groups hold {total} rows, x has only {x_RD.shape[0]}")
 
 
+def _one(y_RF):
+  return (y_RF,)
+
+
+def _run(chosen, x_RD, w_EDF, group_sizes_E, transposed=False):
+  """The product of one weight."""
+  run = _module(chosen).row_products
+  (y_RF,) = run(x_RD, (w_EDF.astype(x_RD.dtype),), group_sizes_E, _one, transposed=transposed)
+  return y_RF
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _product(x_RD, w_EDF, group_sizes_E, transposed, chosen):
-  run = _module(chosen).product
-  return run(x_RD, w_EDF.astype(x_RD.dtype), group_sizes_E, transposed=transposed)
+  return _run(chosen, x_RD, w_EDF, group_sizes_E, transposed)
 
 
 def _product_fwd(x_RD, w_EDF, group_sizes_E, transposed, chosen):
@@ -157,10 +167,9 @@ def _product_fwd(x_RD, w_EDF, group_sizes_E, transposed, chosen):
 
 def _product_bwd(transposed, chosen, saved, dy_RF):
   x_RD, w_EDF, group_sizes_E = saved
-  module = _module(chosen)
-  dx_RD = module.product(dy_RF, w_EDF.astype(dy_RF.dtype), group_sizes_E, transposed=not transposed)
+  dx_RD = _run(chosen, dy_RF, w_EDF, group_sizes_E, not transposed)
   pair = (dy_RF, x_RD) if transposed else (x_RD, dy_RF)
-  return dx_RD, module.outer(*pair, group_sizes_E, dtype=w_EDF.dtype), None
+  return dx_RD, _module(chosen).outer(*pair, group_sizes_E, dtype=w_EDF.dtype), None
 
 
 _product.defvjp(_product_fwd, _product_bwd)
@@ -172,12 +181,13 @@ def _mlp(x_RD, weights, group_sizes_E, weight_R, activation, chosen):
 
 
 def _mlp_fwd(x_RD, weights, group_sizes_E, weight_R, activation, chosen):
-  module = _module(chosen)
-  w_gate_EDF, w_up_EDF, w_down_EFD = (w.astype(x_RD.dtype) for w in weights)
-  hidden_RF, gate_RF, up_RF = module.gated(x_RD, w_gate_EDF, w_up_EDF, group_sizes_E, activation)
+  *gate_up, w_down_EFD = (w.astype(x_RD.dtype) for w in weights)
+  finish = lambda gate, up: (activation(gate, up), gate, up)
+  run = _module(chosen).row_products
+  hidden_RF, gate_RF, up_RF = run(x_RD, tuple(gate_up), group_sizes_E, finish)
   gate_RF = checkpoint_name(gate_RF, "expert_gate")
   up_RF = checkpoint_name(up_RF, "expert_up")
-  out_RD = module.product(hidden_RF, w_down_EFD, group_sizes_E, transposed=False)
+  out_RD = _run(chosen, hidden_RF, w_down_EFD, group_sizes_E)
   if weight_R is not None:
     out_RD = (out_RD * weight_R[:, None]).astype(out_RD.dtype)
   return out_RD, (x_RD, weights, group_sizes_E, weight_R, gate_RF, up_RF)
@@ -185,9 +195,9 @@ def _mlp_fwd(x_RD, weights, group_sizes_E, weight_R, activation, chosen):
 
 def _mlp_bwd(activation, chosen, saved, d_out_RD):
   x_RD, weights, group_sizes_E, weight_R, gate_RF, up_RF = saved
-  module, dtype = _module(chosen), x_RD.dtype
-  back = lambda d, w: module.product(d, w.astype(dtype), group_sizes_E, transposed=True)
-  outer = lambda x, d, w: module.outer(x, d, group_sizes_E, dtype=w.dtype)
+  dtype = x_RD.dtype
+  back = lambda d, w: _run(chosen, d, w, group_sizes_E, transposed=True)
+  outer = lambda x, d, w: _module(chosen).outer(x, d, group_sizes_E, dtype=w.dtype)
   w_gate_EDF, w_up_EDF, w_down_EFD = weights
   wide = (y.astype(jnp.float32) for y in (gate_RF, up_RF))
   hidden_RF, vjp = jax.vjp(activation, *wide)

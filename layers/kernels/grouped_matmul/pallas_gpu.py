@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from ..partition import vary_with
+from ..partition import vary_with, varying_shape
 
 M, N, K = 128, 128, 64
 WIDTH = 128  # both widths are multiples
@@ -38,29 +38,6 @@ def supports(x_RD: jax.Array, w_EDF: jax.Array, platform: str) -> str | None:
   return None
 
 
-def product(
-  x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, *, transposed: bool
-) -> jax.Array:
-  """[R, F]: the rows of group e times w[e] ([E, F, D] with `transposed`); zeros past the last."""
-  (y_RF,) = _row_products(x_RD, (w_EDF,), group_sizes_E, transposed, lambda y: (y,))
-  return y_RF
-
-
-def gated(
-  x_RD: jax.Array,
-  w_gate_EDF: jax.Array,
-  w_up_EDF: jax.Array,
-  group_sizes_E: jax.Array,
-  activation: Callable[[jax.Array, jax.Array], jax.Array],
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """(hidden, gate, up), [R, F] each, reading x once: gate = x w_gate, up = x w_up and
-  hidden = activation(gate, up), an elementwise function of float32 arrays."""
-  finish = lambda gate, up: (activation(gate, up), gate, up)
-  ws = (w_gate_EDF, w_up_EDF)
-  hidden_RF, gate_RF, up_RF = _row_products(x_RD, ws, group_sizes_E, False, finish)
-  return hidden_RF, gate_RF, up_RF
-
-
 def outer(x_RD: jax.Array, dy_RF: jax.Array, group_sizes_E: jax.Array, *, dtype: Any) -> jax.Array:
   """[E, D, F] in `dtype`: the sum over each group's rows of x^T dy; zeros for empty groups."""
   operands = (x_RD, dy_RF, group_sizes_E)
@@ -71,15 +48,25 @@ def outer(x_RD: jax.Array, dy_RF: jax.Array, group_sizes_E: jax.Array, *, dtype:
   call = pl.pallas_call(
     _outer_kernel,
     name="grouped_matmul_outer",
-    out_shape=_shape((E, D, F), dtype, x_RD),
+    out_shape=varying_shape((E, D, F), dtype, x_RD),
     grid=(F // N, D // M, E),
     compiler_params=_params(x_RD, 1),
   )
   return call(_starts(group_sizes_E, R), x_RD, dy_RF)
 
 
-def _row_products(x_RD, ws, group_sizes_E, transposed, finish) -> tuple[jax.Array, ...]:
-  """`finish` of the float32 products of x with each of `ws`, rounded."""
+def row_products(
+  x_RD: jax.Array,
+  ws: tuple[jax.Array, ...],
+  group_sizes_E: jax.Array,
+  finish: Callable[..., tuple[jax.Array, ...]],
+  *,
+  transposed: bool = False,
+) -> tuple[jax.Array, ...]:
+  """[R, F] each, rounded: `finish` of the float32 products of x with each of `ws`, read once.
+
+  The rows of group e meet w[e] ([E, F, D] with `transposed`); zeros past the last group.
+  """
   operands = (x_RD, ws, group_sizes_E)
   x_RD, ws, group_sizes_E = vary_with(operands, operands)
   (R, _), F, (E,) = x_RD.shape, ws[0].shape[1 if transposed else 2], group_sizes_E.shape
@@ -91,7 +78,7 @@ def _row_products(x_RD, ws, group_sizes_E, transposed, finish) -> tuple[jax.Arra
   call = pl.pallas_call(
     partial(_row_kernel, transposed, finish, len(ws)),
     name="grouped_matmul_gated" if len(ws) > 1 else "grouped_matmul_product",
-    out_shape=(_shape((R, F), x_RD.dtype, x_RD),) * outputs,
+    out_shape=(varying_shape((R, F), x_RD.dtype, x_RD),) * outputs,
     grid=(F // N, blocks),
     compiler_params=_params(x_RD, len(ws)),
   )
@@ -171,8 +158,3 @@ def _outer_kernel(start_ref, x_ref, dy_ref, out_ref):
 def _dot(a, b, *, trans_a: bool = False, trans_b: bool = False):
   # By default a GPU rounds float32 operands to TF32.
   return plgpu.dot(a, b, trans_a=trans_a, trans_b=trans_b, allow_tf32=False)
-
-
-def _shape(shape, dtype, operand: jax.Array) -> jax.ShapeDtypeStruct:
-  """A result that varies over the manual mesh axes that the operand does."""
-  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(operand).manual_axis_type)

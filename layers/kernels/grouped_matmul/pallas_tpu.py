@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..partition import vary_with
+from ..partition import vary_with, varying_shape
 from ..select import current_platform
 from .visits import ALIGN, usual, visit, visits, windows
 
@@ -167,35 +167,12 @@ def supports(x_RD: jax.Array, w_EDF: jax.Array, platform: str, *, weights: int =
   return None
 
 
-def product(
-  x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, *, transposed: bool
-) -> jax.Array:
-  """[R, F]: the rows of group e times w[e] ([E, F, D] with `transposed`); zeros past the last."""
-  (y_RF,) = _row_products(x_RD, (w_EDF,), group_sizes_E, transposed, _round_only)
-  return y_RF
-
-
-def gated(
-  x_RD: jax.Array,
-  w_gate_EDF: jax.Array,
-  w_up_EDF: jax.Array,
-  group_sizes_E: jax.Array,
-  activation: Callable[[jax.Array, jax.Array], jax.Array],
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """(hidden, gate, up), [R, F] each, reading x once: gate = x w_gate, up = x w_up and
-  hidden = activation(gate, up), an elementwise function of float32 arrays."""
-  finish = lambda gate, up: (activation(gate, up), gate, up)
-  ws = (w_gate_EDF, w_up_EDF)
-  hidden_RF, gate_RF, up_RF = _row_products(x_RD, ws, group_sizes_E, False, finish)
-  return hidden_RF, gate_RF, up_RF
-
-
 def outer(x_RD: jax.Array, dy_RF: jax.Array, group_sizes_E: jax.Array, *, dtype: Any) -> jax.Array:
   """[E, D, F] in `dtype`: the sum over each group's rows of x^T dy; zeros for empty groups."""
   operands = (x_RD, dy_RF, group_sizes_E)
   x_RD, dy_RF, group_sizes_E = vary_with(operands, operands)
   (R, D), F, dtype = x_RD.shape, dy_RF.shape[1], jnp.dtype(dtype)
-  out_shape = _shape((group_sizes_E.shape[0], D, F), dtype, x_RD)
+  out_shape = varying_shape((group_sizes_E.shape[0], D, F), dtype, x_RD)
   if R == 0:
     return vary_with(x_RD, jnp.zeros(out_shape.shape, dtype))
   target = chip()
@@ -226,13 +203,23 @@ def outer(x_RD: jax.Array, dy_RF: jax.Array, group_sizes_E: jax.Array, *, dtype:
   return call(*plan[1:], x_RD, dy_RF)
 
 
-def _row_products(x_RD, ws, group_sizes_E, transposed, finish) -> tuple[jax.Array, ...]:
-  """`finish` of the float32 products of x with each of `ws`, rounded."""
+def row_products(
+  x_RD: jax.Array,
+  ws: tuple[jax.Array, ...],
+  group_sizes_E: jax.Array,
+  finish: Callable[..., tuple[jax.Array, ...]],
+  *,
+  transposed: bool = False,
+) -> tuple[jax.Array, ...]:
+  """[R, F] each, rounded: `finish` of the float32 products of x with each of `ws`, read once.
+
+  The rows of group e meet w[e] ([E, F, D] with `transposed`); zeros past the last group.
+  """
   operands = (x_RD, ws, group_sizes_E)
   x_RD, ws, group_sizes_E = vary_with(operands, operands)
   (R, D), F = x_RD.shape, ws[0].shape[1 if transposed else 2]
   outputs = 2 * len(ws) - 1
-  out_shape = (_shape((R, F), x_RD.dtype, x_RD),) * outputs
+  out_shape = (varying_shape((R, F), x_RD.dtype, x_RD),) * outputs
   if R == 0:
     return (vary_with(x_RD, jnp.zeros((R, F), x_RD.dtype)),) * outputs
   target = chip()
@@ -381,10 +368,6 @@ def _dot(a, b, contract):
   )
 
 
-def _round_only(*sums):
-  return sums
-
-
 def product_heights(rows: int, groups: int, tile: int) -> tuple[int, ...]:
   return fitting(HIGH_HEIGHTS if rows >= HIGH * groups else HEIGHTS, tile)
 
@@ -397,11 +380,6 @@ def fitting(heights: tuple[int, ...], tile: int) -> tuple[int, ...]:
 
 def _round_up(n: int, multiple: int) -> int:
   return -(-n // multiple) * multiple
-
-
-def _shape(shape, dtype, operand: jax.Array) -> jax.ShapeDtypeStruct:
-  """A result that varies over the manual mesh axes that the operand does."""
-  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(operand).manual_axis_type)
 
 
 def _cost(rows: int, d: int, f: int, *arrays) -> pl.CostEstimate:

@@ -16,17 +16,27 @@ def _owned_RE(group_sizes_E: jax.Array, num_rows: int) -> jax.Array:  # noqa: N8
   return (row_R1 >= (end_E - group_sizes_E)[None]) & (row_R1 < end_E[None])
 
 
-def product(
-  x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, *, transposed: bool
-) -> jax.Array:
-  """Rows of group e times w[e]."""
+def row_products(
+  x_RD: jax.Array,
+  ws: tuple[jax.Array, ...],
+  group_sizes_E: jax.Array,
+  finish: Callable[..., tuple[jax.Array, ...]],
+  *,
+  transposed: bool = False,
+) -> tuple[jax.Array, ...]:
+  """[R, F] each, rounded: `finish` of the products of x with each of `ws`; zeros past the last."""
   owned_RE = _owned_RE(group_sizes_E, x_RD.shape[0])
-  y_RF = jnp.zeros((x_RD.shape[0], w_EDF.shape[1 if transposed else 2]), jnp.float32)
-  for e in range(w_EDF.shape[0]):
-    w_DF = w_EDF[e].T if transposed else w_EDF[e]
-    rows_RD = jnp.where(owned_RE[:, e, None], x_RD, 0)
-    y_RF += jnp.dot(rows_RD, w_DF, preferred_element_type=jnp.float32)
-  return y_RF.astype(x_RD.dtype)
+
+  def product(w_EDF):
+    y_RF = jnp.zeros((x_RD.shape[0], w_EDF.shape[1 if transposed else 2]), jnp.float32)
+    for e in range(w_EDF.shape[0]):
+      w_DF = w_EDF[e].T if transposed else w_EDF[e]
+      rows_RD = jnp.where(owned_RE[:, e, None], x_RD, 0)
+      y_RF += jnp.dot(rows_RD, w_DF, preferred_element_type=jnp.float32)
+    return y_RF
+
+  inside_R1 = owned_RE.any(axis=1, keepdims=True)
+  return tuple(jnp.where(inside_R1, y, 0).astype(x_RD.dtype) for y in finish(*map(product, ws)))
 
 
 def outer(x_RD: jax.Array, dy_RF: jax.Array, group_sizes_E: jax.Array, *, dtype) -> jax.Array:
@@ -38,20 +48,3 @@ def outer(x_RD: jax.Array, dy_RF: jax.Array, group_sizes_E: jax.Array, *, dtype)
     x_DR = jnp.where(keep, x_RD, 0).T
     parts.append(jnp.dot(x_DR, jnp.where(keep, dy_RF, 0), preferred_element_type=jnp.float32))
   return jnp.stack(parts).astype(dtype)
-
-
-def gated(
-  x_RD: jax.Array,
-  w_gate_EDF: jax.Array,
-  w_up_EDF: jax.Array,
-  group_sizes_E: jax.Array,
-  activation: Callable[[jax.Array, jax.Array], jax.Array],
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """activation(gate, up), gate and up, each from the float32 products."""
-  wide_RD = x_RD.astype(jnp.float32)
-  each = lambda w_EDF: product(wide_RD, w_EDF, group_sizes_E, transposed=False)
-  gate_RF, up_RF = each(w_gate_EDF), each(w_up_EDF)
-  inside_R1 = (jnp.arange(x_RD.shape[0]) < jnp.sum(group_sizes_E))[:, None]
-  hidden_RF = jnp.where(inside_R1, activation(gate_RF, up_RF), 0)
-  narrow = lambda y: y.astype(x_RD.dtype)
-  return narrow(hidden_RF), narrow(gate_RF), narrow(up_RF)

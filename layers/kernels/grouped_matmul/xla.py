@@ -73,46 +73,29 @@ def _owner(end_E: jax.Array, index_I: jax.Array) -> jax.Array:
   return jnp.minimum(found_I, end_E.shape[0] - 1).astype(jnp.int32)
 
 
-def product(
-  x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, *, transposed: bool
-) -> jax.Array:
-  """Rows of group e times w[e]."""
-  columns = 1 if transposed else 0
-
-  def multiply(x, weights):
-    return (_dot(x, weights[0], columns),)
-
-  return _rows_product(x_RD, (w_EDF,), group_sizes_E, multiply)[0]
-
-
-def gated(
+def row_products(
   x_RD: jax.Array,
-  w_gate_EDF: jax.Array,
-  w_up_EDF: jax.Array,
+  ws: tuple[jax.Array, ...],
   group_sizes_E: jax.Array,
-  activation: Callable[[jax.Array, jax.Array], jax.Array],
+  finish: Callable[..., tuple[jax.Array, ...]],
+  *,
+  transposed: bool = False,
 ) -> tuple[jax.Array, ...]:
-  """activation(gate, up), gate and up."""
+  """[R, F] each, rounded: `finish` of the float32 products of x with each of `ws`."""
 
   def multiply(x, weights):
-    gate, up = (_dot(x, w, 0) for w in weights)
-    return activation(gate, up), gate, up
+    return finish(*(_dot(x, w, 1 if transposed else 0) for w in weights))
 
-  return _rows_product(x_RD, (w_gate_EDF, w_up_EDF), group_sizes_E, multiply)
-
-
-def _rows_product(x_RD, weights, group_sizes_E, multiply):
-  """`multiply(rows, weights) -> results` with the weights of each row's group."""
   R = x_RD.shape[0]
   plan = make_plan(group_sizes_E, R)
   E, A = plan.row_EA.shape
-  first = [y.astype(x_RD.dtype) for y in multiply(_take(x_RD, plan.row_EA), weights)]
+  first = [y.astype(x_RD.dtype) for y in multiply(_take(x_RD, plan.row_EA), ws)]
   ys = [_take(y.reshape(E * A, -1), plan.place_R) for y in first]
   ys = [_with_room(y, plan) for y in ys]
   x_RD = _with_room(x_RD, plan)
 
   def tile(i, ys):
-    news = multiply(_tile(x_RD, plan, i), [_at(w, plan.expert_I[i]) for w in weights])
+    news = multiply(_tile(x_RD, plan, i), [_at(w, plan.expert_I[i]) for w in ws])
     mine_A1 = _mine(plan, i)
 
     def put(y, new):
@@ -122,7 +105,7 @@ def _rows_product(x_RD, weights, group_sizes_E, multiply):
 
     return [put(y, new) for y, new in zip(ys, news, strict=True)]
 
-  ys = lax.fori_loop(0, plan.count, tile, vary_with((x_RD, weights, group_sizes_E), ys))
+  ys = lax.fori_loop(0, plan.count, tile, vary_with((x_RD, ws, group_sizes_E), ys))
   return tuple(y[:R] for y in ys)
 
 

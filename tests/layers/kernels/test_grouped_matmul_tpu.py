@@ -1,7 +1,6 @@
 """The TPU kernels for grouped products: values in interpret mode, visited rows, lowering."""
 
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,26 +8,26 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from layers.kernels.grouped_matmul import pallas_tpu
 from layers.kernels.grouped_matmul.visits import ALIGN, usual, visit, visits, windows
+from tests.oracles import grouped
+from tests.oracles.grouped import (
+  SIZES,
+  close,
+  interpreted,
+  one,
+  outer_products,
+  products,
+  rows_of,
+)
 
 # Tiles of 128 rows of which the last is not full, two blocks of columns of which the second
 # sticks out, and in a block a step and a remainder.
-R, D, F, E = 328, 256, 640, 5
-SIZES = {
-  "uneven": (100, 30, 0, 150, 48),
-  "even, past a tile": (65, 65, 65, 65, 68),
-  "one expert": (0, 0, R, 0, 0),
-  "empty ends": (0, 200, 0, 128, 0),
-  "short": (3, 5, 0, 0, 129),
-  "no rows": (0, 0, 0, 0, 0),
-}
-TOLERANCE = {"bfloat16": 2e-2, "float32": 2e-5}
+D, F = 256, 640
 
 
 @pytest.fixture
@@ -42,78 +41,39 @@ def small_tiles(monkeypatch):
 
 
 @pytest.fixture
-def interpreted(monkeypatch, small_tiles):
-  """Compiles a function with its kernels in interpret mode; results in float64."""
-  call = partial(pl.pallas_call, interpret=True)
-  monkeypatch.setattr(pallas_tpu, "pl", SimpleNamespace(**vars(pl) | {"pallas_call": call}))
-
-  def wrap(f):
-    f = jax.jit(f)
-    return lambda *args: jax.tree.map(lambda a: np.asarray(a, np.float64), f(*args))
-
-  return wrap
+def run(monkeypatch, small_tiles):
+  return interpreted(pallas_tpu, monkeypatch)
 
 
-def rows_of(sizes):
-  """(group, first row, end) of each group."""
-  ends = np.cumsum(sizes)
-  return [(e, end - n, end) for e, (n, end) in enumerate(zip(sizes, ends, strict=True))]
-
-
-def make(name, dtype, sizes):
-  """A random array; rows past the last group are NaN where the first dim is R."""
-  shape = {"x": (R, D), "dy": (R, F), "w": (E, D, F), "up": (E, D, F)}[name]
-  a = np.random.default_rng(list(name.encode())).normal(size=shape)
-  if shape[0] == R:
-    a[sum(sizes) :] = np.nan
-  return jnp.asarray(a, dtype)
-
-
-def product_oracle(x, w, sizes):
-  x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
-  y = np.zeros((R, w.shape[2]))
-  for e, start, end in rows_of(sizes):
-    y[start:end] = x[start:end] @ w[e]
-  return y
-
-
-def outer_oracle(x, dy, sizes):
-  x, dy = np.asarray(x, np.float64), np.asarray(dy, np.float64)
-  return np.stack([x[start:end].T @ dy[start:end] for _, start, end in rows_of(sizes)])
-
-
-def close(got, want, dtype):
-  scale = max(np.abs(want).max(), 1e-30)
-  np.testing.assert_allclose(got / scale, want / scale, atol=TOLERANCE[dtype], rtol=0)
-  # Not only close: where the expected value is a structural zero.
-  np.testing.assert_array_equal(got[want == 0], 0)
+make = partial(grouped.make, d=D, f=F)
 
 
 @pytest.mark.parametrize(("dtype", "transposed"), [("bfloat16", True), ("float32", False)])
-def test_product(interpreted, dtype, transposed):
-  run = interpreted(partial(pallas_tpu.product, transposed=transposed))
+def test_product(run, dtype, transposed):
+  run = run(partial(pallas_tpu.row_products, finish=one, transposed=transposed))
   for sizes in SIZES.values():
     x, w = make("x", dtype, sizes), make("w", dtype, sizes)
-    got = run(x, jnp.swapaxes(w, 1, 2) if transposed else w, jnp.array(sizes, jnp.int32))
-    close(got, product_oracle(x, w, sizes), dtype)
+    (got,) = run(x, (jnp.swapaxes(w, 1, 2) if transposed else w,), jnp.array(sizes, jnp.int32))
+    close(got, products(x, w, sizes), dtype)
 
 
 @pytest.mark.parametrize("out", ["bfloat16", "float32"])
-def test_outer(interpreted, out):
+def test_outer(run, out):
   """A float32 result of bfloat16 rows is not rounded on the way."""
-  run = interpreted(partial(pallas_tpu.outer, dtype=out))
+  run = run(partial(pallas_tpu.outer, dtype=out))
   for sizes in SIZES.values():
     x, dy = make("x", "bfloat16", sizes), make("dy", "bfloat16", sizes)
     got = run(x, dy, jnp.array(sizes, jnp.int32))
-    close(got, outer_oracle(x, dy, sizes), out)
+    close(got, outer_products(x, dy, sizes), out)
 
 
-def test_gated(interpreted):
-  run = interpreted(partial(pallas_tpu.gated, activation=lambda gate, up: jax.nn.silu(gate) * up))
+def test_gated(run):
+  finish = lambda gate, up: (jax.nn.silu(gate) * up, gate, up)
+  run = run(partial(pallas_tpu.row_products, finish=finish))
   for sizes in SIZES.values():
     x, w, w_up = (make(name, "bfloat16", sizes) for name in ("x", "w", "up"))
-    hidden, gate, up = run(x, w, w_up, jnp.array(sizes, jnp.int32))
-    want_gate, want_up = product_oracle(x, w, sizes), product_oracle(x, w_up, sizes)
+    hidden, gate, up = run(x, (w, w_up), jnp.array(sizes, jnp.int32))
+    want_gate, want_up = products(x, w, sizes), products(x, w_up, sizes)
     close(gate, want_gate, "bfloat16")
     close(up, want_up, "bfloat16")
     close(hidden, want_gate / (1 + np.exp(-want_gate)) * want_up, "bfloat16")
@@ -127,7 +87,7 @@ def test_own_tiles_in_tpu_interpret_mode():
   f = jax.jit(partial(pallas_tpu.outer, dtype=jnp.float32))
   with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
     dw = np.asarray(f(x, x[:, ::-1], jnp.array(sizes, jnp.int32)), np.float64)
-  close(dw, outer_oracle(x, x[:, ::-1], sizes), "float32")
+  close(dw, outer_products(x, x[:, ::-1], sizes), "float32")
 
 
 ROWS, TILE, GROUPS = 300, 64, 6
@@ -211,13 +171,15 @@ SHAPES = [(8192, 2048, 1024, 32), (16384, 4096, 14336, 8), (16384, 4096, 5376, 6
 def calls(rows, d, f, experts, dtype=jnp.bfloat16):
   s = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)
   sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
-  multiply = lambda gate, up: gate * up
+  multiply = lambda gate, up: (gate * up, gate, up)
+  plain = partial(pallas_tpu.row_products, finish=one)
+  back = partial(plain, transposed=True)
   return {
-    "product": (partial(pallas_tpu.product, transposed=False), s(rows, d), s(experts, d, f), sizes),
-    "d-rows": (partial(pallas_tpu.product, transposed=True), s(rows, f), s(experts, d, f), sizes),
+    "product": (plain, s(rows, d), (s(experts, d, f),), sizes),
+    "d-rows": (back, s(rows, f), (s(experts, d, f),), sizes),
     "gated": (
-      partial(pallas_tpu.gated, activation=multiply),
-      s(rows, d), s(experts, d, f), s(experts, d, f), sizes,
+      partial(pallas_tpu.row_products, finish=multiply),
+      s(rows, d), (s(experts, d, f), s(experts, d, f)), sizes,
     ),
     "outer": (partial(pallas_tpu.outer, dtype=jnp.float32), s(rows, d), s(rows, f), sizes),
   }  # fmt: skip
@@ -290,9 +252,9 @@ def test_compiles_for_described_tpus(name):
   topologies = pytest.importorskip("jax.experimental.topologies")
   devices = topologies.get_topology_desc(topology_name=name, platform="tpu").devices
   mesh = jax.sharding.Mesh(np.array(devices[:1]), ("d",))
-  one = jax.sharding.NamedSharding(mesh, P())
+  replicated = jax.sharding.NamedSharding(mesh, P())
   for f, *args in calls(*SHAPES[2]).values():
-    args = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one) for a in args]
+    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), args)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
       compiled = jax.jit(f).lower(*args).compile()
     assert "tpu_custom_call" in compiled.as_text()

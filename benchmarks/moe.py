@@ -37,25 +37,27 @@ GRID = [(8, 1), (8, 2), (8, 4), (32, 1), (32, 2), (32, 4), (128, 1), (128, 2), (
 
 _LAYER = "model.segments.0.layers.1.mlp"
 HELDOUT = "heldout_bits_per_byte"
-_SLOTS = {"dispatch": "capacity"}
+_ALL = {"dispatch": "dropless"}
 ROUTERS = {
-  "switch, dropless": {},
-  "switch, capacity 1.25": _SLOTS,
-  "switch, by gate": _SLOTS | {"priority": "gate", "noncausal": True},
-  "hash": {"router": "hash", "hash_vocab": 320},
-  "no token left behind": _SLOTS | {"router": "no_token_left_behind", "experts_per_token": 4},
-  "sigmoid top-1, input scaled (Llama 4)": {
+  "switch": _ALL,
+  "switch, capacity 1.25": {},
+  "switch, capacity 1.25 by gate (reads later tokens)": {"priority": "gate", "noncausal": True},
+  "hash": _ALL | {"router": "hash", "hash_vocab": 320},
+  "no token left behind, 4 choices, capacity 1.25": {
+    "router": "no_token_left_behind", "experts_per_token": 4,
+  },
+  "sigmoid top-1, input scaled (Llama 4)": _ALL | {
     "router": "top_k", "scores": "sigmoid", "scale_input": True,
   },
-  "expert choice, capacity 1 (reads later tokens)": _SLOTS | {
+  "expert choice, capacity 1 (reads later tokens)": {
     "router": "expert_choice", "capacity_factor": 1.0, "eval_capacity_factor": 1.0,
     "noncausal": True,
   },
-  "top-2, normalised (Mixtral)": {
+  "top-2, normalised (Mixtral)": _ALL | {
     "router": "top_k", "experts_per_token": 2, "normalize": True,
   },
-  "top-2, random second (GShard)": {"router": "gshard", "experts_per_token": 2},
-  "top-2 of 2 groups of 4, selection bias (DeepSeek-V3)": {
+  "top-2, random second (GShard)": _ALL | {"router": "gshard", "experts_per_token": 2},
+  "top-2 of 2 groups of 4, selection bias (DeepSeek-V3)": _ALL | {
     "router": "top_k", "experts_per_token": 2, "scores": "sigmoid", "normalize": True,
     "num_groups": 4, "keep_groups": 2, "bias_rate": 1e-3, "balance_loss": 1e-4,
   },

@@ -47,7 +47,7 @@ def resolve_sizes(
     sizes: mesh axis -> size, -1 or None; a missing axis is None.
     num_devices: devices present, over all hosts.
     dcn: axis of DCN_AXES -> slices along it; a missing axis is 1.
-    num_experts: experts of the model if the sharding rules use the expert axis, else None.
+    num_experts: experts of the model if an expert axis is wanted and the rules use it, else None.
     num_slices: TPU slices the devices are spread over.
 
   Raises:

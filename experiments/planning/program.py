@@ -55,6 +55,15 @@ def lines(text: str) -> Iterator[Line]:
   yield from walk(entry, 1)
 
 
+_RESULT = re.compile(r"^(?:ROOT )?%([\w.\-]+) = \(?(\w+)\[([\d,]*)\]")
+
+
+def result(line: str) -> tuple[str, str, tuple[int, ...]] | None:
+  """Name, dtype and shape of an instruction's (first) result."""
+  match = _RESULT.match(line)
+  return match and (match[1], match[2], tuple(map(int, filter(None, match[3].split(",")))))
+
+
 def op_name(line: str) -> str:
   """Where in the model an instruction comes from; empty if unknown."""
   found = re.search(r'op_name="([^"]*)"', line)

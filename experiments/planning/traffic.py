@@ -7,12 +7,13 @@ S (n - 1) / n, a reduce-scatter as much, an all-reduce twice that, a permute S.
 import itertools
 import math
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 
-from .program import Line, lines, op_name
+from .program import Line, lines, op_name, result
 
 _BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1,
           "f64": 8, "s64": 8, "u64": 8, "s16": 2, "u16": 2}  # fmt: skip
@@ -21,6 +22,7 @@ _KINDS = {
   "reduce-scatter": lambda n: n - 1,  # of the result, which is one part
   "all-reduce": lambda n: 2 * (n - 1) / n,
   "all-to-all": lambda n: (n - 1) / n,
+  "ragged-all-to-all": lambda n: (n - 1) / n,
   "collective-permute": lambda n: 1.0,
 }
 _OP = re.compile(rf"^(?:ROOT )?%\S+ = (.*?) ({'|'.join(_KINDS)})(-start)?\(")
@@ -29,7 +31,7 @@ _OP = re.compile(rf"^(?:ROOT )?%\S+ = (.*?) ({'|'.join(_KINDS)})(-start)?\(")
 class Collective(NamedTuple):
   """One collective operation of a program."""
 
-  kind: str  # all-gather, reduce-scatter, all-reduce, all-to-all, collective-permute
+  kind: str  # one of _KINDS
   axes: tuple[str, ...]  # mesh axes along which its groups extend
   dtype: str
   received: float  # bytes a device receives each time
@@ -44,14 +46,16 @@ class Collective(NamedTuple):
 
 def collectives(text: str, mesh: Mesh) -> list[Collective]:
   """Every collective of a program, in no particular order."""
+  listed = list(lines(text))
+  shapes = {made[0]: made[2] for line in listed if (made := result(line.text))}
   found = []
-  for line in lines(text):
-    if (match := _OP.match(line.text)) and (one := _collective(line, match, mesh)):
+  for line in listed:
+    if (match := _OP.match(line.text)) and (one := _collective(line, match, mesh, shapes)):
       found.append(one)
   return found
 
 
-def _collective(line: Line, match, mesh) -> Collective | None:
+def _collective(line: Line, match, mesh, shapes: Mapping[str, tuple]) -> Collective | None:
   groups = _groups(line.text, mesh.size)
   coordinates = np.stack(np.unravel_index(groups, mesh.devices.shape), -1)
   spread = (coordinates != coordinates[:, :1]).any((0, 1))
@@ -59,17 +63,19 @@ def _collective(line: Line, match, mesh) -> Collective | None:
   if not axes:
     return None
   kind, n = match[2], groups.shape[1]
-  shapes = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
+  written = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
   sizes = [
-    _BYTES[d] * math.prod(map(int, filter(None, s.split(",")))) for d, s in shapes if d in _BYTES
+    _BYTES[d] * math.prod(map(int, filter(None, s.split(",")))) for d, s in written if d in _BYTES
   ]
   size = sum(sizes)
   if match[3]:  # asynchronous: operands, results, and flags of a few bytes
     size = max(sizes)
+  if operand := re.search(r" ragged-all-to-all\(%([\w.\-]+)", line.text):
+    size = min(size, _BYTES[written[0][0]] * math.prod(shapes[operand[1]]))
   if kind == "all-reduce" and "reduce-scatter" in line.computation:
     kind, size = "reduce-scatter", size / n  # a fused one holds its all-reduce and a slice of it
   return Collective(
-    kind, axes, shapes[0][0], size * _KINDS[kind](n), line.times, op_name(line.text)
+    kind, axes, written[0][0], size * _KINDS[kind](n), line.times, op_name(line.text)
   )
 
 

@@ -8,9 +8,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from .program import Line, lines, op_name
+from .program import Line, lines, op_name, result
 
-_RESULT = re.compile(r"^(?:ROOT )?%([\w.\-]+) = \(?\w+\[([\d,]*)\]")
 _PRODUCT = re.compile(r" convolution\(%([\w.\-]+), %([\w.\-]+)\)(.*)")
 _CYCLES = re.compile(r'window_config":\{.*?"estimated_cycles":"(\d+)"')
 _KERNEL = re.compile(r' custom-call\(.*custom_call_target="tpu_custom_call"')
@@ -43,11 +42,7 @@ def work(text: str) -> list[Op]:
   its author states (`pl.CostEstimate`).
   """
   listed = list(lines(text))
-  shapes = {
-    match[1]: tuple(map(int, filter(None, match[2].split(","))))
-    for match in map(_RESULT.match, (line.text for line in listed))
-    if match
-  }
+  shapes = {made[0]: made[2] for line in listed if (made := result(line.text))}
   found = []
   for line in listed:
     found += _ops(line, shapes)
@@ -57,9 +52,9 @@ def work(text: str) -> list[Op]:
 def _ops(line: Line, shapes: Mapping[str, tuple[int, ...]]) -> Iterable[Op]:
   name = op_name(line.text)
   if product := _PRODUCT.search(line.text):
-    result = _RESULT.match(line.text)
-    assert result, line.text
-    flops = _flops(shapes[result[1]], shapes[product[1]], shapes[product[2]], product[3])
+    made = result(line.text)
+    assert made, line.text
+    flops = _flops(made[2], shapes[product[1]], shapes[product[2]], product[3])
     yield Op("product", name, flops, line.times)
   if _KERNEL.search(line.text):
     stated = _FLOPS.search(line.text)
@@ -68,7 +63,7 @@ def _ops(line: Line, shapes: Mapping[str, tuple[int, ...]]) -> Iterable[Op]:
     yield Op("cycles", name, int(cycles[1]), line.times)
 
 
-def _flops(result: tuple, left: tuple, right: tuple, attributes: str) -> int:
+def _flops(out: tuple, left: tuple, right: tuple, attributes: str) -> int:
   """Of a convolution, as which the TPU's compiler writes every matrix product.
 
   Letters of `dim_labels`: b batch, f feature, i and o features of the right side, digits window
@@ -86,7 +81,7 @@ def _flops(result: tuple, left: tuple, right: tuple, attributes: str) -> int:
     positions *= _valid(
       size(left, labels[1], digit),
       size(right, labels[2], digit),
-      size(result, labels[3], digit),
+      size(out, labels[3], digit),
       stride=int(at("stride", "1")),
       before=int(at("pad", "0_0").split("_")[0]),
       gap=int(at("lhs_dilate", "1")),

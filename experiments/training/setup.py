@@ -52,8 +52,13 @@ def build(config: Config, devices: list[jax.Device] | None = None, *, batch: boo
   devices = _devices() if devices is None else devices
   asked = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
   dcn = {axis: getattr(config.mesh, f"dcn_{axis}") for axis in DCN_AXES}
-  experts = [layer.mlp.num_experts for layer in config.model.layers
-             if isinstance(layer.mlp, MoeSpec)]  # fmt: skip
+  # Dropless rows that travel need room for the worst case: not unless asked for.
+  experts = [
+    layer.mlp.num_experts
+    for layer in config.model.layers
+    if isinstance(layer.mlp, MoeSpec)
+    and (layer.mlp.dispatch != "dropless" or layer.mlp.exchange != "auto")
+  ]
   try:
     remat_policy(config.train.remat)
     rules = parse_rules(config.mesh.rules)

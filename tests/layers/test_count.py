@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.configs import mixtral, moe_70b
+from experiments.configs import deepseek, mixtral, moe_70b
 from layers.count import count_params, train_flops_per_token
 from layers.spec import AttentionSpec, HeadSpec, LayerSpec, MlpSpec, ModelSpec, Segment
 from tests.layers import families as f
@@ -74,7 +74,7 @@ SPARSE = {
     30_532_122_624, 3_353_032_704,
   ),
   "deepseek_v3": (
-    lambda: f.deepseek_v3(61, 7168, 128, 18432, 2048, 256, 8),
+    lambda: deepseek.model("v3"),
     671_026_404_352, 37_552_282_624,
   ),
   # Published without norms and bias tables.

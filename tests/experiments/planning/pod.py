@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,12 @@ EXPERTS = MoeSpec(num_experts=16, expert=MlpSpec(hidden=512), group_size=64, dis
 LAYER = {
   "dense": LayerSpec(ATTENTION, MlpSpec(hidden=1536)),
   "moe": LayerSpec(ATTENTION, EXPERTS),
+  "dropless": LayerSpec(
+    ATTENTION,
+    replace(
+      EXPERTS, dispatch="dropless", exchange="all_to_all", router="top_k", experts_per_token=2
+    ),
+  ),
 }
 
 

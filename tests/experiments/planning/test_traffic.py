@@ -72,6 +72,16 @@ def test_experts_exchange_tokens_and_no_weights():
 
 
 @pytest.mark.full
+def test_dropless_sends_the_chosen_rows_alone():
+  """Not the worst case, for which its buffers have room."""
+  program = compiled("dropless", "v5p:2x2x1", expert=4)
+  one_way = 2 * B * T // 4 * D * BF16 * part(4) * LAYERS
+  exchanged = received(program, "ragged-all-to-all", axis="expert", dtype="bf16")
+  # There and back forward, there again recomputed, and the gradients of there and back.
+  assert exchanged == 5 * one_way
+
+
+@pytest.mark.full
 def test_fsdp_gathers_each_layer_twice_and_scatters_gradients():
   program = compiled("dense", "v5p:2x2x4", fsdp=16, rules="fsdp")
   layers, head = parameters(program, "segment_0", without="norm"), D * V

@@ -10,6 +10,7 @@ slot are inverse maps, so no gradient needs a scatter-add of rows (slow on CPU a
 import functools
 import math
 import operator
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -126,23 +127,30 @@ def _unsorted(value_GK: jax.Array, index_GK: jax.Array, empty: int = 0) -> jax.A
   return jax.vmap(put)(value_GK, index_GK)
 
 
-def take_rows(x_GN: jax.Array, index_GR: jax.Array) -> jax.Array:
-  """x[g, index[g, r]], numbers or rows of them; an index beyond N gives zeros."""
-  take = lambda x_N, index_R: x_N.at[index_R].get(mode="fill", fill_value=0)
+def take_rows(x_GN: jax.Array, index_GR: jax.Array, *, fill: bool = True) -> jax.Array:
+  """x[g, index[g, r]], numbers or rows of them; an index beyond N gives zeros, or any row."""
+  mode = "fill" if fill else "clip"
+  take = lambda x_N, index_R: x_N.at[index_R].get(mode=mode, fill_value=0)
   return jax.vmap(take)(x_GN, index_GR)
 
 
-@jax.custom_vjp
-def permute(x_GSD: jax.Array, slots: Slots) -> jax.Array:
-  """Token rows in slot order [G, R, D]; empty slots hold zeros."""
-  return take_rows(x_GSD, slots.token_GR)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def permute(x_GSD: jax.Array, slots: Slots, fill: bool = True) -> jax.Array:
+  """Token rows in slot order [G, R, D].
+
+  Args:
+    fill: empty slots hold zeros. Grouped products never read rows past the last group: without
+      `fill` any row may stand there, which saves a pass over all rows.
+  """
+  return take_rows(x_GSD, slots.token_GR, fill=fill)
 
 
-def _permute_fwd(x_GSD, slots):
-  return permute(x_GSD, slots), slots
+def _permute_fwd(x_GSD, slots, fill):
+  return permute(x_GSD, slots, fill), slots
 
 
-def _permute_bwd(slots, d_rows_GRD):
+def _permute_bwd(fill, slots, d_rows_GRD):
+  del fill
   X = slots.slot_GSX.shape[-1]
   dx_GSD = sum(take_rows(d_rows_GRD, slots.slot_GSX[..., x]) for x in range(X))
   return dx_GSD, None
@@ -151,9 +159,14 @@ def _permute_bwd(slots, d_rows_GRD):
 permute.defvjp(_permute_fwd, _permute_bwd)
 
 
-@jax.custom_vjp
-def unpermute(rows_GRD: jax.Array, slots: Slots) -> jax.Array:
-  """Sum over each token's kept choices [G, S, D], in the dtype of the rows."""
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def unpermute(rows_GRD: jax.Array, slots: Slots, fill: bool = True) -> jax.Array:
+  """Sum over each token's kept choices [G, S, D], in the dtype of the rows.
+
+  Args:
+    fill: whether the gradient of empty slots is zeros, see `permute`.
+  """
+  del fill
   parts_XGSD = (
     take_rows(rows_GRD, slots.slot_GSX[..., x]).astype(jnp.float32)
     for x in range(slots.slot_GSX.shape[-1])
@@ -161,12 +174,12 @@ def unpermute(rows_GRD: jax.Array, slots: Slots) -> jax.Array:
   return functools.reduce(operator.add, parts_XGSD).astype(rows_GRD.dtype)
 
 
-def _unpermute_fwd(rows_GRD, slots):
-  return unpermute(rows_GRD, slots), slots
+def _unpermute_fwd(rows_GRD, slots, fill):
+  return unpermute(rows_GRD, slots, fill), slots
 
 
-def _unpermute_bwd(slots, dy_GSD):
-  return take_rows(dy_GSD, slots.token_GR), None
+def _unpermute_bwd(fill, slots, dy_GSD):
+  return take_rows(dy_GSD, slots.token_GR, fill=fill), None
 
 
 unpermute.defvjp(_unpermute_fwd, _unpermute_bwd)

@@ -121,7 +121,7 @@ def experts_here(
     slots = sort_slots(
       choices.expert_MX[None], choices.chosen_MX[None], num_experts=E, num_rows=num_rows
     )
-    rows_RD = permute(choices.x_MD[None], slots)[0]
+    rows_RD = permute(choices.x_MD[None], slots, False)[0]
     weight_R = slot_weights(choices.weight_MX[None], slots)[0]
     seed_R = None
     if choices.seed_M is not None:
@@ -129,7 +129,7 @@ def experts_here(
   with jax.named_scope("experts"):
     out_RD = run(rows_RD, slots.size_GE[0], weights, weight_R, seed_R)
   with jax.named_scope("combine"):
-    return unpermute(out_RD[None], slots)[0]
+    return unpermute(out_RD[None], slots, False)[0]
 
 
 def row_seeds(seed_M: jax.Array, token_R: jax.Array) -> jax.Array:
@@ -210,7 +210,7 @@ def _all_to_all(choices: Choices, weights, run: Experts, block: int, *, ragged: 
     size_PL = slots.size_GE[0].reshape(devices, L)
     kept_PL = jnp.diff(jnp.minimum(jnp.cumsum(size_PL, axis=1), block), axis=1, prepend=0)
     plan = plan_exchange(size_PL, kept_PL, num_rows=R, block=block, ragged=ragged, axis="expert")
-    rows_WD = send(permute(choices.x_MD[None], slots)[0], plan, "expert")
+    rows_WD = send(permute(choices.x_MD[None], slots, False)[0], plan, "expert")
     weight_R = slot_weights(choices.weight_MX[None], slots)[0]
     weight_W = send(weight_R[:, None], plan, "expert")[:, 0]
     seed_W = None
@@ -221,7 +221,7 @@ def _all_to_all(choices: Choices, weights, run: Experts, block: int, *, ragged: 
     out_WD = run(rows_WD, plan.size_L, weights, weight_W, seed_W)
   with jax.named_scope("combine"):
     back_RD = send_back(out_WD, plan, R, "expert")
-    y_MD = unpermute(back_RD[None], slots)[0]
+    y_MD = unpermute(back_RD[None], slots, False)[0]
   return y_MD, jnp.sum(size_PL - kept_PL).astype(jnp.float32)
 
 

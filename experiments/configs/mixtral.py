@@ -35,7 +35,10 @@ SIZES = {
 }
 
 # No grouped product is repeated: 92.7 GB a chip of 102 with 8x7b, fsdp=64 and 4 rows a chip.
-_REMAT = ("attention_out", "attention_lse", "expert_up", "expert_gate")
+_REMAT = {
+  "8x7b": ("attention_out", "attention_lse", "expert_up", "expert_gate"),
+  "8x22b": "full",
+}
 
 
 def model(size: str) -> ModelSpec:
@@ -67,7 +70,7 @@ def config(size: str) -> Config:
     model=model(size),
     data=DataConfig(source="shards", tokenizer="", row_length=4096, batch_size=256),
     optimizer=OptimizerConfig(name="adamw", learning_rate=3e-4, warmup_steps=2000),
-    train=TrainConfig(steps=100_000, compute_dtype="bfloat16", remat=_REMAT, z_loss=1e-4),
+    train=TrainConfig(steps=100_000, compute_dtype="bfloat16", remat=_REMAT[size], z_loss=1e-4),
     checkpoint=CheckpointConfig(every=1000, keep=3),
     eval=EvalConfig(every=1000, batches=32),
   )

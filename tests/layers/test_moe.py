@@ -140,9 +140,8 @@ def test_switch_is_top_1_without_renormalising():
   np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-def test_every_dispatch_gives_the_same_with_slots_enough(bias):
-  """Values and every gradient, padding included."""
+def random_layer(bias):
+  """x [B, T, D], router, weights of gated experts, and where a token is no padding."""
   rng = np.random.default_rng(9)
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[-2]), jnp.float32)
   weights = ExpertWeights(draw(E, D, F), draw(E, F, D), draw(E, D, F))
@@ -151,7 +150,13 @@ def test_every_dispatch_gives_the_same_with_slots_enough(bias):
       up_bias_EF=draw(E, F), gate_bias_EF=draw(E, F), down_bias_ED=draw(E, D)
     )
   router, x = draw(D, E), draw(B, T, D)
-  valid = jnp.asarray(np.arange(T)[None] < np.array([[T], [T - 4]]))
+  return x, router, weights, jnp.asarray(np.arange(T)[None] < np.array([[T], [T - 4]]))
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_every_dispatch_gives_the_same_with_slots_enough(bias):
+  """Values and every gradient, padding included."""
+  x, router, weights, valid = random_layer(bias)
   route = functools.partial(top_k_route, k=2, normalize=True)
 
   def loss(x, router, weights, dispatch):
@@ -258,3 +263,21 @@ def test_nan_logits_are_counted():
   x = jnp.ones((1, 4, D)).at[0, 2].set(jnp.nan)
   _, routing, _ = run(x, weights(), "dropless")
   assert routing.nonfinite == 1
+
+
+@pytest.mark.parametrize("dispatch", ["dropless", "capacity"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_what_padding_holds_reaches_nothing(bias, dispatch):
+  """Padding may hold NaN; the router is given zeros there."""
+  x, router, weights, valid = random_layer(bias)
+  clean, dirty = (jnp.where(valid[..., None], x, nothing) for nothing in (0, jnp.nan))
+  route = functools.partial(top_k_route, k=2, normalize=True)
+
+  def loss(x, weights):
+    y, *_ = moe(
+      x, router, weights, route=route, valid_BT=valid, router_x_BTD=clean, dispatch=dispatch
+    )
+    return jnp.sum(jnp.sin(y)), y
+
+  grad = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
+  jax.tree.map(np.testing.assert_array_equal, grad(dirty, weights), grad(clean, weights))

@@ -50,7 +50,7 @@ def causal_mask(window: int | None = None, chunk: int | None = None):
   """The mask of a decoder layer: causal, and local or block-local where asked."""
   mask = Causal()
   if window is not None:
-    mask = mask & Local(window)
+    mask = mask & Local(window - 1)
   if chunk is not None:
     mask = mask & BlockLocal(chunk)
   return mask

@@ -143,7 +143,9 @@ def _ring_forward(static, q, k, v, bias, sink_N, ids):
 
   def part(q, q_ids, kv, sink_N=None, own_row=False):
     k, v, kv_ids = kv
-    o, lse = xla.forward(q, k, v, bias, sink_N, q_ids, kv_ids, own_row=own_row, **options)
+    o, lse = xla.forward(
+      q, k, v, bias, xla.Heads(sink_N), q_ids, kv_ids, own_row=own_row, **options
+    )
     return o, jnp.where(xla.unseen(lse), -jnp.inf, lse)
 
   def from_before(kv):
@@ -192,10 +194,10 @@ def _ring_backward(static, residuals, do):
 
   def part(queries, kv, sink_N=None, own_row=False):
     (q, q_ids, o, lse, do), (k, v, kv_ids) = queries, kv
-    dq, dk, dv, dbias, dsink_N = xla.backward(
-      q, k, v, bias, sink_N, q_ids, kv_ids, o, lse, do, own_row=own_row, **options
+    dq, dk, dv, dbias, dheads = xla.backward(
+      q, k, v, bias, xla.Heads(sink_N), q_ids, kv_ids, o, lse, do, own_row=own_row, **options
     )
-    return f32((dq, (dk, dv), dbias, dsink_N))
+    return f32((dq, (dk, dv), dbias, dheads.sink_N))
 
   queries = (q, ids, o, lse, do)
 

@@ -3,16 +3,17 @@
 Letters: B batch, T query positions, S key positions, N query heads, K key/value heads, H head size.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from ...masks import Mask, PerHead
 from ..partition import auto_partitioned, sharding_like
 from ..select import anywhere, current_platform, select
 from . import reference, xla
 from .bias import Alibi, Bias, Bucketed, RelativeKeys, bucket, num_heads
+from .blocks import Order
 
 __all__ = ["Alibi", "Bias", "Bucketed", "RelativeKeys", "attention", "bucket"]
 
@@ -22,7 +23,7 @@ def attention(
   k_BSKH: jax.Array,
   v_BSKH: jax.Array,
   *,
-  mask: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+  mask: Mask | PerHead | None = None,
   q_positions_BT: jax.Array | None = None,
   kv_positions_BS: jax.Array | None = None,
   q_segments_BT: jax.Array | None = None,
@@ -38,13 +39,13 @@ def attention(
   Args:
     q_BTNH, k_BSKH, v_BSKH: query head n reads key/value head n // (N / K). The head size of v may
       differ from that of q and k.
-    mask: `mask(q_positions, kv_positions) -> bool`, broadcasting and hashable, with `mask.reach`,
-      the pair (left, right) such that key j is visible from i only if i - left <= j <= i + right
-      (None: no limit). None shows every key.
+    mask: of query and key positions, see `layers.masks`, for all heads or one for each. None shows
+      every key. Blocks in which nothing is visible cost nothing.
     q_positions_BT: position of each query; None is 0..T-1.
     kv_positions_BS: position of each key. None: the keys are the queries' own row, so T == S, and
-      inside a segment (the whole row, if there are none) positions are consecutive; parts of the
-      row beyond the mask's reach are skipped. Given (a cache, cross-attention): nothing is skipped.
+      inside a segment (the whole row, if there are none) positions are consecutive. Of masks that
+      are not `relative` blocks are then skipped by their reach only, unless `q_positions_BT` is
+      None too. Given (a cache, cross-attention): nothing is skipped.
     q_segments_BT, kv_segments_BS: a key is visible only in the query's own segment; segment 0 is
       padding, sees nothing, is seen by nothing, and what it holds (NaN too) is ignored. The keys'
       are the queries' if `kv_positions_BS` is None.
@@ -63,7 +64,7 @@ def attention(
     ValueError: shapes that do not fit, or an unknown implementation.
     NotImplementedError: a named implementation that cannot run here.
   """
-  _check(q_BTNH, k_BSKH, v_BSKH, bias, sink_N, softcap)
+  _check(q_BTNH, k_BSKH, v_BSKH, bias, sink_N, softcap, mask)
   B, T, _, H = q_BTNH.shape
   S = k_BSKH.shape[1]
   own_row = kv_positions_BS is None
@@ -81,6 +82,7 @@ def attention(
   ):
     if array is not None and array.shape != shape:
       raise ValueError(f"{name} needs the shape {shape}, got {array.shape}")
+  order: Order = "index" if q_positions_BT is None else "document"
   if q_positions_BT is None:
     q_positions_BT = jnp.arange(T, dtype=jnp.int32)[None]
   if q_segments_BT is not None and kv_segments_BS is not None:
@@ -90,16 +92,20 @@ def attention(
 
   chosen = select(implementation, current_platform(), {"xla": anywhere, "reference": anywhere})
   run = {"xla": xla, "reference": reference}[chosen].attention
-  run = partial(run, mask=mask, scale=H**-0.5 if scale is None else scale, softcap=softcap)
+  scale = H**-0.5 if scale is None else scale
+  run = partial(run, mask=mask, scale=scale, softcap=softcap, order=order)
+  mask_N = None
+  if isinstance(mask, PerHead):
+    mask_N = jnp.array([mask.distinct.index(m) for m in mask.masks], jnp.int32)
   return auto_partitioned(
     run,
     sharding_like(q_BTNH),
     q_BTNH, k_BSKH, v_BSKH, q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS,
-    bias, sink_N,
+    bias, sink_N, mask_N,
   )  # fmt: skip
 
 
-def _check(q_BTNH, k_BSKH, v_BSKH, bias, sink_N, softcap) -> None:
+def _check(q_BTNH, k_BSKH, v_BSKH, bias, sink_N, softcap, mask) -> None:
   if q_BTNH.ndim != 4 or k_BSKH.ndim != 4 or v_BSKH.ndim != 4:
     raise ValueError(
       "attention needs q [B, T, N, H], k and v [B, S, K, H], "
@@ -113,6 +119,8 @@ def _check(q_BTNH, k_BSKH, v_BSKH, bias, sink_N, softcap) -> None:
     )
   if N % k_BSKH.shape[2]:
     raise ValueError(f"{N} query heads do not divide over {k_BSKH.shape[2]} key/value heads")
+  if isinstance(mask, PerHead) and len(mask.masks) != N:
+    raise ValueError(f"PerHead holds {len(mask.masks)} masks, the queries {N} heads")
   if bias is not None and num_heads(bias) != N:
     raise ValueError(f"the bias has {num_heads(bias)} heads, the queries {N}")
   if isinstance(bias, RelativeKeys) and bias.q_BTNH.shape != q_BTNH.shape:

@@ -7,6 +7,7 @@ H head size.
 import jax
 import jax.numpy as jnp
 
+from ...masks import PerHead
 from .bias import term
 
 f32 = jnp.float32
@@ -14,7 +15,7 @@ f32 = jnp.float32
 
 def attention(
   q_BTNH, k_BSKH, v_BSKH, q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS, bias,
-  sink_N, *, mask, scale, softcap,
+  sink_N, mask_N, *, mask, scale, softcap, order,
 ) -> jax.Array:  # fmt: skip
   """Arguments as in the package, where None stands for a default; see there."""
   (B, T, N, H), K, S = q_BTNH.shape, k_BSKH.shape[2], k_BSKH.shape[1]
@@ -29,14 +30,18 @@ def attention(
   if bias is not None:
     logits = logits + term(bias, q_positions_BT, kv_positions_BS, scale=scale)
 
+  del order
   visible_BTS = jnp.ones((1, T, S), bool)
-  if mask is not None:
-    visible_BTS &= mask(q_positions_BT[:, :, None], kv_positions_BS[:, None, :])
   if q_segments_BT is not None:
     visible_BTS &= (q_segments_BT[:, :, None] == kv_segments_BS[:, None, :]) & (q_segments_BT > 0)[
       :, :, None
     ]
   visible = jnp.broadcast_to(visible_BTS[:, None], logits.shape)
+  if mask is not None:
+    ids = (q_positions_BT[:, None, :, None], kv_positions_BS[:, None, None, :])
+    each = [m.visible(*ids) for m in (mask.distinct if isinstance(mask, PerHead) else (mask,))]
+    which = 0 if mask_N is None else mask_N[None, :, None, None]
+    visible &= jnp.select([which == n for n in range(len(each))], each)
 
   sink = jnp.full((N,), -jnp.inf) if sink_N is None else sink_N.astype(f32)
   sink = jnp.broadcast_to(sink[None, :, None, None], (B, N, T, 1))

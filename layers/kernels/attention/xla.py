@@ -1,15 +1,16 @@
 """Attention on any platform: one dense block if it is small, otherwise block by block.
 
-Blockwise: a scan over blocks of queries and, inside, a loop over those blocks of keys that the
-mask can reach, with a running maximum and sum (FlashAttention, arXiv 2205.14135; backward with
-delta = rowsum(dO * O) as in arXiv 2307.08691). Neither direction holds more than one block of
-logits.
+Blockwise: a scan over blocks of queries and, inside, loops over those blocks of keys that the mask
+leaves (`blocks`), first where it cuts and then where it does not, with a running maximum and sum
+(FlashAttention, arXiv 2205.14135; backward with delta = rowsum(dO * O) as in arXiv 2307.08691).
+Neither direction holds more than one block of logits.
 
 Letters: B batch (1 in positions that all rows share), T query positions, S key positions,
 N query heads, K key/value heads, G = N // K, H head size. In blockwise parts T and S count within
 a block and arrays lead with the number of blocks (`_blocks`).
 """
 
+import functools
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,13 +18,22 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from ...masks import PerHead
 from ..partition import vary_with
 from ..select import current_platform
 from .bias import join_rows, split_rows, term
+from .blocks import FULL, PARTIAL, Order, block_kinds, visits
 
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: differences of it are not NaN
 
 f32 = jnp.float32
+
+
+class Heads(NamedTuple):
+  """What each query head has of its own."""
+
+  sink_N: jax.Array | None = None
+  mask_N: jax.Array | None = None  # int32, which of the distinct masks of `PerHead`
 
 
 class _Static(NamedTuple):
@@ -31,52 +41,54 @@ class _Static(NamedTuple):
   scale: float
   softcap: float | None
   own_row: bool  # keys are the queries' row: distances follow from indices
+  order: Order
+  length: int  # T
   q_block: int
   kv_block: int
 
 
 def attention(
   q_BTNH, k_BSKH, v_BSKH, q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS, bias,
-  sink_N, *, mask, scale, softcap,
+  sink_N, mask_N, *, mask, scale, softcap, order,
 ) -> jax.Array:  # fmt: skip
   """Arguments as in the package, where None stands for a default; see there."""
   T, S = q_BTNH.shape[1], k_BSKH.shape[1]
   own_row = kv_positions_BS is None
   if own_row:
     kv_positions_BS = q_positions_BT
-  static = _static(q_BTNH, k_BSKH, mask, scale, softcap, own_row)
+  static = _static(q_BTNH, k_BSKH, mask, scale, softcap, own_row, order)
   q_ids, kv_ids = (q_positions_BT, q_segments_BT), (kv_positions_BS, kv_segments_BS)
   run = _dense if block_size() ** 2 >= T * S else _blockwise
-  return run(static, q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids)
+  return run(static, q_BTNH, k_BSKH, v_BSKH, bias, Heads(sink_N, mask_N), q_ids, kv_ids)
 
 
 def forward(
-  q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids, *, mask, scale, softcap, own_row=False
+  q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids, *, mask, scale, softcap, own_row=False
 ) -> tuple[jax.Array, jax.Array]:
   """Part of an attention over more keys than these: o in float32 and log-sum-exp [B, T, N].
 
   Args:
     q_ids, kv_ids: (positions, segments or None).
-    own_row: the keys are the queries' own row.
+    own_row: the keys are the queries' own row, in the order of positions.
   """
   static = _static(q_BTNH, k_BSKH, mask, scale, softcap, own_row)
   o_BTNH, lse = _forward_blocks(
-    static, q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids, dtype=f32
+    static, q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids, dtype=f32
   )
   return o_BTNH, _unblocks(lse[..., None], q_BTNH.shape[1])[..., 0]
 
 
 def backward(
-  q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids, o_BTNH, lse_BTN, do_BTNH, *,
+  q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids, o_BTNH, lse_BTN, do_BTNH, *,
   mask, scale, softcap, own_row=False,
 ) -> tuple[Any, ...]:  # fmt: skip
-  """What these keys contribute to the gradients by q, k, v, bias and sink_N, in their dtypes.
+  """What these keys contribute to the gradients by q, k, v, bias and sinks, in their dtypes.
 
   `o_BTNH` and `lse_BTN` are those over all keys.
   """
   static = _static(q_BTNH, k_BSKH, mask, scale, softcap, own_row)
   lse = _blocks(lse_BTN[..., None], static.q_block, k_BSKH.shape[2])[..., 0]
-  residuals = (q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids, o_BTNH, lse)
+  residuals = (q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids, o_BTNH, lse)
   return _backward(static, residuals, do_BTNH)[:5]
 
 
@@ -85,9 +97,12 @@ def unseen(lse: jax.Array) -> jax.Array:
   return lse > -MASKED / 2
 
 
-def _static(q_BTNH, k_BSKH, mask, scale, softcap, own_row) -> "_Static":
+def _static(q_BTNH, k_BSKH, mask, scale, softcap, own_row, order="gaps") -> "_Static":
   block, T, S = block_size(), q_BTNH.shape[1], k_BSKH.shape[1]
-  return _Static(mask, scale, softcap, own_row, _even_block(T, block), _even_block(S, block))
+  order = order if own_row else "any"
+  return _Static(
+    mask, scale, softcap, own_row, order, T, _even_block(T, block), _even_block(S, block)
+  )
 
 
 def block_size() -> int:
@@ -132,23 +147,31 @@ def _logits_by_row(static, products, rows, shared, q_positions, kv_positions, of
   return jax.vmap(one)(products, rows, shared, *positions)
 
 
-def _visible(static, q_ids, kv_ids, kv_valid_S=None):
-  """What may be seen, [B, 1, 1, T, S] or with B = 1, or None: everything."""
+def _visible(static, q_ids, kv_ids, heads, *, cut=True, kv_valid_S=None):
+  """What may be seen, [B or 1, K or 1, G or 1, T, S], or None: everything.
+
+  Without `cut` the mask shows all of these pairs.
+  """
   (q_positions_BT, q_segments_BT), (kv_positions_BS, kv_segments_BS) = q_ids, kv_ids
   parts = []
-  if static.mask is not None:
-    parts.append(static.mask(q_positions_BT[:, :, None], kv_positions_BS[:, None, :]))
   if q_segments_BT is not None:
     parts.append(q_segments_BT[:, :, None] == kv_segments_BS[:, None, :])
     parts.append((q_segments_BT > 0)[:, :, None])
   if kv_valid_S is not None:
     parts.append(kv_valid_S[None, None])
-  if not parts:
-    return None
-  visible = parts[0]
-  for part in parts[1:]:
-    visible = visible & part
-  return visible[:, None, None]
+  parts = [part[:, None, None] for part in parts]
+  if cut and static.mask is not None:
+    parts.append(_masked(static, q_positions_BT, kv_positions_BS, heads))
+  return functools.reduce(jnp.logical_and, parts) if parts else None
+
+
+def _masked(static, q_positions_BT, kv_positions_BS, heads):
+  """What the mask shows, [B or 1, K or 1, G or 1, T, S]."""
+  ids = (q_positions_BT[:, None, None, :, None], kv_positions_BS[:, None, None, None, :])
+  if not isinstance(static.mask, PerHead):
+    return static.mask.visible(*ids)
+  each = [mask.visible(*ids) for mask in static.mask.distinct]
+  return jnp.select([heads.mask_N == n for n in range(len(each))], each)
 
 
 def _dot(spec, x, y):
@@ -160,28 +183,31 @@ _mix = partial(_dot, "bkgts,bksh->bkgth")  # values by probabilities, or keys by
 _unmix = partial(_dot, "bkgts,bkgth->bksh")  # back to the keys, summed over queries and group
 
 
-def _group(x_N, K):
-  return x_N.astype(f32).reshape(1, K, -1, 1, 1)
+def _grouped(heads: Heads, K: int) -> Heads:
+  """As [1, K, G, 1, 1], sinks in float32."""
+  sink_N, mask_N = jax.tree.map(lambda x_N: x_N.reshape(1, K, -1, 1, 1), heads)
+  return Heads(None if sink_N is None else sink_N.astype(f32), mask_N)
 
 
-def _dense(static, q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids):
+def _dense(static, q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids):
   """All logits at once, plain autodiff."""
   (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
+  heads = _grouped(heads, K)
   q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
   k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
   offset = 0 if static.own_row else None
   logits = _logits(static, _scores(q_BKGTH, k_BKSH), *split_rows(bias), q_ids[0], kv_ids[0], offset)
-  visible = _visible(static, q_ids, kv_ids)
+  visible = _visible(static, q_ids, kv_ids, heads)
   if visible is not None:
     logits = jnp.where(visible, logits, MASKED)
   max_BKGT1 = jnp.max(logits, axis=-1, keepdims=True)
-  if sink_N is not None:
-    max_BKGT1 = jnp.maximum(max_BKGT1, _group(sink_N, K))
+  if heads.sink_N is not None:
+    max_BKGT1 = jnp.maximum(max_BKGT1, heads.sink_N)
   max_BKGT1 = jax.lax.stop_gradient(max_BKGT1)
   p = jnp.exp(logits - max_BKGT1)
   sum_BKGT1 = jnp.sum(p, axis=-1, keepdims=True)
-  if sink_N is not None:
-    sum_BKGT1 = sum_BKGT1 + jnp.exp(_group(sink_N, K) - max_BKGT1)
+  if heads.sink_N is not None:
+    sum_BKGT1 = sum_BKGT1 + jnp.exp(heads.sink_N - max_BKGT1)
   o_BKGTH = _mix(p, v_BKSH) / sum_BKGT1
   if visible is not None:
     o_BKGTH = jnp.where(jnp.any(visible, axis=-1, keepdims=True), o_BKGTH, 0)
@@ -218,30 +244,31 @@ class _Keys(NamedTuple):
   ids: tuple  # positions, segments: [blocks, B, S]
   length: int  # before padding
 
-  def tile(self, static, i, j, q_ids):
+  def tile(self, static, i, j, q_ids, heads, cut):
     """(k, v, positions, visible, offset) of key block j for query block i."""
     k, v, ids = jax.tree.map(
       lambda x: jax.lax.dynamic_index_in_dim(x, j, keepdims=False), (self.k, self.v, self.ids)
     )
     valid_S = None
-    if self.length % static.kv_block:
+    if cut and self.length % static.kv_block:
       valid_S = j * static.kv_block + jnp.arange(static.kv_block) < self.length
-    visible = _visible(static, q_ids, ids, valid_S)
+    visible = _visible(static, q_ids, ids, heads, cut=cut, kv_valid_S=valid_S)
     offset = i * static.q_block - j * static.kv_block if static.own_row else None
     return k, v, ids[0], visible, offset
 
-  def reachable(self, static, i):
-    """First and one past the last key block that query block i may see."""
-    count = self.k.shape[0]
-    if static.mask is None or not static.own_row:
-      return 0, count
-    left, right = static.mask.reach
-    first, last = i * static.q_block, (i + 1) * static.q_block - 1
-    low = 0 if left is None else jnp.maximum(first - left, 0) // static.kv_block
-    high = count
-    if right is not None:
-      high = jnp.minimum(jnp.maximum(last + right, -1) // static.kv_block + 1, count)
-    return low, high
+  def each(self, static, i, step, carry):
+    """`step(j, carry, cut)` over the key blocks that query block i may see."""
+    kinds = block_kinds(
+      static.mask, static.length, self.length, static.q_block, static.kv_block, static.order
+    )
+    for kind in (PARTIAL, FULL):
+      start, column_V = map(jnp.asarray, visits(kinds == kind))
+      if column_V.size:
+        one = lambda n, carry, kind=kind, column_V=column_V: step(
+          column_V[n], carry, kind == PARTIAL
+        )
+        carry = jax.lax.fori_loop(start[i], start[i + 1], one, carry)
+    return carry
 
 
 def _keys(static, k_BSKH, v_BSKH, kv_ids):
@@ -250,30 +277,29 @@ def _keys(static, k_BSKH, v_BSKH, kv_ids):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blockwise(static, q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids):
-  return _forward_blocks(static, q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids)[0]
+def _blockwise(static, q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids):
+  return _forward_blocks(static, q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids)[0]
 
 
-def _forward(static, q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids):
-  o_BTNH, lse = _forward_blocks(static, q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids)
+def _forward(static, q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids):
+  o_BTNH, lse = _forward_blocks(static, q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids)
   o_BTNH = checkpoint_name(o_BTNH, "attention_out")
   lse = checkpoint_name(lse, "attention_lse")
-  return o_BTNH, (q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids, o_BTNH, lse)
+  return o_BTNH, (q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids, o_BTNH, lse)
 
 
-def _forward_blocks(static, q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids, dtype=None):
+def _forward_blocks(static, q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids, dtype=None):
   """(o in `dtype` or that of q, log-sum-exp [blocks, B, K, G, T])."""
   K = k_BSKH.shape[2]
-  keys = _keys(static, k_BSKH, v_BSKH, kv_ids)
+  keys, heads = _keys(static, k_BSKH, v_BSKH, kv_ids), _grouped(heads, K)
   rows, shared = split_rows(bias)
 
   def query_block(_, inputs):
     i, q, rows, q_ids = inputs
-    low, high = keys.reachable(static, i)
 
-    def step(j, carry):
+    def step(j, carry, cut):
       m_before, total, acc = carry
-      k, v, kv_positions, visible, offset = keys.tile(static, i, j, q_ids)
+      k, v, kv_positions, visible, offset = keys.tile(static, i, j, q_ids, heads, cut)
       s = _logits(static, _scores(q, k), rows, shared, q_ids[0], kv_positions, offset)
       if visible is not None:
         s = jnp.where(visible, s, MASKED)
@@ -286,13 +312,13 @@ def _forward_blocks(static, q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids,
       return m, total, acc * decay + _mix(p, v)
 
     shape = (*q.shape[:-1], 1)
-    if sink_N is None:
+    if heads.sink_N is None:
       m, total = jnp.full(shape, MASKED, f32), jnp.zeros(shape, f32)
     else:
-      m, total = jnp.broadcast_to(_group(sink_N, K), shape), jnp.ones(shape, f32)
+      m, total = jnp.broadcast_to(heads.sink_N, shape), jnp.ones(shape, f32)
     acc = jnp.zeros((*q.shape[:-1], v_BSKH.shape[-1]), f32)
     start = vary_with(q, (m, total, acc))
-    m, total, acc = jax.lax.fori_loop(low, high, step, start)
+    m, total, acc = keys.each(static, i, step, start)
     seen = total > 0
     total = jnp.where(seen, total, 1)
     # Rows that see nothing get a huge log-sum-exp: exp(logit - lse) is 0 in the backward pass.
@@ -316,9 +342,9 @@ def _query_inputs(static, K, q_BTNH, rows_BTNH, q_ids):
 
 
 def _backward(static, residuals, do_BTNH):
-  q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids, o_BTNH, lse = residuals
+  q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids, o_BTNH, lse = residuals
   (B, T, N, _), S, K = q_BTNH.shape, k_BSKH.shape[1], k_BSKH.shape[2]
-  keys = _keys(static, k_BSKH, v_BSKH, kv_ids)
+  keys, each_head = _keys(static, k_BSKH, v_BSKH, kv_ids), _grouped(heads, K)
   rows, shared = split_rows(bias)
   as_f32 = partial(jax.tree.map, lambda x: x.astype(f32))
   zeros = lambda tree: vary_with(q_BTNH, jax.tree.map(lambda x: jnp.zeros(x.shape, f32), tree))
@@ -330,9 +356,9 @@ def _backward(static, residuals, do_BTNH):
     (i, q, rows, q_ids), do, lse, delta = inputs
     rows = as_f32(rows)
 
-    def step(j, carry):
+    def step(j, carry, cut):
       dq, drows, (dk_blocks, dv_blocks, dshared) = carry
-      k, v, kv_positions, visible, offset = keys.tile(static, i, j, q_ids)
+      k, v, kv_positions, visible, offset = keys.tile(static, i, j, q_ids, each_head, cut)
       positions = (q_ids[0], kv_positions)
       logits = lambda s, rows, shared: _logits_by_row(static, s, rows, shared, *positions, offset)
       s, pull = jax.vjp(logits, _scores(q, k), rows, shared)
@@ -348,8 +374,7 @@ def _backward(static, residuals, do_BTNH):
       )
       return dq + _mix(ds, k), add(drows, drows_j), sums
 
-    low, high = keys.reachable(static, i)
-    dq, drows, sums = jax.lax.fori_loop(low, high, step, (zeros(q), zeros(rows), sums))
+    dq, drows, sums = keys.each(static, i, step, (zeros(q), zeros(rows), sums))
     return sums, (dq.astype(q.dtype), drows)
 
   do, delta = (_blocks(x, static.q_block, K) for x in (do_BTNH, delta_BTN1))
@@ -362,11 +387,11 @@ def _backward(static, residuals, do_BTNH):
   dbias = join_rows(drows, jax.tree.map(lambda d: jnp.sum(d, axis=0), dshared))
   dbias = jax.tree.map(lambda d, x: d.astype(x.dtype), dbias, bias)
   dsink_N = None
-  if sink_N is not None:
-    weight = jnp.exp(_group(sink_N, K)[None] - lse)
-    dsink_N = -jnp.sum(weight * delta, axis=(0, 1, 4, 5)).reshape(N).astype(sink_N.dtype)
+  if heads.sink_N is not None:
+    weight = jnp.exp(each_head.sink_N[None] - lse)
+    dsink_N = -jnp.sum(weight * delta, axis=(0, 1, 4, 5)).reshape(N).astype(heads.sink_N.dtype)
   dk, dv = (_unblocks(d[:, :, :, None], S).astype(x.dtype) for d, x in ((dk, k_BSKH), (dv, v_BSKH)))
-  return _unblocks(dq, T), dk, dv, dbias, dsink_N, None, None
+  return _unblocks(dq, T), dk, dv, dbias, Heads(dsink_N), None, None
 
 
 _blockwise.defvjp(_forward, _backward)

@@ -11,6 +11,17 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from layers.kernels.attention import Alibi, Bucketed, RelativeKeys, attention, bucket, xla
+from layers.masks import (
+  BigBird,
+  Causal,
+  Chunked,
+  Local,
+  Longformer,
+  Mask,
+  MistralWindow,
+  PerHead,
+  SparseTransformer,
+)
 from tests.oracles.attention import attention as oracle
 from tests.oracles.attention import t5_bucket
 
@@ -19,40 +30,9 @@ BLOCK = 16  # of the blockwise runs; rows of 40 make 3 blocks, the last one padd
 
 
 @dataclass(frozen=True)
-class Rule:
-  """A mask: causal, within a window, within a chunk."""
-
-  window: int | None = None
-  chunk: int | None = None
-
-  @property
-  def reach(self):
-    limits = [n - 1 for n in (self.window, self.chunk) if n is not None]
-    return (min(limits) if limits else None), 0
-
-  def __call__(self, i, j):
-    seen = i >= j
-    if self.window is not None:
-      seen = seen & (i - j < self.window)
-    if self.chunk is not None:
-      seen = seen & (i // self.chunk == j // self.chunk)
-    return seen
-
-
-@dataclass(frozen=True)
-class Around:
-  """Not causal: both sides, 3 back and 5 ahead."""
-
-  reach = (3, 5)
-
-  def __call__(self, i, j):
-    return (i - j <= 3) & (j - i <= 5)
-
-
-@dataclass(frozen=True)
 class Case:
   heads: tuple[int, int] = (2, 2)
-  mask: Rule | Around | None = field(default_factory=Rule)
+  mask: Mask | PerHead | None = field(default_factory=Causal)
   segments: bool = False
   softcap: float | None = None
   scale: float | None = None
@@ -63,16 +43,19 @@ class Case:
 
 CASES = {
   "causal": Case(),
-  "window": Case((8, 2), Rule(window=9)),
-  "chunk": Case((6, 2), Rule(chunk=12), segments=True),
+  "window": Case((8, 2), Local(8)),
+  "chunk": Case((6, 2), Chunked(12), segments=True),
   "everything": Case((4, 1), None, softcap=2.0, scale=0.6),
-  "around": Case(mask=Around(), segments=True, sink=True),
-  "sink": Case((6, 2), Rule(window=5), softcap=3.0, sink=True),
+  "around": Case(mask=Local(3, 5), segments=True, sink=True),
+  "sink": Case((6, 2), Local(4), softcap=3.0, sink=True),
   "alibi": Case((4, 1), segments=True, softcap=4.0, bias="alibi"),
   "bucketed": Case((4, 2), bias="bucketed", sink=True),
   "bidirectional": Case((2, 1), None, segments=True, bias="bidirectional"),
-  "relative": Case((4, 2), Rule(window=20), segments=True, bias="relative", softcap=3.0),
-  "cache": Case((4, 2), Rule(window=25), segments=True, sink=True, cache=True),
+  "bigbird": Case((2, 1), BigBird(10, size=4)),
+  "longformer": Case((2, 1), Longformer(8, 2, 2), sink=True),
+  "fixed": Case((2, 1), SparseTransformer(12, "fixed", 3), segments=True),
+  "relative": Case((4, 2), Local(19), segments=True, bias="relative", softcap=3.0),
+  "cache": Case((4, 2), Local(24), segments=True, sink=True, cache=True),
   "cache_alibi": Case((2, 1), bias="alibi", cache=True),
   "cache_bucketed": Case((2, 2), bias="bucketed", cache=True),
   "cache_relative": Case((4, 2), bias="relative", segments=True, cache=True),
@@ -162,7 +145,7 @@ def test_reference_matches_numpy(name):
   scale = H**-0.5 if keywords["scale"] is None else keywords["scale"]
 
   def visible(b, i, j):
-    allowed = mask is None or bool(mask(q_pos[b, i], kv_pos[b, j]))
+    allowed = mask is None or bool(mask.visible(q_pos[b, i, None], kv_pos[b, j, None]))
     return allowed and q_seg[b, i] == kv_seg[b, j] and q_seg[b, i] > 0
 
   def added(b, n, i, j):
@@ -248,9 +231,27 @@ def test_window_of_the_whole_row_is_causal(monkeypatch):
   arrays, _, _ = make("causal")
   q, k, v = arrays["q"], arrays["k"], arrays["v"]
   causal, windowed = (
-    jax.jit(partial(attention, mask=mask))(q, k, v) for mask in (Rule(), Rule(window=40))
+    jax.jit(partial(attention, mask=mask))(q, k, v) for mask in (Causal(), MistralWindow(40))
   )
   assert jnp.array_equal(causal, windowed)
+
+
+@pytest.mark.parametrize("blocks", [False, True], ids=["dense", "blocks"])
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_a_mask_a_head(implementation, blocks, monkeypatch):
+  """Each head's output is that of all heads under its mask."""
+  if blocks:
+    in_blocks(monkeypatch)
+  arrays, _, _ = make("causal")
+  q, k, v = arrays["q"], arrays["k"], arrays["v"]
+  N = q.shape[2]
+  masks = (Causal(), Local(3, 5), BigBird(10, size=4), Causal())[:N]
+  got = attention(q, k, v, mask=PerHead(masks), implementation=implementation)
+  for n, mask in enumerate(masks):
+    want = attention(q, k, v, mask=mask, implementation="reference")
+    close(got[:, :, n], want[:, :, n], 1e-5)
+  with pytest.raises(ValueError, match="heads"):
+    attention(q, k, v, mask=PerHead((Causal(),)))
 
 
 @pytest.mark.parametrize("size", [8, 24])
@@ -262,7 +263,7 @@ def test_block_sizes_agree(size, monkeypatch):
 def test_memory_is_linear():
   def temp_bytes(implementation, T):
     x = jax.ShapeDtypeStruct((1, T, 1, 8), jnp.float32)
-    loss = lambda q, k, v: jnp.sum(attention(q, k, v, mask=Rule(), implementation=implementation))
+    loss = lambda q, k, v: jnp.sum(attention(q, k, v, mask=Causal(), implementation=implementation))
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
@@ -282,8 +283,8 @@ def test_remat_policy_keeps_the_forward_pass(monkeypatch):
     step = jax.grad(lambda q: jnp.sum(jax.checkpoint(f, policy=policy)(q) ** 2))
     return jax.jit(step).lower(arrays["q"]).as_text().count("stablehlo.while")
 
-  assert loops(names) == 4  # a scan and its inner loop, forward and backward
-  assert loops(jax.checkpoint_policies.nothing_saveable) == 6
+  assert loops(names) == 6  # a scan and its two inner loops, forward and backward
+  assert loops(jax.checkpoint_policies.nothing_saveable) == 9
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])

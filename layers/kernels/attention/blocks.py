@@ -1,0 +1,69 @@
+"""What a mask leaves of a grid of blocks, as the lists that kernels walk.
+
+A block of queries and a block of keys is empty, partial (the mask is applied to it) or full (it is
+not). Planned with numpy while a program is traced, from the mask's own account of whole blocks:
+nothing of size T x S is made.
+
+Letters: T query positions, S key positions, I blocks of queries, J blocks of keys, V visits.
+"""
+
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from ...masks import Local, Mask, PerHead
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+
+# What the indices of a row say of its positions: they are the positions; they differ as positions
+# do inside a document; they have the order of positions, which may lie further apart; nothing.
+Order = Literal["index", "document", "gaps", "any"]
+
+
+class Visits(NamedTuple):
+  """Blocks to visit, row by row: those of row i are start[i] .. start[i + 1] of `column`."""
+
+  start: np.ndarray  # int32 [I + 1]
+  column_V: np.ndarray  # int32
+
+
+@lru_cache(maxsize=64)
+def block_kinds(
+  mask: Mask | PerHead | None, num_queries: int, num_keys: int, q_block: int, kv_block: int,
+  order: Order = "index",
+) -> np.ndarray:  # fmt: skip
+  """EMPTY, PARTIAL or FULL, int8 [I, J].
+
+  Args:
+    mask: of query i and key j. Of `PerHead` a block is full if it is for every head.
+    order: see `Order`.
+  """
+  i0, j0 = np.arange(0, num_queries, q_block)[:, None], np.arange(0, num_keys, kv_block)[None]
+  i1, j1 = np.minimum(i0 + q_block, num_queries) - 1, np.minimum(j0 + kv_block, num_keys) - 1
+  kinds = np.full((i0.size, j0.size), FULL, np.int8)
+  if mask is not None:
+    masks = mask.distinct if isinstance(mask, PerHead) else (mask,)
+    each = [_kinds(m, (i0, i1, j0, j1), order) for m in masks]
+    lowest, highest = np.min(each, axis=0), np.max(each, axis=0)
+    kinds = np.where(lowest == highest, lowest, PARTIAL).astype(np.int8)
+  if num_keys % kv_block:  # the last block holds places that are no keys
+    kinds[:, -1] = np.minimum(kinds[:, -1], PARTIAL)
+  return kinds
+
+
+def _kinds(mask: Mask, bounds: tuple[np.ndarray, ...], order: Order) -> np.ndarray:
+  known = order == "index" or (order == "document" and mask.relative)
+  if not known:  # no two positions lie nearer to each other than their indices do
+    before, after = (None, None) if order == "any" else mask.reach
+    far = int(bounds[1].max() + bounds[3].max())
+    mask = Local(far if before is None else before, far if after is None else after)
+  some, every = mask.blocks(*bounds)
+  kinds = np.where(some, np.where(every & known, FULL, PARTIAL), EMPTY)
+  return np.broadcast_to(kinds, (bounds[0].size, bounds[2].size))
+
+
+def visits(chosen: np.ndarray) -> Visits:
+  """Of the blocks where `chosen` [I, J] is True."""
+  start = np.concatenate([[0], chosen.sum(1).cumsum()]).astype(np.int32)
+  return Visits(start, np.nonzero(chosen)[1].astype(np.int32))

@@ -4,12 +4,13 @@ Letters: B batch, T query positions, S key positions, N query heads, K key/value
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ...masks import Mask, PerHead
-from ..partition import auto_partitioned, sharding_like
+from ..partition import auto_partitioned, free_axes, sharding_like
 from ..select import anywhere, current_platform, select
 from . import reference, xla
 from .bias import Alibi, Bias, Bucketed, RelativeKeys, bucket, num_heads
@@ -53,8 +54,9 @@ def attention(
     softcap: c gives c * tanh(logit / c), before bias and mask (Gemma 2, arXiv 2408.00118).
     bias: `Alibi`, `Bucketed` or `RelativeKeys`.
     sink_N: a logit a head that takes part in the denominator only (gpt-oss, arXiv 2508.10925).
-    implementation: "xla" (blockwise: memory linear in T and S; reverse-mode derivatives only when
-      T * S exceeds one block, 256 x 256 on CPU, else 512 x 512) or "reference"; None is "xla".
+    implementation: "pallas_tpu" (no `kv_positions_BS`, of the biases `Alibi` alone), "xla"
+      (blockwise: memory linear in T and S; reverse-mode derivatives only when T * S exceeds one
+      block, 256 x 256 on CPU, else 512 x 512) or "reference"; None is the first that can run.
 
   Logits and softmax are float32; probabilities are cast to the dtype of v. A query that sees no
   key gives exactly 0 and receives and passes on zero gradient. Outputs and log-sum-exps are named
@@ -90,10 +92,18 @@ def attention(
     k_BSKH = jnp.where((kv_segments_BS > 0)[..., None, None], k_BSKH, 0)
     v_BSKH = jnp.where((kv_segments_BS > 0)[..., None, None], v_BSKH, 0)
 
-  chosen = select(implementation, current_platform(), {"xla": anywhere, "reference": anywhere})
-  run = {"xla": xla, "reference": reference}[chosen].attention
+  def tpu(platform: str) -> str | None:
+    if platform != "tpu":
+      return f"the kernel is for TPUs, not for {platform}"
+    if free := free_axes():
+      return f"no compiler spreads it over {', '.join(free)}: call it in a shard_map"
+    return _pallas_tpu().supports(q_BTNH, k_BSKH, v_BSKH, bias, own_row)
+
+  candidates = {"pallas_tpu": tpu, "xla": anywhere, "reference": anywhere}
+  chosen = select(implementation, current_platform(), candidates)
+  module = _pallas_tpu() if chosen == "pallas_tpu" else {"xla": xla, "reference": reference}[chosen]
   scale = H**-0.5 if scale is None else scale
-  run = partial(run, mask=mask, scale=scale, softcap=softcap, order=order)
+  run = partial(module.attention, mask=mask, scale=scale, softcap=softcap, order=order)
   mask_N = None
   if isinstance(mask, PerHead):
     mask_N = jnp.array([mask.distinct.index(m) for m in mask.masks], jnp.int32)
@@ -103,6 +113,13 @@ def attention(
     q_BTNH, k_BSKH, v_BSKH, q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS,
     bias, sink_N, mask_N,
   )  # fmt: skip
+
+
+def _pallas_tpu() -> Any:
+  # Pallas takes half a second to import and is of no use on a CPU.
+  from . import pallas_tpu
+
+  return pallas_tpu
 
 
 def _check(q_BTNH, k_BSKH, v_BSKH, bias, sink_N, softcap, mask) -> None:

@@ -8,7 +8,7 @@ Letters: T query positions, S key positions, I blocks of queries, J blocks of ke
 """
 
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -67,3 +67,50 @@ def visits(chosen: np.ndarray) -> Visits:
   """Of the blocks where `chosen` [I, J] is True."""
   start = np.concatenate([[0], chosen.sum(1).cumsum()]).astype(np.int32)
   return Visits(start, np.nonzero(chosen)[1].astype(np.int32))
+
+
+# A visit in one word, as a kernel reads it: row, column, kind, and whether it is the first or last
+# of its row.
+_COLUMN, _ROW, _PLACES = 4, 17, 2**13
+
+
+class Visit(NamedTuple):
+  """Of a word; traced or numpy."""
+
+  row: Any
+  column: Any
+  kind: Any
+  first: Any
+  last: Any
+
+
+def unpack(word: Any) -> Visit:
+  place = lambda shift: (word >> shift) & (_PLACES - 1)
+  return Visit(place(_ROW), place(_COLUMN), (word >> 2) & 3, word & 1, (word >> 1) & 1)
+
+
+def walk(kinds: np.ndarray) -> np.ndarray:
+  """The words, int32 [V], of all blocks that are not empty, row after row.
+
+  A row without any has one empty visit, in which its result, zeros, is written.
+
+  Raises:
+    ValueError: more than 8192 blocks a side.
+  """
+  if max(kinds.shape) > _PLACES:
+    raise ValueError(f"{kinds.shape[0]} x {kinds.shape[1]} blocks: at most {_PLACES} a side")
+  shown = kinds.copy()
+  nothing = ~kinds.any(1)
+  shown[nothing, 0] = -1  # kept for its row alone
+  row_V, column_V = (x.astype(np.int32) for x in np.nonzero(shown))
+  kind_V = np.maximum(shown[row_V, column_V], EMPTY).astype(np.int32)
+  turn_V = np.diff(row_V, prepend=-1) != 0
+  first_V, last_V = turn_V.astype(np.int32), np.append(turn_V[1:], True).astype(np.int32)
+  return row_V << _ROW | column_V << _COLUMN | kind_V << 2 | last_V << 1 | first_V
+
+
+def walks(each: list[np.ndarray]) -> np.ndarray:
+  """Several walks as [L, V]; the shorter ones end in empty visits of their last block."""
+  length = max(map(len, each))
+  done = lambda word: word >> _COLUMN << _COLUMN
+  return np.stack([np.append(w, np.full(length - len(w), done(w[-1]), np.int32)) for w in each])

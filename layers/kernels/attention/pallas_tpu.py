@@ -1,0 +1,532 @@
+"""Attention as Pallas kernels for TPUs: forward, and gradients by queries and by keys and values.
+
+The grid walks over visits (`blocks`): the pairs of a block of queries and a block of keys in which
+something is visible, row after row (forward, dq) or column after column (dk, dv), so that each
+result stays in fast memory until it is complete. A visit where the mask cuts computes it from
+indices, one where it does not skips that. Time follows the number of visits.
+
+Logits are powers of two: `log2(e)` is part of their scale, and of the log-sum-exps inside.
+
+Letters: B batch, T query positions, S key positions, N query heads, K key/value heads, G = N // K,
+H head size of queries and keys, U that of values, I and J positions in a block of queries and of
+keys, V visits, L lists of visits.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ...masks import Mask, PerHead
+from ..partition import vary_with, varying_shape
+from ..select import current_platform
+from .bias import Alibi
+from .blocks import EMPTY, PARTIAL, Order, block_kinds, unpack, walk, walks
+
+MASKED = -0.7 * float(np.finfo(np.float32).max)
+LOG2E = math.log2(math.e)
+LANES = 128
+# Positions of a block, and of those the keys (or queries, for the gradients by keys) whose logits
+# are in work at a time. Estimated on v5p at head size 128 as shares of the matrix unit's bound:
+# forward 79 / 81 / 60 % with steps of 512 / 256 / 128, dq 92 / 90, dkv 94 / 91 with 512 / 256.
+BLOCK = 1024
+FORWARD_STEP, BACKWARD_STEP = 256, 512
+
+f32 = jnp.float32
+
+
+class _Static(NamedTuple):
+  mask: Mask | PerHead | None
+  scale: float
+  softcap: float | None
+  order: Order
+  length: int  # S, before padding
+  q_block: int
+  kv_block: int
+
+  @property
+  def masks(self) -> tuple[Mask, ...]:
+    if self.mask is None:
+      return ()
+    return self.mask.distinct if isinstance(self.mask, PerHead) else (self.mask,)
+
+
+class _Ids(NamedTuple):
+  """int32, [B, 1, T] of queries or [B, 1, S] of keys; None where indices say all."""
+
+  position: jax.Array | None
+  segment: jax.Array | None
+
+
+class _Heads(NamedTuple):
+  """float32 [1, N], as scalars in the kernels."""
+
+  sink: jax.Array | None
+  slope: jax.Array | None
+
+
+def supports(q_BTNH, k_BSKH, v_BSKU, bias, own_row: bool) -> str | None:
+  """Why a TPU can't run these arguments, or None."""
+  if not own_row:
+    return "keys that are not the queries' own row are for decode_attention"
+  if bias is not None and not isinstance(bias, Alibi):
+    return f"of the biases only Alibi is computed in the kernel, not {type(bias).__name__}"
+  for x in (q_BTNH, k_BSKH, v_BSKU):
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+      return f"arrays must be bfloat16 or float32, not {x.dtype}"
+    if x.shape[-1] > 256:
+      return f"head sizes go up to 256, not {x.shape[-1]}"
+  return None
+
+
+def block_size(length: int) -> int:
+  """Positions of a block: a multiple of 128, as few blocks as there can be, and even ones."""
+  most = BLOCK if fast_memory() > 32 * 2**20 else BLOCK // 2
+  tiles = -(-length // LANES)
+  blocks = -(-tiles // (most // LANES))
+  return -(-tiles // blocks) * LANES
+
+
+def fast_memory() -> int:
+  """Bytes that a kernel may use of a core's fast memory; v4's if this is not a TPU."""
+  capacity = 16 * 2**20
+  if current_platform() == "tpu":
+    capacity = pltpu.get_tpu_info().vmem_capacity_bytes
+  return capacity * 7 // 8
+
+
+def attention(
+  q_BTNH, k_BSKH, v_BSKU, q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS, bias,
+  sink_N, mask_N, *, mask, scale, softcap, order,
+) -> jax.Array:  # fmt: skip
+  """Arguments as in the package, where None stands for a default; see there."""
+  del kv_positions_BS
+  (B, T, N, _), S = q_BTNH.shape, k_BSKH.shape[1]
+  q_block, kv_block = block_size(T), block_size(S)
+  static = _Static(mask, scale, softcap, order, S, q_block, kv_block)
+  absolute = order == "document" and any(not m.relative for m in static.masks)
+  row = lambda x, block: None if x is None else _padded(x, block)[:, None]
+  positions_BT = jnp.broadcast_to(q_positions_BT, (B, T)) if absolute else None
+  q_ids = _Ids(row(positions_BT, q_block), row(q_segments_BT, q_block))
+  kv_ids = _Ids(row(positions_BT, kv_block), row(kv_segments_BS, kv_block))
+  to_1N = lambda x: None if x is None else x.astype(f32)[None]
+  heads = _Heads(to_1N(sink_N), None if bias is None else to_1N(bias.slopes_N))
+  mask_N = jnp.zeros(N, jnp.int32) if mask_N is None else mask_N
+  ahead = lambda x, block: _padded(x, block).swapaxes(1, 2)
+  o_BNTU = _attend(
+    static, ahead(q_BTNH, q_block), ahead(k_BSKH, kv_block), ahead(v_BSKU, kv_block), heads,
+    q_ids, kv_ids, mask_N,
+  )  # fmt: skip
+  return checkpoint_name(o_BNTU[:, :, :T].swapaxes(1, 2), "attention_out")
+
+
+def _padded(x, block):
+  extra = -x.shape[1] % block
+  return jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2)) if extra else x
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(static, q, k, v, heads, q_ids, kv_ids, mask_N):
+  return _forward(static, q, k, v, heads, q_ids, kv_ids, mask_N)[0]
+
+
+def _attend_fwd(static, q, k, v, heads, q_ids, kv_ids, mask_N):
+  o, lse = _forward(static, q, k, v, heads, q_ids, kv_ids, mask_N)
+  o, lse = checkpoint_name(o, "attention_out"), checkpoint_name(lse, "attention_lse")
+  return o, (q, k, v, heads, q_ids, kv_ids, mask_N, o, lse)
+
+
+def _attend_bwd(static, saved, do):
+  q, k, v, heads, q_ids, kv_ids, mask_N, o, lse = saved
+  delta = jnp.sum(do.astype(f32) * o.astype(f32), axis=-1)[:, :, None]  # [B, N, 1, T], as lse
+  arrays = (q, k, v, do, lse, delta, heads, q_ids, kv_ids, mask_N)
+  dq, drow = _backward_queries(static, *arrays)
+  dk, dv = _backward_keys(static, *arrays)
+  dsink = None
+  if heads.sink is not None:
+    weight = jnp.exp2(LOG2E * heads.sink[0][None, :, None] - lse[:, :, 0])
+    dsink = -jnp.sum(weight * delta[:, :, 0], axis=(0, 2))[None]
+  dslope = None if drow is None else jnp.sum(drow, axis=(0, 2, 3))[None]
+  return dq, dk, dv, _Heads(dsink, dslope), None, None, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+# ---- the kernels ----
+
+
+def _plan(static: _Static, num_queries: int, num_keys: int, *, by_column: bool) -> np.ndarray:
+  """Words of the visits [L, V]: a list for each distinct mask, or by column one for all."""
+  of = lambda mask: block_kinds(
+    mask, num_queries, static.length, static.q_block, static.kv_block, static.order
+  )
+  if by_column:
+    return walk(of(static.mask).T)[None]
+  return walks([walk(of(mask)) for mask in static.masks or (None,)])
+
+
+def _logits(static, heads, n, q, k, distance):
+  """(base-2 logits, their tanh if capped): q k^T, or k q^T, whichever comes first."""
+  s = _dot(q, k, ((1,), (1,)))
+  t = None
+  if static.softcap is not None:
+    t = jnp.tanh(s * (static.scale / static.softcap))
+    s = t * (static.softcap * LOG2E)
+  else:
+    s = s * (static.scale * LOG2E)
+  if heads.slope is not None:
+    s = s - (heads.slope[0, n] * LOG2E) * distance().astype(f32)
+  return s, t
+
+
+def _visible(static, which, i, j, q_segment, kv_segment, index_j):
+  """Bools for ids that broadcast against each other."""
+  seen = None
+  each = [mask.visible(i, j) for mask in static.masks]
+  if each:
+    seen = each[0]
+    for n, other in enumerate(each[1:], 1):
+      seen = (seen & (which != n)) | (other & (which == n))
+  parts = [] if seen is None else [seen]
+  if q_segment is not None:
+    parts.append((q_segment == kv_segment) & (q_segment > 0))
+  if static.length % static.kv_block:
+    parts.append(index_j < static.length)
+  for part in parts[1:]:
+    parts[0] = parts[0] & part
+  return parts[0] if parts else None
+
+
+def _column(row):
+  """[1, n] -> [n, 1]."""
+  return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
+
+
+def _dot(a, b, contract):
+  """[m, n] in float32; float32 operands are not rounded first."""
+  precision = jax.lax.Precision.HIGHEST if a.dtype == f32 else None
+  return jax.lax.dot_general(
+    a, b, ((contract[0], contract[1]), ((), ())), precision=precision, preferred_element_type=f32
+  )
+
+
+class _Tile(NamedTuple):
+  """Ids of a block of queries (column or row) and of some keys (row or column)."""
+
+  i: Any
+  j: Any
+  q_segment: Any
+  kv_segment: Any
+  index_j: Any
+
+  @property
+  def distance(self):
+    return self.i - self.j
+
+
+def _tile(static, visit, q_ids, kv_ids, q_range, kv_range, *, queries_down: bool) -> _Tile:
+  """For parts (start, size) of the two blocks; queries go down and keys across, or the reverse."""
+
+  def ids(refs, block, first, part, down):
+    start, size = part
+    shape = (size, 1) if down else (1, size)
+    index = first * block + start + jax.lax.broadcasted_iota(jnp.int32, shape, 0 if down else 1)
+    rows = (None if ref is None else ref[0, :, pl.ds(start, size)] for ref in refs)
+    position, segment = (_column(x) if down and x is not None else x for x in rows)
+    return index, index if position is None else position, segment
+
+  _, i, q_segment = ids(q_ids, static.q_block, visit.row, q_range, queries_down)
+  index_j, j, kv_segment = ids(kv_ids, static.kv_block, visit.column, kv_range, not queries_down)
+  return _Tile(i, j, q_segment, kv_segment, index_j)
+
+
+def _steps(block: int, most: int) -> list[tuple[int, int]]:
+  """(start, size) of even parts of a block, `most` or less each."""
+  size = max(n for n in range(LANES, most + 1, LANES) if block % n == 0)
+  return [(start, size) for start in range(0, block, size)]
+
+
+def _bodies(static, visit, q_ids, body):
+  """Runs `body(cut)` for this visit."""
+  always = q_ids.segment is not None or static.length % static.kv_block != 0
+  pl.when((visit.kind == PARTIAL) if not always else (visit.kind != EMPTY))(lambda: body(True))
+  if not always:
+    pl.when(visit.kind > PARTIAL)(lambda: body(False))
+
+
+def _wide(x, width):
+  """[n, 128] of equal columns -> [n, width]."""
+  return jnp.concatenate([x] * (width // LANES), axis=1) if width > LANES else x
+
+
+def _forward_kernel(
+  static, words, which_N, heads, q_ids, kv_ids, q_ref, k_ref, v_ref, o_ref, lse_ref, m_ref,
+  total_ref, acc_ref,
+):  # fmt: skip
+  n = pl.program_id(1)
+  visit = unpack(words[which_N[n] if len(static.masks) > 1 else 0, pl.program_id(2)])
+
+  @pl.when(visit.first == 1)
+  def _():
+    start = MASKED if heads.sink is None else heads.sink[0, n] * LOG2E
+    m_ref[...] = jnp.full(m_ref.shape, start, f32)
+    total_ref[...] = jnp.full(total_ref.shape, 0.0 if heads.sink is None else 1.0, f32)
+    acc_ref[...] = jnp.zeros(acc_ref.shape, f32)
+
+  def body(cut):
+    q = q_ref[0, 0]
+    m, total, acc = m_ref[...], total_ref[...], acc_ref[...]
+    for part in _steps(static.kv_block, FORWARD_STEP):
+      keys = pl.ds(*part)
+      tile = _tile(static, visit, q_ids, kv_ids, (0, static.q_block), part, queries_down=True)
+      s, _ = _logits(static, heads, n, q, k_ref[0, 0, keys], lambda tile=tile: tile.distance)
+      if cut:
+        visible = _visible(static, which_N[n], *tile)
+        s = jnp.where(visible, s, MASKED)
+      m_next = jnp.maximum(m, jnp.max(s, axis=1, keepdims=True))
+      # Where nothing was visible yet, MASKED less anything but itself is 0 in powers of two.
+      top = jnp.where(m_next == MASKED, 0.0, m_next) if cut else m_next
+      p = jnp.exp2(s - _wide(top, part[1]))
+      decay = jnp.exp2(m - top)
+      total = total * decay + jnp.sum(p, axis=1, keepdims=True)
+      v = v_ref[0, 0, keys]
+      acc = acc * _fit(decay, acc.shape[1]) + _dot(p.astype(v.dtype), v, ((1,), (0,)))
+      m = m_next
+    m_ref[...], total_ref[...], acc_ref[...] = m, total, acc
+
+  _bodies(static, visit, q_ids, body)
+
+  @pl.when(visit.last == 1)
+  def _():
+    seen = total_ref[...] > 0
+    total = jnp.where(seen, total_ref[...], 1.0)
+    o_ref[0, 0] = (acc_ref[...] / _fit(total, acc_ref.shape[1])).astype(o_ref.dtype)
+    # Huge where nothing was seen: probabilities are then 0 in the backward pass.
+    lse_ref[0, 0] = jnp.where(seen, m_ref[...] + jnp.log2(total), -MASKED).T[:1]
+
+
+def _fit(x, width):
+  """[n, 128] of equal columns -> [n, width]."""
+  return x[:, :width] if width <= LANES else _wide(x, -(-width // LANES) * LANES)[:, :width]
+
+
+def _dq_kernel(
+  static, words, which_N, heads, q_ids, kv_ids, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref,
+  *refs,
+):  # fmt: skip
+  drow_ref = drow_acc = None
+  if heads.slope is None:
+    dq_ref, lse_acc, delta_acc, dq_acc = refs
+  else:
+    dq_ref, drow_ref, lse_acc, delta_acc, dq_acc, drow_acc = refs
+  n = pl.program_id(1)
+  visit = unpack(words[which_N[n] if len(static.masks) > 1 else 0, pl.program_id(2)])
+
+  @pl.when(visit.first == 1)
+  def _():
+    for acc, ref in ((lse_acc, lse_ref), (delta_acc, delta_ref)):
+      acc[...] = jnp.broadcast_to(ref[0, 0], (LANES, static.q_block)).T
+    dq_acc[...] = jnp.zeros(dq_acc.shape, f32)
+    if drow_acc is not None:
+      drow_acc[...] = jnp.zeros(drow_acc.shape, f32)
+
+  def body(cut):
+    q, do, dq = q_ref[0, 0], do_ref[0, 0], dq_acc[...]
+    for part in _steps(static.kv_block, BACKWARD_STEP):
+      keys, width = pl.ds(*part), part[1]
+      tile = _tile(static, visit, q_ids, kv_ids, (0, static.q_block), part, queries_down=True)
+      k = k_ref[0, 0, keys]
+      s, t = _logits(static, heads, n, q, k, lambda tile=tile: tile.distance)
+      if cut:
+        s = jnp.where(_visible(static, which_N[n], *tile), s, MASKED)
+      p = jnp.exp2(s - _wide(lse_acc[...], width))
+      ds = p * (_dot(do, v_ref[0, 0, keys], ((1,), (1,))) - _wide(delta_acc[...], width))
+      if drow_acc is not None:
+        lost = jnp.sum(ds * tile.distance.astype(f32), axis=1, keepdims=True)
+        drow_acc[...] -= jnp.broadcast_to(lost, drow_acc.shape)
+      if t is not None:
+        ds = ds * (1 - t * t)
+      dq = dq + _dot(ds.astype(k.dtype), k, ((1,), (0,)))
+    dq_acc[...] = dq
+
+  _bodies(static, visit, q_ids, body)
+
+  @pl.when(visit.last == 1)
+  def _():
+    dq_ref[0, 0] = (dq_acc[...] * static.scale).astype(dq_ref.dtype)
+    if drow_ref is not None:
+      drow_ref[0, 0] = drow_acc[...].T[:1]
+
+
+def _dkv_kernel(
+  static, words, which_N, heads, q_ids, kv_ids, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref,
+  dk_ref, dv_ref, dk_acc, dv_acc,
+):  # fmt: skip
+  """Keys go down, queries across: what is one number a query is then a row."""
+  G = pl.num_programs(3)
+  g = pl.program_id(3)
+  n = pl.program_id(1) * G + g
+  turned = unpack(words[0, pl.program_id(2)])
+  visit = turned._replace(row=turned.column, column=turned.row)
+
+  @pl.when((visit.first == 1) & (g == 0))
+  def _():
+    dk_acc[...] = jnp.zeros(dk_acc.shape, f32)
+    dv_acc[...] = jnp.zeros(dv_acc.shape, f32)
+
+  def body(cut):
+    k, v, dk, dv = k_ref[0, 0], v_ref[0, 0], dk_acc[...], dv_acc[...]
+    for part in _steps(static.q_block, BACKWARD_STEP):
+      queries = pl.ds(*part)
+      tile = _tile(static, visit, q_ids, kv_ids, part, (0, static.kv_block), queries_down=False)
+      q, do = q_ref[0, 0, queries], do_ref[0, 0, queries]
+      s, t = _logits(static, heads, n, k, q, lambda tile=tile: tile.distance)
+      if cut:
+        s = jnp.where(_visible(static, which_N[n], *tile), s, MASKED)
+      p = jnp.exp2(s - lse_ref[0, 0, :, queries])
+      dv = dv + _dot(p.astype(do.dtype), do, ((1,), (0,)))
+      ds = p * (_dot(v, do, ((1,), (1,))) - delta_ref[0, 0, :, queries])
+      if t is not None:
+        ds = ds * (1 - t * t)
+      dk = dk + _dot(ds.astype(q.dtype), q, ((1,), (0,)))
+    dk_acc[...], dv_acc[...] = dk, dv
+
+  _bodies(static, visit, q_ids, body)
+
+  @pl.when((visit.last == 1) & (g == G - 1))
+  def _():
+    dk_ref[0, 0] = (dk_acc[...] * static.scale).astype(dk_ref.dtype)
+    dv_ref[0, 0] = dv_acc[...].astype(dv_ref.dtype)
+
+
+# ---- their calls ----
+
+
+def _call(static, kernel, name, words, arrays, out_shape, out_specs, scratch, *, by_column, flops):
+  """Runs a kernel over the visits; `arrays` are (q, k, v, *by query), heads, ids, mask_N."""
+  (q, k, v, *by_query), heads, q_ids, kv_ids, mask_N = arrays
+  B, N, K = *q.shape[:2], k.shape[1]
+  G, turned = N // K, by_column
+  visits = words.shape[1]
+
+  def at(kind):
+    """Index maps of blocks of queries or keys: (batch, head, block)."""
+
+    def index(b, h, v, *rest):
+      *g, words, which_N = rest
+      n = h * G + g[0] if turned else h
+      visit = unpack(words[which_N[n] if not turned and len(static.masks) > 1 else 0, v])
+      row, column = (visit.column, visit.row) if turned else (visit.row, visit.column)
+      return (b, n, row) if kind == "q" else (b, n // G, column)
+
+    return index
+
+  def spec(kind, block, width):
+    index = at(kind)
+    return pl.BlockSpec((1, 1, block, width), lambda *a: (*index(*a), 0))
+
+  def row_spec(kind, block):
+    index = at(kind)
+
+    def row(*a):
+      b, n, place = index(*a)
+      return b, n, 0, place
+
+    return pl.BlockSpec((1, 1, 1, block), row)
+
+  def id_spec(kind, block):
+    index = at(kind)
+
+    def row(*a):
+      b, _, place = index(*a)
+      return b, 0, place
+
+    return pl.BlockSpec((1, 1, block), row)
+
+  bq, bk = static.q_block, static.kv_block
+  in_specs = (
+    jax.tree.map(lambda _: pl.BlockSpec(memory_space=pltpu.SMEM), heads),
+    jax.tree.map(lambda _: id_spec("q", bq), q_ids),
+    jax.tree.map(lambda _: id_spec("kv", bk), kv_ids),
+    spec("q", bq, q.shape[-1]),
+    spec("kv", bk, k.shape[-1]),
+    spec("kv", bk, v.shape[-1]),
+    *(row_spec("q", bq) if x.shape[2] == 1 else spec("q", bq, x.shape[-1]) for x in by_query),
+  )
+  out_specs = [(row_spec if row else spec)(*rest) for row, *rest in out_specs]
+  heads_grid = (K, visits, G) if turned else (N, visits)
+  semantics = ("parallel", "parallel", "arbitrary", "arbitrary")[: 1 + len(heads_grid)]
+  call = pl.pallas_call(
+    partial(kernel, static),
+    name=name,
+    out_shape=out_shape,
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=2,
+      grid=(B, *heads_grid),
+      in_specs=in_specs,
+      out_specs=out_specs,
+      scratch_shapes=scratch,
+    ),
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=semantics, vmem_limit_bytes=fast_memory()
+    ),
+    cost_estimate=pl.CostEstimate(
+      flops=int(flops * B * N * visits * 2 * bq * bk),
+      bytes_accessed=sum(x.size * x.dtype.itemsize for x in (q, k, v, *by_query)),
+      transcendentals=B * N * visits * bq * bk,
+    ),
+  )
+  return call(jnp.asarray(words), mask_N, heads, q_ids, kv_ids, q, k, v, *by_query)
+
+
+def _forward(static, q, k, v, heads, q_ids, kv_ids, mask_N):
+  """(o [B, N, T, U], log2-sum-exp [B, N, 1, T])."""
+  arrays = ((q, k, v), heads, q_ids, kv_ids, mask_N)
+  arrays = vary_with(arrays, arrays)
+  q = arrays[0][0]
+  (B, N, T, H), S, U, bq = q.shape, k.shape[2], v.shape[-1], static.q_block
+  shape = partial(varying_shape, operand=q)
+  return _call(
+    static, _forward_kernel, "attention_forward", _plan(static, T, S, by_column=False), arrays,
+    [shape((B, N, T, U), v.dtype), shape((B, N, 1, T), f32)],
+    [(False, "q", bq, U), (True, "q", bq)],
+    [pltpu.VMEM((bq, n), f32) for n in (LANES, LANES, U)], by_column=False, flops=H + U,
+  )  # fmt: skip
+
+
+def _backward_queries(static, q, k, v, do, lse, delta, heads, q_ids, kv_ids, mask_N):
+  """(dq [B, N, T, H], what the slope gains from each query [B, N, 1, T] or None)."""
+  arrays = ((q, k, v, do, lse, delta), heads, q_ids, kv_ids, mask_N)
+  arrays = vary_with(arrays, arrays)
+  q = arrays[0][0]
+  (B, N, T, H), S, U, bq = q.shape, k.shape[2], v.shape[-1], static.q_block
+  shape, sloped = partial(varying_shape, operand=q), heads.slope is not None
+  scratch = [pltpu.VMEM((bq, n), f32) for n in (LANES, LANES, H, *[LANES] * sloped)]
+  out = _call(
+    static, _dq_kernel, "attention_dq", _plan(static, T, S, by_column=False), arrays,
+    [shape(q.shape, q.dtype), *[shape((B, N, 1, T), f32)] * sloped],
+    [(False, "q", bq, H), *[(True, "q", bq)] * sloped], scratch, by_column=False, flops=2 * H + U,
+  )  # fmt: skip
+  return (*out, None)[:2]
+
+
+def _backward_keys(static, q, k, v, do, lse, delta, heads, q_ids, kv_ids, mask_N):
+  """(dk [B, K, S, H], dv [B, K, S, U])."""
+  arrays = ((q, k, v, do, lse, delta), heads, q_ids, kv_ids, mask_N)
+  arrays = vary_with(arrays, arrays)
+  q = arrays[0][0]
+  (T, H), S, U, bk = q.shape[2:], k.shape[2], v.shape[-1], static.kv_block
+  shape = partial(varying_shape, operand=q)
+  return _call(
+    static, _dkv_kernel, "attention_dkv", _plan(static, T, S, by_column=True), arrays,
+    [shape(k.shape, k.dtype), shape(v.shape, v.dtype)],
+    [(False, "kv", bk, H), (False, "kv", bk, U)],
+    [pltpu.VMEM((bk, n), f32) for n in (H, U)], by_column=True, flops=2 * H + 2 * U,
+  )  # fmt: skip

@@ -1,0 +1,226 @@
+"""The TPU kernels for attention: values and gradients in interpret mode, visits, lowering."""
+
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental import pallas as pl
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from layers.kernels.attention import Alibi, Bucketed, attention, pallas_tpu, reference
+from layers.kernels.attention.blocks import EMPTY, FULL, block_kinds, unpack, walk, walks
+from layers.masks import (
+  BigBird,
+  Causal,
+  Chunked,
+  Dilated,
+  Global,
+  Local,
+  Longformer,
+  Mask,
+  PerHead,
+  SparseTransformer,
+)
+
+B, T = 2, 300  # blocks of 128, the last one padded
+
+
+@dataclass(frozen=True)
+class Case:
+  mask: Mask | PerHead | None = field(default_factory=Causal)
+  heads: tuple[int, int] = (2, 2)
+  sizes: tuple[int, int] = (32, 32)
+  softcap: float | None = None
+  sink: bool = False
+  alibi: bool = False
+  segments: bool = False
+  length: int = T
+
+
+CASES = {
+  "causal": Case(),
+  "everything": Case(None, (4, 1), (32, 16)),
+  "whole blocks": Case(Causal(), (2, 1), length=256),
+  "window, cap, sink": Case(Local(70), (8, 1), softcap=5.0, sink=True),
+  "around": Case(Local(20, 40), sink=True),
+  "bigbird": Case(BigBird(5, 64), (2, 1)),
+  "longformer": Case(Longformer(40, 3, 2), (1, 1)),
+  "strided": Case(SparseTransformer(24), (1, 1), length=200),
+  "rows that see nothing": Case(Causal() & ~Global(140), (2, 2)),
+  "a mask a head": Case(
+    PerHead((Causal(), Local(30, 4), BigBird(5, 64), Causal() & Dilated(3, 60))), (4, 2)
+  ),
+  "documents": Case(Causal(), (4, 2), segments=True, alibi=True),
+  "chunks of documents": Case(Chunked(48), (2, 1), segments=True, sink=True, softcap=3.0),
+}
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  call = partial(pl.pallas_call, interpret=True)
+  monkeypatch.setattr(pallas_tpu, "pl", SimpleNamespace(**vars(pl) | {"pallas_call": call}))
+  monkeypatch.setattr(pallas_tpu, "BLOCK", 256)  # of which half on what is no TPU
+
+
+def run(module, name, dtype=jnp.float32):
+  """(gradients by q, k, v, sinks, slopes; output)."""
+  case, rng = CASES[name], np.random.default_rng(len(name))
+  (N, K), (H, U), T = case.heads, case.sizes, case.length
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+  q, k, v, do = normal(B, T, N, H), normal(B, T, K, H), normal(B, T, K, U), normal(B, T, N, U)
+  sink, slopes = normal(N) if case.sink else None, jnp.abs(normal(N)) if case.alibi else None
+  positions, segments, order = jnp.arange(T, dtype=jnp.int32)[None], None, "index"
+  if case.segments:
+    lengths, order = ((120, 150, 30), (200, 70, 30)), "document"
+    row = lambda each: jnp.asarray(np.stack([np.concatenate(each(n)) for n in lengths]), jnp.int32)
+    positions = row(lambda n: [np.arange(i) for i in n])
+    segments = row(lambda n: [np.full(i, d) for i, d in zip(n, (1, 2, 0), strict=True)])
+  mask_N = None
+  if isinstance(case.mask, PerHead):
+    mask_N = jnp.array([case.mask.distinct.index(m) for m in case.mask.masks], jnp.int32)
+
+  def loss(q, k, v, sink, slopes):
+    o = module.attention(
+      q, k, v, positions, None, segments, segments, None if slopes is None else Alibi(slopes),
+      sink, mask_N, mask=case.mask, scale=0.2, softcap=case.softcap, order=order,
+    )  # fmt: skip
+    return jnp.sum((o * do).astype(jnp.float32)), o
+
+  return jax.jit(jax.grad(loss, (0, 1, 2, 3, 4), has_aux=True))(q, k, v, sink, slopes)
+
+
+expected = lru_cache(partial(run, reference))
+
+
+def close(got, want, tolerance):
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients(name, interpreted):
+  close(run(pallas_tpu, name), expected(name), 1e-5)
+
+
+def test_what_sees_nothing_is_exactly_zero(interpreted):
+  """The first 140 places neither see nor are seen."""
+  (dq, dk, dv, *_), o = run(pallas_tpu, "rows that see nothing")
+  for x in (dq, dk, dv, o):
+    assert not np.asarray(x)[:, :140].any() and np.asarray(x)[:, 140:].any((2, 3)).all()
+
+
+@pytest.mark.parametrize("name", ["causal", "window, cap, sink"])
+def test_bfloat16(name, interpreted):
+  """Probabilities and their gradients are rounded before they meet values, keys and queries."""
+  close(run(pallas_tpu, name, jnp.bfloat16), expected(name, jnp.bfloat16), 2e-2)
+
+
+MASKS = st.sampled_from([
+  None, Causal(), Local(9), Local(3, 5), Chunked(7), Dilated(3, 4), SparseTransformer(8),
+  Longformer(8, 2), BigBird(16, 4), Causal() & ~Global(13), Global(2, 20) & ~Local(30, 30),
+])  # fmt: skip
+
+
+@settings(deadline=None, max_examples=100)
+@given(MASKS, st.integers(1, 64), st.integers(1, 64), st.integers(1, 16), st.integers(1, 16))
+def test_each_visible_block_is_visited_once(mask, num_queries, num_keys, q_block, kv_block):
+  kinds = block_kinds(mask, num_queries, num_keys, q_block, kv_block)
+  table = (
+    np.ones((num_queries, num_keys), bool) if mask is None else mask.table(num_queries, num_keys)
+  )
+  for words, turned in ((walk(kinds), False), (walk(kinds.T), True)):
+    visits = [unpack(int(word)) for word in words]
+    assert len(visits) == (kinds != EMPTY).sum() + (~kinds.any(0 if turned else 1)).sum()
+    seen = np.zeros(table.shape, int)
+    for visit in visits:
+      i, j = (visit.column, visit.row) if turned else (visit.row, visit.column)
+      block = np.s_[i * q_block : (i + 1) * q_block, j * kv_block : (j + 1) * kv_block]
+      seen[block] += visit.kind != EMPTY
+      assert visit.kind != FULL or table[block].all()
+    assert seen.max(initial=0) <= 1 and np.all(seen[table] == 1)
+    rows = [visit.row for visit in visits]
+    assert rows == sorted(rows) and set(rows) == set(range(kinds.shape[1 if turned else 0]))
+    turns = np.diff(rows, prepend=-1, append=len(rows) + 1) != 0
+    assert [visit.first for visit in visits] == turns[:-1].tolist()
+    assert [visit.last for visit in visits] == turns[1:].tolist()
+
+
+def test_lists_of_several_lengths():
+  long, short = walk(np.ones((2, 3), np.int8)), walk(np.eye(2, dtype=np.int8))
+  both = walks([long, short])
+  assert both.shape == (2, 6) and both[0].tolist() == long.tolist()
+  rest = [unpack(int(word)) for word in both[1, 2:]]
+  assert {(v.row, v.column, v.kind, v.first, v.last) for v in rest} == {(1, 1, EMPTY, 0, 0)}
+
+
+SIZES = {
+  "64": (64, 64), "80": (80, 80), "96": (96, 96), "128": (128, 128), "192, 128": (192, 128),
+  "256": (256, 256),
+}  # fmt: skip
+MASK = PerHead((BigBird(32), Causal() & Local(700), BigBird(32), SparseTransformer(kind="fixed")))
+
+
+def gradients(H, U, dtype=jnp.bfloat16, mask=MASK, **more):
+  """A function of (q, k, v, ids) and its arguments' shapes."""
+
+  def loss(q, k, v, positions, segments):
+    o = attention(
+      q, k, v, mask=mask, implementation="pallas_tpu", q_positions_BT=positions,
+      q_segments_BT=segments, **more,
+    )  # fmt: skip
+    return jnp.sum(o.astype(jnp.float32) ** 2)
+
+  s = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype)
+  ids = s(2, 2048, dtype=jnp.int32)
+  arrays = s(2, 2048, 4, H), s(2, 2048, 2, H), s(2, 2048, 2, U), ids, ids
+  return jax.grad(loss, (0, 1, 2)), arrays
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize(("kind", "cores"), [("TPU v5 lite", 1), ("TPU v5", 2), ("TPU v6 lite", 1)])
+def test_lowers_for_tpus(sizes, kind, cores):
+  device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=cores, platform="tpu")
+  mesh = jax.sharding.AbstractMesh((1,), ("d",), (AxisType.Auto,), abstract_device=device)
+  f, arrays = gradients(*SIZES[sizes], softcap=20.0, sink_N=jnp.ones(4))
+  with jax.sharding.use_abstract_mesh(mesh):
+    text = jax.jit(f).trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
+  assert text.count("tpu_custom_call") == 3
+
+
+def test_what_is_not_supported_says_why():
+  s = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
+  x, bf16 = s(jnp.bfloat16, 1, 8, 2, 64), jnp.bfloat16
+  assert pallas_tpu.supports(x, x, x, None, True) is None
+  assert "decode" in pallas_tpu.supports(x, x, x, None, False)
+  assert "Bucketed" in pallas_tpu.supports(x, x, x, Bucketed(jnp.ones((8, 2))), True)
+  assert "float16" in pallas_tpu.supports(s(jnp.float16, 1, 8, 2, 64), x, x, None, True)
+  assert "256" in pallas_tpu.supports(s(bf16, 1, 8, 2, 512), s(bf16, 1, 8, 2, 512), x, None, True)
+  q = jnp.ones((1, 8, 2, 64))
+  with pytest.raises(NotImplementedError, match="not for cpu"):
+    attention(q, q, q, implementation="pallas_tpu")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_compiles_for_described_tpus(name, sizes):
+  """Fast memory suffices, which lowering alone does not show."""
+  topologies = pytest.importorskip("jax.experimental.topologies")
+  devices = topologies.get_topology_desc(topology_name=name, platform="tpu").devices
+  mesh = jax.sharding.Mesh(np.array(devices[:1]), ("d",))
+  replicated = jax.sharding.NamedSharding(mesh, P())
+  for dtype in (jnp.bfloat16, jnp.float32):
+    f, arrays = gradients(*SIZES[sizes], dtype, softcap=20.0)
+    arrays = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated) for a in arrays]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      compiled = jax.jit(f).lower(*arrays).compile()
+    assert "tpu_custom_call" in compiled.as_text()

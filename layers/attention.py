@@ -17,7 +17,7 @@ from .cache import KVCache, update_cache
 from .context import Method, row_attention
 from .kernels.attention.bias import Alibi, Bucketed, RelativeKeys
 from .linear import dense
-from .masks import BlockLocal, Causal, Local
+from .masks import BlockLocal, Causal, Local, Mask, PerHead, parse_mask
 from .norms import Norm
 from .params import declare, kernel_init
 from .positions import alibi_slopes, apply_rotary, rotary_table, sinusoids
@@ -46,14 +46,18 @@ class Rows(NamedTuple):
     return None if self.segments_BT is None else self.segments_BT > 0
 
 
-def causal_mask(window: int | None = None, chunk: int | None = None):
-  """The mask of a decoder layer: causal, and local or block-local where asked."""
+def causal_mask(
+  window: int | None = None, chunk: int | None = None, also: Mask | PerHead | None = None
+) -> Mask | PerHead:
+  """The mask of a decoder layer: causal, and local, block-local or what else is asked."""
   mask = Causal()
   if window is not None:
     mask = mask & Local(window - 1)
   if chunk is not None:
     mask = mask & BlockLocal(chunk)
-  return mask
+  if isinstance(also, PerHead):
+    return PerHead(tuple(mask & other for other in also.masks))
+  return mask if also is None else mask & also
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, spec: RotarySpec) -> jax.Array:
@@ -118,7 +122,7 @@ class Attention(nn.Module):
       q_BTNH,
       k_BTKH,
       v_BTKH,
-      mask=causal_mask(spec.window, spec.chunk),
+      mask=causal_mask(spec.window, spec.chunk, parse_mask(spec.mask) if spec.mask else None),
       q_positions_BT=rows.positions_BT,
       kv_positions_BS=kv_positions,
       q_segments_BT=None if cache is not None else rows.segments_BT,

@@ -25,6 +25,7 @@ from mesh.collectives import manual_size, ring_shift
 
 from .kernels.attention import RelativeKeys, attention, xla
 from .kernels.partition import vary_with
+from .masks import PerHead
 
 AXIS = "context"
 Method = Literal["ring", "all_gather"]
@@ -108,6 +109,10 @@ def _spread(
       q_segments_BT=ids[1], kv_segments_BS=kv_segments, scale=scale, softcap=softcap,
       bias=bias, sink_N=sink_N, implementation=implementation,
     )  # fmt: skip
+  if isinstance(mask, PerHead):
+    raise NotImplementedError(
+      "a mask a head does not pass round a ring: gather the keys (context_method=all_gather)"
+    )
   if implementation not in (None, "xla"):
     raise NotImplementedError(
       f'attention implementation {implementation!r} has no ring: use "xla", or gather the keys'

@@ -8,6 +8,8 @@ array: `layers.transformer` reads these values to declare weights and to run the
 from dataclasses import dataclass
 from typing import Literal
 
+from .masks import parse_mask
+
 Activation = Literal["relu", "relu2", "gelu", "gelu_tanh", "quick_gelu", "silu"]
 Router = Literal["switch", "top_k", "gshard", "expert_choice", "hash", "no_token_left_behind"]
 
@@ -108,6 +110,7 @@ class AttentionSpec:
   num_kv_heads: int | None = None  # None: as many as query heads
   window: int | None = None  # keys seen, self included: 0 <= i - j < window
   chunk: int | None = None  # keys of the same run of `chunk` positions only
+  mask: str | None = None  # `layers.masks` as text: also needed to see a key, Local(9) | Global(4)
   position: PositionSpec | None = None
   qkv_bias: bool = False
   out_bias: bool = False
@@ -125,6 +128,8 @@ class AttentionSpec:
       self.num_heads % self.kv_heads == 0,
       f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}",
     )
+    heads = parse_mask(self.mask).by_head if self.mask else None
+    _require(not heads or len(heads) == self.num_heads, f"PerHead needs {self.num_heads} masks")
     if isinstance(self.position, RotarySpec):
       dims = self.position.dims or self.head_dim
       _require(

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ...masks import Mask, PerHead
 from ..partition import auto_partitioned, free_axes, sharding_like
 from ..select import anywhere, current_platform, select
 from . import reference, xla
@@ -24,7 +23,7 @@ def attention(
   k_BSKH: jax.Array,
   v_BSKH: jax.Array,
   *,
-  mask: Mask | PerHead | None = None,
+  mask: Any = None,
   q_positions_BT: jax.Array | None = None,
   kv_positions_BS: jax.Array | None = None,
   q_segments_BT: jax.Array | None = None,
@@ -40,8 +39,8 @@ def attention(
   Args:
     q_BTNH, k_BSKH, v_BSKH: query head n reads key/value head n // (N / K). The head size of v may
       differ from that of q and k.
-    mask: of query and key positions, see `layers.masks`, for all heads or one for each. None shows
-      every key. Blocks in which nothing is visible cost nothing.
+    mask: of query and key positions, a value of `layers.masks`, for all heads or one for each. None
+      shows every key. Blocks in which nothing is visible cost nothing.
     q_positions_BT: position of each query; None is 0..T-1.
     kv_positions_BS: position of each key. None: the keys are the queries' own row, so T == S, and
       inside a segment (the whole row, if there are none) positions are consecutive. Of masks that
@@ -92,27 +91,33 @@ def attention(
     k_BSKH = jnp.where((kv_segments_BS > 0)[..., None, None], k_BSKH, 0)
     v_BSKH = jnp.where((kv_segments_BS > 0)[..., None, None], v_BSKH, 0)
 
-  def tpu(platform: str) -> str | None:
-    if platform != "tpu":
-      return f"the kernel is for TPUs, not for {platform}"
-    if free := free_axes():
-      return f"no compiler spreads it over {', '.join(free)}: call it in a shard_map"
-    return _pallas_tpu().supports(q_BTNH, k_BSKH, v_BSKH, bias, own_row)
-
-  candidates = {"pallas_tpu": tpu, "xla": anywhere, "reference": anywhere}
-  chosen = select(implementation, current_platform(), candidates)
-  module = _pallas_tpu() if chosen == "pallas_tpu" else {"xla": xla, "reference": reference}[chosen]
+  module = _select(implementation, (q_BTNH, k_BSKH, v_BSKH, bias, own_row))
   scale = H**-0.5 if scale is None else scale
   run = partial(module.attention, mask=mask, scale=scale, softcap=softcap, order=order)
   mask_N = None
-  if isinstance(mask, PerHead):
-    mask_N = jnp.array([mask.distinct.index(m) for m in mask.masks], jnp.int32)
+  if mask is not None and mask.by_head is not None:
+    mask_N = jnp.array(mask.by_head, jnp.int32)
   return auto_partitioned(
     run,
     sharding_like(q_BTNH),
     q_BTNH, k_BSKH, v_BSKH, q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS,
     bias, sink_N, mask_N,
   )  # fmt: skip
+
+
+def _select(implementation: str | None, arguments: tuple) -> Any:
+  """The module that computes these arguments here."""
+
+  def tpu(platform: str) -> str | None:
+    if platform != "tpu":
+      return f"the kernel is for TPUs, not for {platform}"
+    if free := free_axes():
+      return f"no compiler spreads it over {', '.join(free)}: call it in a shard_map"
+    return _pallas_tpu().supports(*arguments)
+
+  candidates = {"pallas_tpu": tpu, "xla": anywhere, "reference": anywhere}
+  chosen = select(implementation, current_platform(), candidates)
+  return _pallas_tpu() if chosen == "pallas_tpu" else {"xla": xla, "reference": reference}[chosen]
 
 
 def _pallas_tpu() -> Any:
@@ -136,8 +141,8 @@ def _check(q_BTNH, k_BSKH, v_BSKH, bias, sink_N, softcap, mask) -> None:
     )
   if N % k_BSKH.shape[2]:
     raise ValueError(f"{N} query heads do not divide over {k_BSKH.shape[2]} key/value heads")
-  if isinstance(mask, PerHead) and len(mask.masks) != N:
-    raise ValueError(f"PerHead holds {len(mask.masks)} masks, the queries {N} heads")
+  if mask is not None and mask.by_head is not None and len(mask.by_head) != N:
+    raise ValueError(f"the mask is one of {len(mask.by_head)} heads, the queries have {N}")
   if bias is not None and num_heads(bias) != N:
     raise ValueError(f"the bias has {num_heads(bias)} heads, the queries {N}")
   if isinstance(bias, RelativeKeys) and bias.q_BTNH.shape != q_BTNH.shape:

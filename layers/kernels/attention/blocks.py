@@ -12,8 +12,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ...masks import Local, Mask, PerHead
-
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
 # What the indices of a row say of its positions: they are the positions; they differ as positions
@@ -30,21 +28,20 @@ class Visits(NamedTuple):
 
 @lru_cache(maxsize=64)
 def block_kinds(
-  mask: Mask | PerHead | None, num_queries: int, num_keys: int, q_block: int, kv_block: int,
+  mask: Any, num_queries: int, num_keys: int, q_block: int, kv_block: int,
   order: Order = "index",
 ) -> np.ndarray:  # fmt: skip
   """EMPTY, PARTIAL or FULL, int8 [I, J].
 
   Args:
-    mask: of query i and key j. Of `PerHead` a block is full if it is for every head.
+    mask: see the package; None shows all. Of several a block is empty or full if it is for each.
     order: see `Order`.
   """
   i0, j0 = np.arange(0, num_queries, q_block)[:, None], np.arange(0, num_keys, kv_block)[None]
   i1, j1 = np.minimum(i0 + q_block, num_queries) - 1, np.minimum(j0 + kv_block, num_keys) - 1
   kinds = np.full((i0.size, j0.size), FULL, np.int8)
   if mask is not None:
-    masks = mask.distinct if isinstance(mask, PerHead) else (mask,)
-    each = [_kinds(m, (i0, i1, j0, j1), order) for m in masks]
+    each = [_kinds(m, (i0, i1, j0, j1), order) for m in mask.distinct]
     lowest, highest = np.min(each, axis=0), np.max(each, axis=0)
     kinds = np.where(lowest == highest, lowest, PARTIAL).astype(np.int8)
   if num_keys % kv_block:  # the last block holds places that are no keys
@@ -52,15 +49,19 @@ def block_kinds(
   return kinds
 
 
-def _kinds(mask: Mask, bounds: tuple[np.ndarray, ...], order: Order) -> np.ndarray:
-  known = order == "index" or (order == "document" and mask.relative)
-  if not known:  # no two positions lie nearer to each other than their indices do
+def _kinds(mask: Any, bounds: tuple[np.ndarray, ...], order: Order) -> np.ndarray:
+  i0, i1, j0, j1 = bounds
+  if order == "index" or (order == "document" and mask.relative):
+    some, every = mask.blocks(i0, i1, j0, j1)
+  else:  # no two positions lie nearer to each other than their indices do
     before, after = (None, None) if order == "any" else mask.reach
-    far = int(bounds[1].max() + bounds[3].max())
-    mask = Local(far if before is None else before, far if after is None else after)
-  some, every = mask.blocks(*bounds)
-  kinds = np.where(some, np.where(every & known, FULL, PARTIAL), EMPTY)
-  return np.broadcast_to(kinds, (bounds[0].size, bounds[2].size))
+    some, every = np.asarray(True), np.asarray(False)
+    if before is not None:
+      some = some & (j1 >= i0 - before)
+    if after is not None:
+      some = some & (j0 <= i1 + after)
+  kinds = np.where(some, np.where(every, FULL, PARTIAL), EMPTY)
+  return np.broadcast_to(kinds, (i0.size, j0.size))
 
 
 def visits(chosen: np.ndarray) -> Visits:

@@ -23,7 +23,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ...masks import Mask, PerHead
 from ..partition import vary_with, varying_shape
 from ..select import current_platform
 from .bias import Alibi
@@ -42,7 +41,7 @@ f32 = jnp.float32
 
 
 class _Static(NamedTuple):
-  mask: Mask | PerHead | None
+  mask: Any
   scale: float
   softcap: float | None
   order: Order
@@ -51,10 +50,8 @@ class _Static(NamedTuple):
   kv_block: int
 
   @property
-  def masks(self) -> tuple[Mask, ...]:
-    if self.mask is None:
-      return ()
-    return self.mask.distinct if isinstance(self.mask, PerHead) else (self.mask,)
+  def masks(self) -> tuple[Any, ...]:
+    return () if self.mask is None else self.mask.distinct
 
 
 class _Ids(NamedTuple):
@@ -186,7 +183,7 @@ def _logits(static, heads, n, q, k, distance):
   return s, t
 
 
-def _visible(static, which, i, j, q_segment, kv_segment, index_j):
+def _visible(static, which, i, j, q_segment, kv_segment, index_j) -> Any:
   """Bools for ids that broadcast against each other."""
   seen = None
   each = [mask.visible(i, j) for mask in static.masks]
@@ -361,7 +358,7 @@ def _dq_kernel(
   @pl.when(visit.last == 1)
   def _():
     dq_ref[0, 0] = (dq_acc[...] * static.scale).astype(dq_ref.dtype)
-    if drow_ref is not None:
+    if drow_ref is not None and drow_acc is not None:
       drow_ref[0, 0] = drow_acc[...].T[:1]
 
 
@@ -409,78 +406,93 @@ def _dkv_kernel(
 # ---- their calls ----
 
 
-def _call(static, kernel, name, words, arrays, out_shape, out_specs, scratch, *, by_column, flops):
-  """Runs a kernel over the visits; `arrays` are (q, k, v, *by query), heads, ids, mask_N."""
+class _Specs(NamedTuple):
+  """Which block of an array a step of the grid works on.
+
+  The grid is (batch, query head, visit), or turned: (batch, key head, visit, head of its group).
+  """
+
+  static: _Static
+  group: int
+  turned: bool
+
+  def _place(self, kind, b, h, v, *rest):
+    """(batch, head, block) of a "q" or "kv" array."""
+    *g, words, which_N = rest
+    n = h * self.group + g[0] if self.turned else h
+    lists = not self.turned and len(self.static.masks) > 1
+    visit = unpack(words[which_N[n] if lists else 0, v])
+    row, column = (visit.column, visit.row) if self.turned else (visit.row, visit.column)
+    return (b, n, row) if kind == "q" else (b, n // self.group, column)
+
+  def _length(self, kind) -> int:
+    return self.static.q_block if kind == "q" else self.static.kv_block
+
+  def block(self, kind, width):
+    """Of [B, heads, positions, width]."""
+    place = partial(self._place, kind)
+    return pl.BlockSpec((1, 1, self._length(kind), width), lambda *a: (*place(*a), 0))
+
+  def row(self, kind):
+    """Of [B, heads, 1, positions]."""
+
+    def place(*a):
+      b, head, block = self._place(kind, *a)
+      return b, head, 0, block
+
+    return pl.BlockSpec((1, 1, 1, self._length(kind)), place)
+
+  def ids(self, kind):
+    """Of [B, 1, positions]."""
+
+    def place(*a):
+      b, _, block = self._place(kind, *a)
+      return b, 0, block
+
+    return pl.BlockSpec((1, 1, self._length(kind)), place)
+
+
+def _call(kernel, name, specs, words, arrays, results, scratch, *, flops):
+  """Runs a kernel over the visits.
+
+  Args:
+    arrays: (q, k, v, *what each query has), heads, q_ids, kv_ids, mask_N.
+    results: (shape, spec) of each.
+    scratch: widths of the float32 sums of a block.
+    flops: of a pair of a query and a key.
+  """
+  static = specs.static
   (q, k, v, *by_query), heads, q_ids, kv_ids, mask_N = arrays
-  B, N, K = *q.shape[:2], k.shape[1]
-  G, turned = N // K, by_column
-  visits = words.shape[1]
-
-  def at(kind):
-    """Index maps of blocks of queries or keys: (batch, head, block)."""
-
-    def index(b, h, v, *rest):
-      *g, words, which_N = rest
-      n = h * G + g[0] if turned else h
-      visit = unpack(words[which_N[n] if not turned and len(static.masks) > 1 else 0, v])
-      row, column = (visit.column, visit.row) if turned else (visit.row, visit.column)
-      return (b, n, row) if kind == "q" else (b, n // G, column)
-
-    return index
-
-  def spec(kind, block, width):
-    index = at(kind)
-    return pl.BlockSpec((1, 1, block, width), lambda *a: (*index(*a), 0))
-
-  def row_spec(kind, block):
-    index = at(kind)
-
-    def row(*a):
-      b, n, place = index(*a)
-      return b, n, 0, place
-
-    return pl.BlockSpec((1, 1, 1, block), row)
-
-  def id_spec(kind, block):
-    index = at(kind)
-
-    def row(*a):
-      b, _, place = index(*a)
-      return b, 0, place
-
-    return pl.BlockSpec((1, 1, block), row)
-
-  bq, bk = static.q_block, static.kv_block
-  in_specs = (
-    jax.tree.map(lambda _: pl.BlockSpec(memory_space=pltpu.SMEM), heads),
-    jax.tree.map(lambda _: id_spec("q", bq), q_ids),
-    jax.tree.map(lambda _: id_spec("kv", bk), kv_ids),
-    spec("q", bq, q.shape[-1]),
-    spec("kv", bk, k.shape[-1]),
-    spec("kv", bk, v.shape[-1]),
-    *(row_spec("q", bq) if x.shape[2] == 1 else spec("q", bq, x.shape[-1]) for x in by_query),
-  )
-  out_specs = [(row_spec if row else spec)(*rest) for row, *rest in out_specs]
-  heads_grid = (K, visits, G) if turned else (N, visits)
-  semantics = ("parallel", "parallel", "arbitrary", "arbitrary")[: 1 + len(heads_grid)]
+  (B, N), K, V = q.shape[:2], k.shape[1], words.shape[1]
+  rows = static.kv_block if specs.turned else static.q_block
+  pairs = B * N * V * static.q_block * static.kv_block
   call = pl.pallas_call(
     partial(kernel, static),
     name=name,
-    out_shape=out_shape,
+    out_shape=[shape for shape, _ in results],
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=2,
-      grid=(B, *heads_grid),
-      in_specs=in_specs,
-      out_specs=out_specs,
-      scratch_shapes=scratch,
+      grid=(B, K, V, specs.group) if specs.turned else (B, N, V),
+      in_specs=(
+        jax.tree.map(lambda _: pl.BlockSpec(memory_space=pltpu.SMEM), heads),
+        jax.tree.map(lambda _: specs.ids("q"), q_ids),
+        jax.tree.map(lambda _: specs.ids("kv"), kv_ids),
+        specs.block("q", q.shape[-1]),
+        specs.block("kv", k.shape[-1]),
+        specs.block("kv", v.shape[-1]),
+        *(specs.row("q") if x.shape[2] == 1 else specs.block("q", x.shape[-1]) for x in by_query),
+      ),
+      out_specs=[spec for _, spec in results],
+      scratch_shapes=[pltpu.VMEM((rows, width), f32) for width in scratch],
     ),
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=semantics, vmem_limit_bytes=fast_memory()
+      dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")[: 3 + specs.turned],
+      vmem_limit_bytes=fast_memory(),
     ),
     cost_estimate=pl.CostEstimate(
-      flops=int(flops * B * N * visits * 2 * bq * bk),
+      flops=flops * pairs,
       bytes_accessed=sum(x.size * x.dtype.itemsize for x in (q, k, v, *by_query)),
-      transcendentals=B * N * visits * bq * bk,
+      transcendentals=pairs,
     ),
   )
   return call(jnp.asarray(words), mask_N, heads, q_ids, kv_ids, q, k, v, *by_query)
@@ -491,13 +503,15 @@ def _forward(static, q, k, v, heads, q_ids, kv_ids, mask_N):
   arrays = ((q, k, v), heads, q_ids, kv_ids, mask_N)
   arrays = vary_with(arrays, arrays)
   q = arrays[0][0]
-  (B, N, T, H), S, U, bq = q.shape, k.shape[2], v.shape[-1], static.q_block
-  shape = partial(varying_shape, operand=q)
+  (B, N, T, H), S, U = q.shape, k.shape[2], v.shape[-1]
+  specs = _Specs(static, N // k.shape[1], turned=False)
+  results = (
+    (varying_shape((B, N, T, U), v.dtype, q), specs.block("q", U)),
+    (varying_shape((B, N, 1, T), f32, q), specs.row("q")),
+  )
   return _call(
-    static, _forward_kernel, "attention_forward", _plan(static, T, S, by_column=False), arrays,
-    [shape((B, N, T, U), v.dtype), shape((B, N, 1, T), f32)],
-    [(False, "q", bq, U), (True, "q", bq)],
-    [pltpu.VMEM((bq, n), f32) for n in (LANES, LANES, U)], by_column=False, flops=H + U,
+    _forward_kernel, "attention_forward", specs, _plan(static, T, S, by_column=False), arrays,
+    results, (LANES, LANES, U), flops=2 * (H + U),
   )  # fmt: skip
 
 
@@ -506,13 +520,16 @@ def _backward_queries(static, q, k, v, do, lse, delta, heads, q_ids, kv_ids, mas
   arrays = ((q, k, v, do, lse, delta), heads, q_ids, kv_ids, mask_N)
   arrays = vary_with(arrays, arrays)
   q = arrays[0][0]
-  (B, N, T, H), S, U, bq = q.shape, k.shape[2], v.shape[-1], static.q_block
-  shape, sloped = partial(varying_shape, operand=q), heads.slope is not None
-  scratch = [pltpu.VMEM((bq, n), f32) for n in (LANES, LANES, H, *[LANES] * sloped)]
+  (B, N, T, H), S, U = q.shape, k.shape[2], v.shape[-1]
+  specs = _Specs(static, N // k.shape[1], turned=False)
+  results = [(varying_shape(q.shape, q.dtype, q), specs.block("q", H))]
+  scratch = [LANES, LANES, H]
+  if heads.slope is not None:
+    results.append((varying_shape((B, N, 1, T), f32, q), specs.row("q")))
+    scratch.append(LANES)
   out = _call(
-    static, _dq_kernel, "attention_dq", _plan(static, T, S, by_column=False), arrays,
-    [shape(q.shape, q.dtype), *[shape((B, N, 1, T), f32)] * sloped],
-    [(False, "q", bq, H), *[(True, "q", bq)] * sloped], scratch, by_column=False, flops=2 * H + U,
+    _dq_kernel, "attention_dq", specs, _plan(static, T, S, by_column=False), arrays, results,
+    scratch, flops=2 * (2 * H + U),
   )  # fmt: skip
   return (*out, None)[:2]
 
@@ -521,12 +538,11 @@ def _backward_keys(static, q, k, v, do, lse, delta, heads, q_ids, kv_ids, mask_N
   """(dk [B, K, S, H], dv [B, K, S, U])."""
   arrays = ((q, k, v, do, lse, delta), heads, q_ids, kv_ids, mask_N)
   arrays = vary_with(arrays, arrays)
-  q = arrays[0][0]
-  (T, H), S, U, bk = q.shape[2:], k.shape[2], v.shape[-1], static.kv_block
-  shape = partial(varying_shape, operand=q)
+  q, k, v = arrays[0][:3]
+  (N, T, H), S, U = q.shape[1:], k.shape[2], v.shape[-1]
+  specs = _Specs(static, N // k.shape[1], turned=True)
+  results = [(varying_shape(x.shape, x.dtype, q), specs.block("kv", x.shape[-1])) for x in (k, v)]
   return _call(
-    static, _dkv_kernel, "attention_dkv", _plan(static, T, S, by_column=True), arrays,
-    [shape(k.shape, k.dtype), shape(v.shape, v.dtype)],
-    [(False, "kv", bk, H), (False, "kv", bk, U)],
-    [pltpu.VMEM((bk, n), f32) for n in (H, U)], by_column=True, flops=2 * H + 2 * U,
+    _dkv_kernel, "attention_dkv", specs, _plan(static, T, S, by_column=True), arrays, results,
+    (H, U), flops=4 * (H + U),
   )  # fmt: skip

@@ -7,7 +7,6 @@ H head size.
 import jax
 import jax.numpy as jnp
 
-from ...masks import PerHead
 from .bias import term
 
 f32 = jnp.float32
@@ -39,7 +38,7 @@ def attention(
   visible = jnp.broadcast_to(visible_BTS[:, None], logits.shape)
   if mask is not None:
     ids = (q_positions_BT[:, None, :, None], kv_positions_BS[:, None, None, :])
-    each = [m.visible(*ids) for m in (mask.distinct if isinstance(mask, PerHead) else (mask,))]
+    each = [m.visible(*ids) for m in mask.distinct]
     which = 0 if mask_N is None else mask_N[None, :, None, None]
     visible &= jnp.select([which == n for n in range(len(each))], each)
 

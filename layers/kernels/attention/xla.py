@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ...masks import PerHead
 from ..partition import vary_with
 from ..select import current_platform
 from .bias import join_rows, split_rows, term
@@ -33,7 +32,7 @@ class Heads(NamedTuple):
   """What each query head has of its own."""
 
   sink_N: jax.Array | None = None
-  mask_N: jax.Array | None = None  # int32, which of the distinct masks of `PerHead`
+  mask_N: jax.Array | None = None  # int32, which of the distinct masks
 
 
 class _Static(NamedTuple):
@@ -97,9 +96,10 @@ def unseen(lse: jax.Array) -> jax.Array:
   return lse > -MASKED / 2
 
 
-def _static(q_BTNH, k_BSKH, mask, scale, softcap, own_row, order="gaps") -> "_Static":
+def _static(q_BTNH, k_BSKH, mask, scale, softcap, own_row, order: Order = "gaps") -> "_Static":
   block, T, S = block_size(), q_BTNH.shape[1], k_BSKH.shape[1]
-  order = order if own_row else "any"
+  if not own_row:
+    order = "any"
   return _Static(
     mask, scale, softcap, own_row, order, T, _even_block(T, block), _even_block(S, block)
   )
@@ -168,9 +168,9 @@ def _visible(static, q_ids, kv_ids, heads, *, cut=True, kv_valid_S=None):
 def _masked(static, q_positions_BT, kv_positions_BS, heads):
   """What the mask shows, [B or 1, K or 1, G or 1, T, S]."""
   ids = (q_positions_BT[:, None, None, :, None], kv_positions_BS[:, None, None, None, :])
-  if not isinstance(static.mask, PerHead):
-    return static.mask.visible(*ids)
   each = [mask.visible(*ids) for mask in static.mask.distinct]
+  if heads.mask_N is None:
+    return each[0]
   return jnp.select([heads.mask_N == n for n in range(len(each))], each)
 
 
@@ -387,8 +387,8 @@ def _backward(static, residuals, do_BTNH):
   dbias = join_rows(drows, jax.tree.map(lambda d: jnp.sum(d, axis=0), dshared))
   dbias = jax.tree.map(lambda d, x: d.astype(x.dtype), dbias, bias)
   dsink_N = None
-  if heads.sink_N is not None:
-    weight = jnp.exp(each_head.sink_N[None] - lse)
+  if (sink := each_head.sink_N) is not None:
+    weight = jnp.exp(sink[None] - lse)
     dsink_N = -jnp.sum(weight * delta, axis=(0, 1, 4, 5)).reshape(N).astype(heads.sink_N.dtype)
   dk, dv = (_unblocks(d[:, :, :, None], S).astype(x.dtype) for d, x in ((dk, k_BSKH), (dv, v_BSKH)))
   return _unblocks(dq, T), dk, dv, dbias, Heads(dsink_N), None, None

@@ -84,7 +84,7 @@ def run(module, name, dtype=jnp.float32):
     segments = row(lambda n: [np.full(i, d) for i, d in zip(n, (1, 2, 0), strict=True)])
   mask_N = None
   if isinstance(case.mask, PerHead):
-    mask_N = jnp.array([case.mask.distinct.index(m) for m in case.mask.masks], jnp.int32)
+    mask_N = jnp.array(case.mask.by_head, jnp.int32)
 
   def loss(q, k, v, sink, slopes):
     o = module.attention(
@@ -210,17 +210,20 @@ def test_what_is_not_supported_says_why():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-@pytest.mark.parametrize("sizes", SIZES)
-def test_compiles_for_described_tpus(name, sizes):
+@pytest.mark.parametrize(
+  ("name", "sizes", "mask", "dtype"),
+  [("v5p:2x2x1", sizes, Causal(), jnp.bfloat16) for sizes in SIZES]
+  + [(name, "128", MASK, jnp.bfloat16) for name in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")]
+  + [("v5e:2x2", "256", Causal(), jnp.float32)],
+)
+def test_compiles_for_described_tpus(name, sizes, mask, dtype):
   """Fast memory suffices, which lowering alone does not show."""
   topologies = pytest.importorskip("jax.experimental.topologies")
   devices = topologies.get_topology_desc(topology_name=name, platform="tpu").devices
   mesh = jax.sharding.Mesh(np.array(devices[:1]), ("d",))
   replicated = jax.sharding.NamedSharding(mesh, P())
-  for dtype in (jnp.bfloat16, jnp.float32):
-    f, arrays = gradients(*SIZES[sizes], dtype, softcap=20.0)
-    arrays = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated) for a in arrays]
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-      compiled = jax.jit(f).lower(*arrays).compile()
-    assert "tpu_custom_call" in compiled.as_text()
+  f, arrays = gradients(*SIZES[sizes], dtype, mask, softcap=20.0)
+  arrays = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated) for a in arrays]
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    compiled = jax.jit(f).lower(*arrays).compile()
+  assert compiled.as_text().count("tpu_custom_call") == 3

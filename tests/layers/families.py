@@ -77,6 +77,14 @@ def gpt_neo(count, d, heads, *, vocab=50257, length=2048, window=256):
   return replace(base, segments=repeated(layer, local, count=count))
 
 
+def gpt_sparse(count, d, heads, *masks, vocab=50257, length=2048):
+  """GPT-3's other half: layers alternate dense and the given sparse masks (arXiv 2005.14165)."""
+  base = gpt(count, d, heads, vocab=vocab, length=length)
+  layer = base.segments[0].layers[0]
+  sparse = [replace(layer, attention=replace(layer.attention, mask=mask)) for mask in masks]
+  return replace(base, segments=repeated(layer, *sparse, count=count))
+
+
 def gpt_j(count=28, d=4096, heads=16, *, rotary=64, vocab=50400, length=2048):
   """One norm for both branches, interleaved rotary on part of a head, a head with bias."""
   attention = AttentionSpec(heads, d // heads, position=RotarySpec(dims=rotary, interleaved=True))

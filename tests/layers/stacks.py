@@ -44,7 +44,7 @@ POSITIONS = ModelSpec(
     Segment(
       (
         LayerSpec(AttentionSpec(4, 8, 2, window=3, position=RotarySpec(), sink=True), _MLP),
-        LayerSpec(replace(_HEADS, position=AlibiSpec()), _MLP),
+        LayerSpec(replace(_HEADS, position=AlibiSpec(), mask="Dilated(2, 9) | Global(2)"), _MLP),
         LayerSpec(replace(_HEADS, position=BucketedSpec(6, 9)), _MLP),
       ),
     ),

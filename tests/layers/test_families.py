@@ -20,6 +20,9 @@ FAMILIES = {
   "gpt3": families.gpt(2, D, 2, vocab=V, length=T, activation="gelu"),
   "opt_350m": families.opt_350m(2, D, 2, width=8, vocab=V, length=T),
   "gpt_neo": families.gpt_neo(2, D, 2, vocab=V, length=T, window=3),
+  "gpt_sparse": families.gpt_sparse(
+    3, D, 2, "SparseTransformer(4)", "Local(2) | Global(1)", vocab=V, length=T
+  ),
   "gpt_j": families.gpt_j(2, D, 2, rotary=4, vocab=V, length=T),
   "bloom": families.bloom(2, 18, 3, vocab=V),
   "llama31": families.llama(2, D, 4, 2, 24, V, scaling=families.LLAMA_31, bias=True),

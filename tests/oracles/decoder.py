@@ -18,6 +18,7 @@ from layers.spec import (
   TransformerXLSpec,
   YarnScaling,
 )
+from tests.oracles import masks as mask_oracle
 from tests.oracles import moe as moe_oracle
 from tests.oracles import positions as position_oracle
 from tests.oracles.attention import attention as attend
@@ -54,9 +55,18 @@ def rotate(spec, x, positions):
   return position_oracle.rotate(x, positions, frequencies, spec.interleaved, factor)
 
 
+# The masks, beside windows and chunks, that tests give to layers.
+RULES = {
+  None: mask_oracle.full,
+  "SparseTransformer(4)": mask_oracle.either(mask_oracle.local(4), mask_oracle.strided(4)),
+  "Local(2) | Global(1)": mask_oracle.either(mask_oracle.local(2), mask_oracle.global_tokens(1)),
+}
+
+
 def visibility(spec, positions, segments):
-  """Causal within a document, by position; local or chunked where the layer is."""
+  """Causal within a document, by position; local, chunked or sparse where the layer is."""
   window, chunk = getattr(spec, "window", None), getattr(spec, "chunk", None)
+  rule = RULES[getattr(spec, "mask", None)]
 
   def visible(b, i, j):
     if segments[b, i] == 0 or segments[b, i] != segments[b, j]:
@@ -64,7 +74,7 @@ def visibility(spec, positions, segments):
     pi, pj = positions[b, i], positions[b, j]
     if pj > pi or (window is not None and pi - pj >= window):
       return False
-    return chunk is None or pi // chunk == pj // chunk
+    return (chunk is None or pi // chunk == pj // chunk) and rule(pi, pj)
 
   return visible
 

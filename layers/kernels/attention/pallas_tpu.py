@@ -71,7 +71,7 @@ class _Heads(NamedTuple):
 def supports(q_BTNH, k_BSKH, v_BSKU, bias, own_row: bool) -> str | None:
   """Why a TPU can't run these arguments, or None."""
   if not own_row:
-    return "keys that are not the queries' own row are for decode_attention"
+    return "the keys must be those of the queries' own row"
   if bias is not None and not isinstance(bias, Alibi):
     return f"of the biases only Alibi is computed in the kernel, not {type(bias).__name__}"
   for x in (q_BTNH, k_BSKH, v_BSKU):

@@ -200,7 +200,7 @@ def test_what_is_not_supported_says_why():
   s = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
   x, bf16 = s(jnp.bfloat16, 1, 8, 2, 64), jnp.bfloat16
   assert pallas_tpu.supports(x, x, x, None, True) is None
-  assert "decode" in pallas_tpu.supports(x, x, x, None, False)
+  assert "own row" in pallas_tpu.supports(x, x, x, None, False)
   assert "Bucketed" in pallas_tpu.supports(x, x, x, Bucketed(jnp.ones((8, 2))), True)
   assert "float16" in pallas_tpu.supports(s(jnp.float16, 1, 8, 2, 64), x, x, None, True)
   assert "256" in pallas_tpu.supports(s(bf16, 1, 8, 2, 512), s(bf16, 1, 8, 2, 512), x, None, True)

@@ -126,6 +126,7 @@ def config(model: str, optimizer: str, microbatches: int = 1, **mesh) -> Config:
       weight_decay=0.0,
       clip_norm=None,
       momentum=0.9,
+      eps=1e-3,  # AdamW would take whole steps where a gradient is nothing but rounding
     ),
     train=TrainConfig(compute_dtype="float32", microbatches=microbatches),
   )

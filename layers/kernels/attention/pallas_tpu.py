@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from ..partition import vary_with, varying_shape
 from ..select import current_platform
 from .bias import Alibi
-from .blocks import EMPTY, PARTIAL, Order, block_kinds, unpack, walk, walks
+from .blocks import EMPTY, FULL, PARTIAL, Order, block_kinds, unpack, walk, walks
 
 MASKED = -0.7 * float(np.finfo(np.float32).max)
 LOG2E = math.log2(math.e)
@@ -120,7 +120,7 @@ def attention(
     static, ahead(q_BTNH, q_block), ahead(k_BSKH, kv_block), ahead(v_BSKU, kv_block), heads,
     q_ids, kv_ids, mask_N,
   )  # fmt: skip
-  return checkpoint_name(o_BNTU[:, :, :T].swapaxes(1, 2), "attention_out")
+  return o_BNTU[:, :, :T].swapaxes(1, 2)
 
 
 def _padded(x, block):
@@ -250,12 +250,13 @@ def _steps(block: int, most: int) -> list[tuple[int, int]]:
   return [(start, size) for start in range(0, block, size)]
 
 
-def _bodies(static, visit, q_ids, body):
+def _bodies(visit, q_ids, body):
   """Runs `body(cut)` for this visit."""
-  always = q_ids.segment is not None or static.length % static.kv_block != 0
-  pl.when((visit.kind == PARTIAL) if not always else (visit.kind != EMPTY))(lambda: body(True))
-  if not always:
-    pl.when(visit.kind > PARTIAL)(lambda: body(False))
+  if q_ids.segment is not None:  # whose borders may lie in any block
+    pl.when(visit.kind != EMPTY)(lambda: body(True))
+  else:
+    pl.when(visit.kind == PARTIAL)(lambda: body(True))
+    pl.when(visit.kind == FULL)(lambda: body(False))
 
 
 def _wide(x, width):
@@ -298,7 +299,7 @@ def _forward_kernel(
       m = m_next
     m_ref[...], total_ref[...], acc_ref[...] = m, total, acc
 
-  _bodies(static, visit, q_ids, body)
+  _bodies(visit, q_ids, body)
 
   @pl.when(visit.last == 1)
   def _():
@@ -353,7 +354,7 @@ def _dq_kernel(
       dq = dq + _dot(ds.astype(k.dtype), k, ((1,), (0,)))
     dq_acc[...] = dq
 
-  _bodies(static, visit, q_ids, body)
+  _bodies(visit, q_ids, body)
 
   @pl.when(visit.last == 1)
   def _():
@@ -395,7 +396,7 @@ def _dkv_kernel(
       dk = dk + _dot(ds.astype(q.dtype), q, ((1,), (0,)))
     dk_acc[...], dv_acc[...] = dk, dv
 
-  _bodies(static, visit, q_ids, body)
+  _bodies(visit, q_ids, body)
 
   @pl.when((visit.last == 1) & (g == G - 1))
   def _():

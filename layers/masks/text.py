@@ -3,35 +3,17 @@
 import ast
 from typing import Any
 
-from .algebra import And, Mask, Not, Or, PerHead, require
-from .patterns import (
-  BigBird,
-  Chunked,
-  GemmaLocal,
-  GPT3Banded,
-  Longformer,
-  MistralWindow,
-  SparseTransformer,
-)
-from .rules import (
-  BlockLocal,
-  Causal,
-  Dilated,
-  Fixed,
-  Full,
-  Global,
-  Local,
-  RandomBlocks,
-  Strided,
-)
+from . import algebra, patterns, rules
+from .algebra import Mask, PerHead, require
 
 _NAMES = {
-  cls.__name__: cls
-  for cls in (
-    Full, Causal, Local, Dilated, Strided, BlockLocal, Fixed, Global, RandomBlocks, And, Or, Not,
-    PerHead, Chunked, MistralWindow, GemmaLocal, GPT3Banded, SparseTransformer, Longformer, BigBird,
-  )
-}  # fmt: skip
+  name: cls
+  for module in (rules, algebra, patterns)
+  for name, cls in vars(module).items()
+  if isinstance(cls, type)
+  and issubclass(cls, Mask | PerHead)
+  and not getattr(cls, "__abstractmethods__", ())
+}
 
 
 def parse_mask(text: str) -> Mask | PerHead:

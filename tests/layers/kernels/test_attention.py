@@ -45,6 +45,8 @@ CASES = {
   "causal": Case(),
   "window": Case((8, 2), Local(8)),
   "chunk": Case((6, 2), Chunked(12), segments=True),
+  # By index no block would see the one before; documents begin inside of blocks.
+  "chunk a block": Case((2, 1), Chunked(BLOCK), segments=True),
   "everything": Case((4, 1), None, softcap=2.0, scale=0.6),
   "around": Case(mask=Local(3, 5), segments=True, sink=True),
   "sink": Case((6, 2), Local(4), softcap=3.0, sink=True),

@@ -58,7 +58,7 @@ CASES = {
     PerHead((Causal(), Local(30, 4), BigBird(5, 64), Causal() & Dilated(3, 60))), (4, 2)
   ),
   "documents": Case(Causal(), (4, 2), segments=True, alibi=True),
-  "chunks of documents": Case(Chunked(48), (2, 1), segments=True, sink=True, softcap=3.0),
+  "chunks of documents": Case(Chunked(64), (2, 1), segments=True, sink=True, softcap=3.0),
 }
 
 

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from layers.attention import causal_mask
 from layers.context import row_attention, zigzag
-from layers.kernels.attention import Alibi, attention
+from layers.kernels.attention import Alibi, attention, xla
 from mesh.topology import make_mesh
 
 pytestmark = pytest.mark.xdist_group("devices")
@@ -74,19 +74,29 @@ def whole(q, k, v, positions, segments, **flags):
   )
 
 
-@pytest.mark.parametrize("method", ["ring", "all_gather"])
-@pytest.mark.parametrize("case", CASES)
-def test_row_spread_over_devices(case, method):
+def assert_spread_is_whole(options, method):
   extras = {name: jnp.asarray(x, jnp.float32) for name, x in EXTRAS.items()}
   arrays = (Q, KEYS, VALUES)
-  wanted, wanted_extras = run(whole, CASES[case], arrays, np.arange(T), extras)
+  wanted, wanted_extras = run(whole, options, arrays, np.arange(T), extras)
   with jax.set_mesh(make_mesh({"context": C}, jax.devices()[:C])):
-    found, found_extras = run(spread(method), CASES[case], arrays, zigzag(T, C), extras)
+    found, found_extras = run(spread(method), options, arrays, zigzag(T, C), extras)
   for a, b in zip(found, wanted, strict=True):
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
   for name in extras:
     np.testing.assert_allclose(found_extras[name], wanted_extras[name], rtol=2e-4, atol=1e-4)
   assert np.abs(wanted[0][:, 44:]).max() == 0 == np.abs(found[0][:, 44:]).max()
+
+
+@pytest.mark.parametrize("method", ["ring", "all_gather"])
+@pytest.mark.parametrize("case", CASES)
+def test_row_spread_over_devices(case, method):
+  assert_spread_is_whole(CASES[case], method)
+
+
+def test_blocks_of_a_device_know_that_its_positions_have_gaps(monkeypatch):
+  """A whole block within the window by index, whose positions lie in two far chunks."""
+  monkeypatch.setattr(xla, "block_size", lambda: 8)
+  assert_spread_is_whole({"mask": causal_mask(window=12)}, "ring")
 
 
 def test_zigzag_gives_each_device_an_early_and_a_late_chunk():

@@ -22,7 +22,7 @@ class Mask(abc.ABC):
 
   @abc.abstractmethod
   def blocks(self, i0: Array, i1: Array, j0: Array, j1: Array) -> tuple[Any, Any]:
-    """(some, every): of queries i0..i1 and keys j0..j1, both ends included, numpy arrays.
+    """(some, every): of queries i0..i1 and keys j0..j1, both ends included; arrays, traced or not.
 
     `some` may be True of a block that holds nothing and `every` False of one that is full, never
     the other way round.

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .algebra import Array, Mask, Reach, require
@@ -103,10 +105,10 @@ class Dilated(_Relative):
     return near & ((i - j) % self.step == 0)
 
   def blocks(self, i0: Array, i1: Array, j0: Array, j1: Array) -> tuple[Any, Any]:
-    low, high = -((i1 - j0) // self.step), (j1 - i0) // self.step  # of k, rounded inwards
-    some = np.maximum(low, -self.left) <= np.minimum(high, self.right)
     if self.step == 1:
       return _inside(j0 - i1, j1 - i0, -self.left, self.right)
+    low, high = -((i1 - j0) // self.step), (j1 - i0) // self.step  # of k, rounded inwards
+    some = (low <= high) & (low <= self.right) & (high >= -self.left)
     return some, some & (i0 == i1) & (j0 == j1)
 
   @property
@@ -180,7 +182,8 @@ class Fixed(Mask):
 
   def blocks(self, i0: Array, i1: Array, j0: Array, j1: Array) -> tuple[Any, Any]:
     rest = self.stride - self.last
-    before = lambda j: j // self.stride * self.last + np.maximum(j % self.stride - rest, 0)
+    over = lambda j: j % self.stride - rest
+    before = lambda j: j // self.stride * self.last + (over(j) > 0) * over(j)
     count = before(j1 + 1) - before(j0) + 0 * i0
     return count > 0, count == j1 + 1 - j0
 
@@ -259,15 +262,19 @@ class RandomBlocks(Mask):
     return seen
 
   def blocks(self, i0: Array, i1: Array, j0: Array, j1: Array) -> tuple[Any, Any]:
+    # Runs drawn before each run of queries and of keys. No key beyond the last run is drawn;
+    # queries beyond it are not counted and may see anything.
+    n, arange = self.num_blocks, (jnp if isinstance(i0, jax.Array) else np).arange
+    a, b = arange(-1, n, dtype=np.int32)[:, None], arange(-1, n, dtype=np.int32)[None]
+    drawn = (self._draw(a, 0) == b) & (a >= 0) & (b >= 0)
+    for k in range(1, self.count):
+      drawn = drawn | ((self._draw(a, k) == b) & (a >= 0) & (b >= 0))
+    before = drawn.astype(np.int32).cumsum(0).cumsum(1)
     i0, i1, j0, j1 = (x // self.size for x in (i0, i1, j0, j1))
-    a = np.arange(int(i1.max()) + 1, dtype=np.int32)
-    drawn = np.zeros((a.size + 1, max(int(j1.max()) + 1, self.num_blocks) + 1), np.int32)
-    for k in range(self.count):
-      place = self._draw(a, k)
-      drawn[a[place >= 0] + 1, place[place >= 0] + 1] = 1
-    drawn = drawn.cumsum(0).cumsum(1)
-    count = drawn[i1 + 1, j1 + 1] - drawn[i0, j1 + 1] - drawn[i1 + 1, j0] + drawn[i0, j0]
-    return count > 0, count == (i1 - i0 + 1) * (j1 - j0 + 1)
+    at = lambda i, j: before[i.clip(0, n), j.clip(0, n)]
+    count = at(i1 + 1, j1 + 1) - at(i0, j1 + 1) - at(i1 + 1, j0) + at(i0, j0)
+    beyond = i1 >= n
+    return (count > 0) | beyond, (count == (i1 - i0 + 1) * (j1 - j0 + 1)) & ~beyond
 
   @property
   def reach(self) -> Reach:

@@ -83,7 +83,9 @@ def attention(
   ):
     if array is not None and array.shape != shape:
       raise ValueError(f"{name} needs the shape {shape}, got {array.shape}")
-  order: Order = "index" if q_positions_BT is None else "document"
+  order: Order = "document" if own_row else "any"
+  if own_row and q_positions_BT is None:
+    order = "index"
   if q_positions_BT is None:
     q_positions_BT = jnp.arange(T, dtype=jnp.int32)[None]
   if q_segments_BT is not None and kv_segments_BS is not None:
@@ -91,7 +93,7 @@ def attention(
     k_BSKH = jnp.where((kv_segments_BS > 0)[..., None, None], k_BSKH, 0)
     v_BSKH = jnp.where((kv_segments_BS > 0)[..., None, None], v_BSKH, 0)
 
-  module = _select(implementation, (q_BTNH, k_BSKH, v_BSKH, bias, own_row))
+  module = _select(implementation, (q_BTNH, k_BSKH, v_BSKH, bias, mask, order))
   scale = H**-0.5 if scale is None else scale
   run = partial(module.attention, mask=mask, scale=scale, softcap=softcap, order=order)
   mask_N = None

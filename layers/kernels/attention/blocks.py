@@ -2,14 +2,18 @@
 
 A block of queries and a block of keys is empty, partial (the mask is applied to it) or full (it is
 not). Planned with numpy while a program is traced, from the mask's own account of whole blocks:
-nothing of size T x S is made.
+nothing of size T x S is made. Where positions or segments decide, the lists are cut down when the
+program runs, from the lowest and highest of them in each block.
 
-Letters: T query positions, S key positions, I blocks of queries, J blocks of keys, V visits.
+Letters: B batch, T query positions, S key positions, I blocks of queries, J blocks of keys,
+V visits.
 """
 
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -51,7 +55,7 @@ def block_kinds(
 
 def _kinds(mask: Any, bounds: tuple[np.ndarray, ...], order: Order) -> np.ndarray:
   i0, i1, j0, j1 = bounds
-  if order == "index" or (order == "document" and mask.relative):
+  if not by_position(mask, order):
     some, every = mask.blocks(i0, i1, j0, j1)
   else:  # no two positions lie nearer to each other than their indices do
     before, after = (None, None) if order == "any" else mask.reach
@@ -64,6 +68,78 @@ def _kinds(mask: Any, bounds: tuple[np.ndarray, ...], order: Order) -> np.ndarra
   return np.broadcast_to(kinds, (i0.size, j0.size))
 
 
+def by_position(mask: Any, order: Order) -> bool:
+  """Whether positions, not indices alone, tell what the mask shows."""
+  return mask is not None and order != "index" and not (order == "document" and mask.relative)
+
+
+# ---- when the program runs ----
+
+
+class Ranges(NamedTuple):
+  """The lowest and highest position and segment of each block, int32 [B or 1, I]."""
+
+  low: jax.Array
+  high: jax.Array
+  low_segment: jax.Array | None
+  high_segment: jax.Array | None
+
+
+def ranges(ids: tuple[jax.Array, jax.Array | None], block: int) -> Ranges:
+  """Of (positions, segments) [B or 1, T] in blocks of so many; the last one may be shorter."""
+  positions_BT, segments_BT = ids
+
+  def ends(x):
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)], mode="edge")
+    x = x.reshape(x.shape[0], -1, block)
+    return x.min(-1), x.max(-1)
+
+  segments = (None, None) if segments_BT is None else ends(segments_BT)
+  return Ranges(*ends(positions_BT), *segments)
+
+
+def kinds_at_run_time(
+  masks: tuple[Any, ...], static: list[np.ndarray], order: Order, q: Ranges, kv: Ranges,
+  num_keys: int, kv_block: int,
+) -> list[jax.Array]:  # fmt: skip
+  """EMPTY, PARTIAL or FULL, int32 [B or 1, I, J], of each mask; FULL blocks lie in one segment.
+
+  Args:
+    masks: the distinct ones, or (None,).
+    static: their `block_kinds`, which these never exceed.
+  """
+  over = lambda x, y: (x[:, :, None], y[:, None])
+  found = []
+  for mask, known in zip(masks, static, strict=True):
+    kinds = jnp.asarray(known, jnp.int32)[None]
+    if by_position(mask, order):
+      (i0, j0), (i1, j1) = over(q.low, kv.low), over(q.high, kv.high)
+      some, every = mask.blocks(i0, i1, j0, j1)
+      kinds = jnp.where(some & (kinds != EMPTY), jnp.where(every, FULL, PARTIAL), EMPTY)
+    if q.low_segment is not None:
+      (i0, j0), (i1, j1) = (
+        over(q.low_segment, kv.low_segment),
+        over(q.high_segment, kv.high_segment),
+      )
+      meet = (i0 <= j1) & (j0 <= i1) & (i1 > 0) & (j1 > 0)
+      one = (i0 == i1) & (j0 == j1) & (i0 == j0)
+      kinds = jnp.where(meet, jnp.where(one, kinds, jnp.minimum(kinds, PARTIAL)), EMPTY)
+    if num_keys % kv_block:  # the last block holds places that are no keys
+      last = jnp.arange(kinds.shape[-1]) == kinds.shape[-1] - 1
+      kinds = jnp.where(last[None, None], jnp.minimum(kinds, PARTIAL), kinds)
+    found.append(kinds)
+  return found
+
+
+def for_all(each: list[jax.Array]) -> jax.Array:
+  """One kind for several masks: empty or full where it is for each of them."""
+  lowest, highest = reduce(jnp.minimum, each), reduce(jnp.maximum, each)
+  return jnp.where(lowest == highest, lowest, PARTIAL)
+
+
+# ---- lists ----
+
+
 def visits(chosen: np.ndarray) -> Visits:
   """Of the blocks where `chosen` [I, J] is True."""
   start = np.concatenate([[0], chosen.sum(1).cumsum()]).astype(np.int32)
@@ -72,7 +148,7 @@ def visits(chosen: np.ndarray) -> Visits:
 
 # A visit in one word, as a kernel reads it: row, column, kind, and whether it is the first or last
 # of its row.
-_COLUMN, _ROW, _PLACES = 4, 17, 2**13
+COLUMN, ROW, PLACES = 4, 17, 2**13
 
 
 class Visit(NamedTuple):
@@ -86,8 +162,8 @@ class Visit(NamedTuple):
 
 
 def unpack(word: Any) -> Visit:
-  place = lambda shift: (word >> shift) & (_PLACES - 1)
-  return Visit(place(_ROW), place(_COLUMN), (word >> 2) & 3, word & 1, (word >> 1) & 1)
+  place = lambda shift: (word >> shift) & (PLACES - 1)
+  return Visit(place(ROW), place(COLUMN), (word >> 2) & 3, word & 1, (word >> 1) & 1)
 
 
 def walk(kinds: np.ndarray) -> np.ndarray:
@@ -98,8 +174,8 @@ def walk(kinds: np.ndarray) -> np.ndarray:
   Raises:
     ValueError: more than 8192 blocks a side.
   """
-  if max(kinds.shape) > _PLACES:
-    raise ValueError(f"{kinds.shape[0]} x {kinds.shape[1]} blocks: at most {_PLACES} a side")
+  if max(kinds.shape) > PLACES:
+    raise ValueError(f"{kinds.shape[0]} x {kinds.shape[1]} blocks: at most {PLACES} a side")
   shown = kinds.copy()
   nothing = ~kinds.any(1)
   shown[nothing, 0] = -1  # kept for its row alone
@@ -107,11 +183,36 @@ def walk(kinds: np.ndarray) -> np.ndarray:
   kind_V = np.maximum(shown[row_V, column_V], EMPTY).astype(np.int32)
   turn_V = np.diff(row_V, prepend=-1) != 0
   first_V, last_V = turn_V.astype(np.int32), np.append(turn_V[1:], True).astype(np.int32)
-  return row_V << _ROW | column_V << _COLUMN | kind_V << 2 | last_V << 1 | first_V
+  return row_V << ROW | column_V << COLUMN | kind_V << 2 | last_V << 1 | first_V
+
+
+def walk_at_run_time(candidates_V: np.ndarray, kinds_BIJ: jax.Array) -> jax.Array:
+  """The words, int32 [B, V], of those candidates (a `walk`) that are not empty in each row.
+
+  A row of blocks without any keeps an empty one; lists end in empty visits of their last block,
+  for which nothing is fetched.
+  """
+  known = unpack(candidates_V)
+  kind_BV = kinds_BIJ[:, known.row, known.column]
+  none_BI = ~(kinds_BIJ != EMPTY).any(-1)
+  kept_BV = (kind_BV != EMPTY) | (none_BI[:, known.row] & (known.first == 1)[None])
+  count_B1 = kept_BV.sum(-1, keepdims=True)
+  place_V = jnp.arange(len(candidates_V), dtype=jnp.int32)[None]
+  order_BV = jnp.argsort(~kept_BV, axis=-1, stable=True)
+  order_BV = jnp.take_along_axis(order_BV, jnp.minimum(place_V, count_B1 - 1), -1)
+  row_BV, column_BV = jnp.asarray(known.row)[order_BV], jnp.asarray(known.column)[order_BV]
+  live_BV = place_V < count_B1
+  turn_BV = row_BV[:, 1:] != row_BV[:, :-1]
+  ends = lambda first, last: jnp.pad(turn_BV, [(0, 0), (first, last)], constant_values=True)
+  first_BV = ends(1, 0) & live_BV
+  last_BV = (ends(0, 1) & live_BV) | (place_V == count_B1 - 1)
+  kind_BV = jnp.where(live_BV, jnp.take_along_axis(kind_BV, order_BV, -1), EMPTY)
+  bits = last_BV.astype(jnp.int32) << 1 | first_BV.astype(jnp.int32)
+  return row_BV << ROW | column_BV << COLUMN | kind_BV << 2 | bits
 
 
 def walks(each: list[np.ndarray]) -> np.ndarray:
   """Several walks as [L, V]; the shorter ones end in empty visits of their last block."""
   length = max(map(len, each))
-  done = lambda word: word >> _COLUMN << _COLUMN
+  done = lambda word: word >> COLUMN << COLUMN
   return np.stack([np.append(w, np.full(length - len(w), done(w[-1]), np.int32)) for w in each])

@@ -9,7 +9,8 @@ Logits are powers of two: `log2(e)` is part of their scale, and of the log-sum-e
 
 Letters: B batch, T query positions, S key positions, N query heads, K key/value heads, G = N // K,
 H head size of queries and keys, U that of values, I and J positions in a block of queries and of
-keys, V visits, L lists of visits.
+keys, V visits, L lists of visits: one for each distinct mask and, where positions or segments
+decide, for each row of the batch.
 """
 
 import math
@@ -26,7 +27,21 @@ from jax.experimental.pallas import tpu as pltpu
 from ..partition import vary_with, varying_shape
 from ..select import current_platform
 from .bias import Alibi
-from .blocks import EMPTY, FULL, PARTIAL, Order, block_kinds, unpack, walk, walks
+from .blocks import (
+  COLUMN,
+  FULL,
+  PARTIAL,
+  Order,
+  block_kinds,
+  by_position,
+  for_all,
+  kinds_at_run_time,
+  ranges,
+  unpack,
+  walk,
+  walk_at_run_time,
+  walks,
+)
 
 MASKED = -0.7 * float(np.finfo(np.float32).max)
 LOG2E = math.log2(math.e)
@@ -36,6 +51,8 @@ LANES = 128
 # forward 79 / 81 / 60 % with steps of 512 / 256 / 128, dq 92 / 90, dkv 94 / 91 with 512 / 256.
 BLOCK = 1024
 FORWARD_STEP, BACKWARD_STEP = 256, 512
+# Bytes of the lists of visits, which lie in a core's scalar memory of 1 MiB.
+LISTS = 512 * 2**10
 
 f32 = jnp.float32
 
@@ -44,14 +61,21 @@ class _Static(NamedTuple):
   mask: Any
   scale: float
   softcap: float | None
-  order: Order
   length: int  # S, before padding
   q_block: int
   kv_block: int
+  each_row: bool  # of the batch has lists of its own
 
   @property
   def masks(self) -> tuple[Any, ...]:
-    return () if self.mask is None else self.mask.distinct
+    return (None,) if self.mask is None else self.mask.distinct
+
+
+class _Plan(NamedTuple):
+  """Words of the visits, int32 [L, V]: row after row, and column after column for all masks."""
+
+  rows: jax.Array
+  columns: jax.Array
 
 
 class _Ids(NamedTuple):
@@ -68,10 +92,8 @@ class _Heads(NamedTuple):
   slope: jax.Array | None
 
 
-def supports(q_BTNH, k_BSKH, v_BSKU, bias, own_row: bool) -> str | None:
+def supports(q_BTNH, k_BSKH, v_BSKU, bias, mask, order: Order) -> str | None:
   """Why a TPU can't run these arguments, or None."""
-  if not own_row:
-    return "the keys must be those of the queries' own row"
   if bias is not None and not isinstance(bias, Alibi):
     return f"of the biases only Alibi is computed in the kernel, not {type(bias).__name__}"
   for x in (q_BTNH, k_BSKH, v_BSKU):
@@ -79,6 +101,10 @@ def supports(q_BTNH, k_BSKH, v_BSKU, bias, own_row: bool) -> str | None:
       return f"arrays must be bfloat16 or float32, not {x.dtype}"
     if x.shape[-1] > 256:
       return f"head sizes go up to 256, not {x.shape[-1]}"
+  kinds = _kinds(mask, order, q_BTNH.shape[1], k_BSKH.shape[1])
+  size = 4 * len(kinds) * max(int((k > 0).sum()) + max(k.shape) for k in kinds)
+  if size > LISTS:
+    return f"its list of blocks takes {size:,} bytes of scalar memory, of {LISTS:,}"
   return None
 
 
@@ -103,21 +129,24 @@ def attention(
   sink_N, mask_N, *, mask, scale, softcap, order,
 ) -> jax.Array:  # fmt: skip
   """Arguments as in the package, where None stands for a default; see there."""
-  del kv_positions_BS
   (B, T, N, _), S = q_BTNH.shape, k_BSKH.shape[1]
   q_block, kv_block = block_size(T), block_size(S)
-  static = _Static(mask, scale, softcap, order, S, q_block, kv_block)
-  absolute = order == "document" and any(not m.relative for m in static.masks)
+  kv_positions_BS = q_positions_BT if kv_positions_BS is None else kv_positions_BS
+  given = (q_positions_BT, q_segments_BT), (kv_positions_BS, kv_segments_BS)
+  static = _Static(mask, scale, softcap, S, q_block, kv_block, each_row=False)
+  plan, each_row = _plan(static, order, *given, T)
+  static = static._replace(each_row=each_row)
+  absolute = order == "any" or any(by_position(m, order) for m in static.masks)
   row = lambda x, block: None if x is None else _padded(x, block)[:, None]
-  positions_BT = jnp.broadcast_to(q_positions_BT, (B, T)) if absolute else None
-  q_ids = _Ids(row(positions_BT, q_block), row(q_segments_BT, q_block))
-  kv_ids = _Ids(row(positions_BT, kv_block), row(kv_segments_BS, kv_block))
+  of_row = lambda x: jnp.broadcast_to(x, (B, x.shape[1])) if absolute else None
+  q_ids = _Ids(row(of_row(q_positions_BT), q_block), row(q_segments_BT, q_block))
+  kv_ids = _Ids(row(of_row(kv_positions_BS), kv_block), row(kv_segments_BS, kv_block))
   to_1N = lambda x: None if x is None else x.astype(f32)[None]
   heads = _Heads(to_1N(sink_N), None if bias is None else to_1N(bias.slopes_N))
   mask_N = jnp.zeros(N, jnp.int32) if mask_N is None else mask_N
   ahead = lambda x, block: _padded(x, block).swapaxes(1, 2)
   o_BNTU = _attend(
-    static, ahead(q_BTNH, q_block), ahead(k_BSKH, kv_block), ahead(v_BSKU, kv_block), heads,
+    static, ahead(q_BTNH, q_block), ahead(k_BSKH, kv_block), ahead(v_BSKU, kv_block), plan, heads,
     q_ids, kv_ids, mask_N,
   )  # fmt: skip
   return o_BNTU[:, :, :T].swapaxes(1, 2)
@@ -128,21 +157,50 @@ def _padded(x, block):
   return jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2)) if extra else x
 
 
+def _kinds(mask, order: Order, T: int, S: int) -> list[np.ndarray]:
+  masks = (None,) if mask is None else mask.distinct
+  return [block_kinds(m, T, S, block_size(T), block_size(S), order) for m in masks]
+
+
+def _plan(static: _Static, order: Order, q_ids, kv_ids, T: int) -> tuple[_Plan, bool]:
+  """The visits, and whether each row of the batch has its own."""
+  S, sizes = static.length, (static.q_block, static.kv_block)
+  known = _kinds(static.mask, order, T, S)
+  known_to_all = block_kinds(static.mask, T, S, *sizes, order)
+  segments = q_ids[1] is not None
+  batch = max(x.shape[0] for x in (*q_ids, *kv_ids) if x is not None)
+  told = segments or any(by_position(m, order) for m in static.masks)
+  if not told or 4 * batch * len(known) * max(walk(k).size for k in known) > LISTS:
+    at_most = PARTIAL if segments else FULL  # their borders may lie in any block
+    rows = walks([walk(np.minimum(k, at_most)) for k in known])
+    columns = walk(np.minimum(known_to_all, at_most).T)[None]
+    return _Plan(jnp.asarray(rows), jnp.asarray(columns)), False
+  blocks = ranges(q_ids, sizes[0]), ranges(kv_ids, sizes[1])
+  kinds = kinds_at_run_time(static.masks, known, order, *blocks, S, sizes[1])
+  kinds = [jnp.broadcast_to(k, (batch, *k.shape[1:])) for k in kinds]
+  each = [walk_at_run_time(walk(k), now) for k, now in zip(known, kinds, strict=True)]
+  length = max(w.shape[1] for w in each)
+  done = lambda w: w[:, -1:] >> COLUMN << COLUMN
+  each = [jnp.concatenate([w, done(w).repeat(length - w.shape[1], 1)], 1) for w in each]
+  columns = walk_at_run_time(walk(known_to_all.T), for_all(kinds).swapaxes(1, 2))
+  return _Plan(jnp.stack(each, 1).reshape(-1, length), columns), batch > 1
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static, q, k, v, heads, q_ids, kv_ids, mask_N):
-  return _forward(static, q, k, v, heads, q_ids, kv_ids, mask_N)[0]
+def _attend(static, q, k, v, plan, heads, q_ids, kv_ids, mask_N):
+  return _forward(static, q, k, v, plan, heads, q_ids, kv_ids, mask_N)[0]
 
 
-def _attend_fwd(static, q, k, v, heads, q_ids, kv_ids, mask_N):
-  o, lse = _forward(static, q, k, v, heads, q_ids, kv_ids, mask_N)
+def _attend_fwd(static, q, k, v, plan, heads, q_ids, kv_ids, mask_N):
+  o, lse = _forward(static, q, k, v, plan, heads, q_ids, kv_ids, mask_N)
   o, lse = checkpoint_name(o, "attention_out"), checkpoint_name(lse, "attention_lse")
-  return o, (q, k, v, heads, q_ids, kv_ids, mask_N, o, lse)
+  return o, (q, k, v, plan, heads, q_ids, kv_ids, mask_N, o, lse)
 
 
 def _attend_bwd(static, saved, do):
-  q, k, v, heads, q_ids, kv_ids, mask_N, o, lse = saved
+  q, k, v, plan, heads, q_ids, kv_ids, mask_N, o, lse = saved
   delta = jnp.sum(do.astype(f32) * o.astype(f32), axis=-1)[:, :, None]  # [B, N, 1, T], as lse
-  arrays = (q, k, v, do, lse, delta, heads, q_ids, kv_ids, mask_N)
+  arrays = (q, k, v, do, lse, delta, plan, heads, q_ids, kv_ids, mask_N)
   dq, drow = _backward_queries(static, *arrays)
   dk, dv = _backward_keys(static, *arrays)
   dsink = None
@@ -150,7 +208,7 @@ def _attend_bwd(static, saved, do):
     weight = jnp.exp2(LOG2E * heads.sink[0][None, :, None] - lse[:, :, 0])
     dsink = -jnp.sum(weight * delta[:, :, 0], axis=(0, 2))[None]
   dslope = None if drow is None else jnp.sum(drow, axis=(0, 2, 3))[None]
-  return dq, dk, dv, _Heads(dsink, dslope), None, None, None
+  return dq, dk, dv, None, _Heads(dsink, dslope), None, None, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -159,14 +217,12 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 # ---- the kernels ----
 
 
-def _plan(static: _Static, num_queries: int, num_keys: int, *, by_column: bool) -> np.ndarray:
-  """Words of the visits [L, V]: a list for each distinct mask, or by column one for all."""
-  of = lambda mask: block_kinds(
-    mask, num_queries, static.length, static.q_block, static.kv_block, static.order
-  )
-  if by_column:
-    return walk(of(static.mask).T)[None]
-  return walks([walk(of(mask)) for mask in static.masks or (None,)])
+def _list(static: _Static, b, which, *, turned: bool):
+  """Which list of visits a step of the grid reads."""
+  if turned:
+    return b if static.each_row else 0
+  several = len(static.masks) > 1
+  return (b * len(static.masks) if static.each_row else 0) + (which() if several else 0)
 
 
 def _logits(static, heads, n, q, k, distance):
@@ -186,7 +242,7 @@ def _logits(static, heads, n, q, k, distance):
 def _visible(static, which, i, j, q_segment, kv_segment, index_j) -> Any:
   """Bools for ids that broadcast against each other."""
   seen = None
-  each = [mask.visible(i, j) for mask in static.masks]
+  each = [mask.visible(i, j) for mask in static.masks if mask is not None]
   if each:
     seen = each[0]
     for n, other in enumerate(each[1:], 1):
@@ -250,13 +306,10 @@ def _steps(block: int, most: int) -> list[tuple[int, int]]:
   return [(start, size) for start in range(0, block, size)]
 
 
-def _bodies(visit, q_ids, body):
+def _bodies(visit, body):
   """Runs `body(cut)` for this visit."""
-  if q_ids.segment is not None:  # whose borders may lie in any block
-    pl.when(visit.kind != EMPTY)(lambda: body(True))
-  else:
-    pl.when(visit.kind == PARTIAL)(lambda: body(True))
-    pl.when(visit.kind == FULL)(lambda: body(False))
+  pl.when(visit.kind == PARTIAL)(lambda: body(True))
+  pl.when(visit.kind == FULL)(lambda: body(False))
 
 
 def _wide(x, width):
@@ -269,7 +322,8 @@ def _forward_kernel(
   total_ref, acc_ref,
 ):  # fmt: skip
   n = pl.program_id(1)
-  visit = unpack(words[which_N[n] if len(static.masks) > 1 else 0, pl.program_id(2)])
+  row = _list(static, pl.program_id(0), lambda: which_N[n], turned=False)
+  visit = unpack(words[row, pl.program_id(2)])
 
   @pl.when(visit.first == 1)
   def _():
@@ -299,7 +353,7 @@ def _forward_kernel(
       m = m_next
     m_ref[...], total_ref[...], acc_ref[...] = m, total, acc
 
-  _bodies(visit, q_ids, body)
+  _bodies(visit, body)
 
   @pl.when(visit.last == 1)
   def _():
@@ -325,7 +379,8 @@ def _dq_kernel(
   else:
     dq_ref, drow_ref, lse_acc, delta_acc, dq_acc, drow_acc = refs
   n = pl.program_id(1)
-  visit = unpack(words[which_N[n] if len(static.masks) > 1 else 0, pl.program_id(2)])
+  row = _list(static, pl.program_id(0), lambda: which_N[n], turned=False)
+  visit = unpack(words[row, pl.program_id(2)])
 
   @pl.when(visit.first == 1)
   def _():
@@ -354,7 +409,7 @@ def _dq_kernel(
       dq = dq + _dot(ds.astype(k.dtype), k, ((1,), (0,)))
     dq_acc[...] = dq
 
-  _bodies(visit, q_ids, body)
+  _bodies(visit, body)
 
   @pl.when(visit.last == 1)
   def _():
@@ -371,7 +426,8 @@ def _dkv_kernel(
   G = pl.num_programs(3)
   g = pl.program_id(3)
   n = pl.program_id(1) * G + g
-  turned = unpack(words[0, pl.program_id(2)])
+  row = _list(static, pl.program_id(0), lambda: 0, turned=True)
+  turned = unpack(words[row, pl.program_id(2)])
   visit = turned._replace(row=turned.column, column=turned.row)
 
   @pl.when((visit.first == 1) & (g == 0))
@@ -396,7 +452,7 @@ def _dkv_kernel(
       dk = dk + _dot(ds.astype(q.dtype), q, ((1,), (0,)))
     dk_acc[...], dv_acc[...] = dk, dv
 
-  _bodies(visit, q_ids, body)
+  _bodies(visit, body)
 
   @pl.when((visit.last == 1) & (g == G - 1))
   def _():
@@ -421,8 +477,7 @@ class _Specs(NamedTuple):
     """(batch, head, block) of a "q" or "kv" array."""
     *g, words, which_N = rest
     n = h * self.group + g[0] if self.turned else h
-    lists = not self.turned and len(self.static.masks) > 1
-    visit = unpack(words[which_N[n] if lists else 0, v])
+    visit = unpack(words[_list(self.static, b, lambda: which_N[n], turned=self.turned), v])
     row, column = (visit.column, visit.row) if self.turned else (visit.row, visit.column)
     return (b, n, row) if kind == "q" else (b, n // self.group, column)
 
@@ -496,32 +551,32 @@ def _call(kernel, name, specs, words, arrays, results, scratch, *, flops):
       transcendentals=pairs,
     ),
   )
-  return call(jnp.asarray(words), mask_N, heads, q_ids, kv_ids, q, k, v, *by_query)
+  return call(words, mask_N, heads, q_ids, kv_ids, q, k, v, *by_query)
 
 
-def _forward(static, q, k, v, heads, q_ids, kv_ids, mask_N):
+def _forward(static, q, k, v, plan, heads, q_ids, kv_ids, mask_N):
   """(o [B, N, T, U], log2-sum-exp [B, N, 1, T])."""
   arrays = ((q, k, v), heads, q_ids, kv_ids, mask_N)
-  arrays = vary_with(arrays, arrays)
+  arrays, plan = vary_with((arrays, plan), (arrays, plan))
   q = arrays[0][0]
-  (B, N, T, H), S, U = q.shape, k.shape[2], v.shape[-1]
+  (B, N, T, H), U = q.shape, v.shape[-1]
   specs = _Specs(static, N // k.shape[1], turned=False)
   results = (
     (varying_shape((B, N, T, U), v.dtype, q), specs.block("q", U)),
     (varying_shape((B, N, 1, T), f32, q), specs.row("q")),
   )
   return _call(
-    _forward_kernel, "attention_forward", specs, _plan(static, T, S, by_column=False), arrays,
+    _forward_kernel, "attention_forward", specs, plan.rows, arrays,
     results, (LANES, LANES, U), flops=2 * (H + U),
   )  # fmt: skip
 
 
-def _backward_queries(static, q, k, v, do, lse, delta, heads, q_ids, kv_ids, mask_N):
+def _backward_queries(static, q, k, v, do, lse, delta, plan, heads, q_ids, kv_ids, mask_N):
   """(dq [B, N, T, H], what the slope gains from each query [B, N, 1, T] or None)."""
   arrays = ((q, k, v, do, lse, delta), heads, q_ids, kv_ids, mask_N)
-  arrays = vary_with(arrays, arrays)
+  arrays, plan = vary_with((arrays, plan), (arrays, plan))
   q = arrays[0][0]
-  (B, N, T, H), S, U = q.shape, k.shape[2], v.shape[-1]
+  (B, N, T, H), U = q.shape, v.shape[-1]
   specs = _Specs(static, N // k.shape[1], turned=False)
   results = [(varying_shape(q.shape, q.dtype, q), specs.block("q", H))]
   scratch = [LANES, LANES, H]
@@ -529,21 +584,21 @@ def _backward_queries(static, q, k, v, do, lse, delta, heads, q_ids, kv_ids, mas
     results.append((varying_shape((B, N, 1, T), f32, q), specs.row("q")))
     scratch.append(LANES)
   out = _call(
-    _dq_kernel, "attention_dq", specs, _plan(static, T, S, by_column=False), arrays, results,
+    _dq_kernel, "attention_dq", specs, plan.rows, arrays, results,
     scratch, flops=2 * (2 * H + U),
   )  # fmt: skip
   return (*out, None)[:2]
 
 
-def _backward_keys(static, q, k, v, do, lse, delta, heads, q_ids, kv_ids, mask_N):
+def _backward_keys(static, q, k, v, do, lse, delta, plan, heads, q_ids, kv_ids, mask_N):
   """(dk [B, K, S, H], dv [B, K, S, U])."""
   arrays = ((q, k, v, do, lse, delta), heads, q_ids, kv_ids, mask_N)
-  arrays = vary_with(arrays, arrays)
+  arrays, plan = vary_with((arrays, plan), (arrays, plan))
   q, k, v = arrays[0][:3]
-  (N, T, H), S, U = q.shape[1:], k.shape[2], v.shape[-1]
+  N, H, U = q.shape[1], q.shape[3], v.shape[-1]
   specs = _Specs(static, N // k.shape[1], turned=True)
   results = [(varying_shape(x.shape, x.dtype, q), specs.block("kv", x.shape[-1])) for x in (k, v)]
   return _call(
-    _dkv_kernel, "attention_dkv", specs, _plan(static, T, S, by_column=True), arrays, results,
+    _dkv_kernel, "attention_dkv", specs, plan.columns, arrays, results,
     (H, U), flops=4 * (H + U),
   )  # fmt: skip

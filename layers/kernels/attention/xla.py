@@ -18,10 +18,20 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ..partition import vary_with
+from ..partition import free_axes, vary_with
 from ..select import current_platform
 from .bias import join_rows, split_rows, term
-from .blocks import FULL, PARTIAL, Order, block_kinds, visits
+from .blocks import (
+  FULL,
+  PARTIAL,
+  Order,
+  block_kinds,
+  by_position,
+  for_all,
+  kinds_at_run_time,
+  ranges,
+  visits,
+)
 
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: differences of it are not NaN
 
@@ -42,8 +52,21 @@ class _Static(NamedTuple):
   own_row: bool  # keys are the queries' row: distances follow from indices
   order: Order
   length: int  # T
+  num_keys: int  # S
   q_block: int
   kv_block: int
+
+  @property
+  def masks(self) -> tuple[Any, ...]:
+    return (None,) if self.mask is None else self.mask.distinct
+
+  def at_run_time(self, segments: jax.Array | None) -> bool:
+    """Whether the program finds out which blocks to visit, by positions and segments.
+
+    Not where the compiler spreads arrays: rows on different devices would have to agree.
+    """
+    told = segments is not None or any(by_position(mask, self.order) for mask in self.masks)
+    return told and not free_axes()
 
 
 def attention(
@@ -101,7 +124,7 @@ def _static(q_BTNH, k_BSKH, mask, scale, softcap, own_row, order: Order = "gaps"
   if not own_row:
     order = "any"
   return _Static(
-    mask, scale, softcap, own_row, order, T, _even_block(T, block), _even_block(S, block)
+    mask, scale, softcap, own_row, order, T, S, _even_block(T, block), _even_block(S, block)
   )
 
 
@@ -150,11 +173,11 @@ def _logits_by_row(static, products, rows, shared, q_positions, kv_positions, of
 def _visible(static, q_ids, kv_ids, heads, *, cut=True, kv_valid_S=None):
   """What may be seen, [B or 1, K or 1, G or 1, T, S], or None: everything.
 
-  Without `cut` the mask shows all of these pairs.
+  Without `cut` the mask shows all of these pairs; planned at run time they are of one segment too.
   """
   (q_positions_BT, q_segments_BT), (kv_positions_BS, kv_segments_BS) = q_ids, kv_ids
   parts = []
-  if q_segments_BT is not None:
+  if q_segments_BT is not None and (cut or not static.at_run_time(q_segments_BT)):
     parts.append(q_segments_BT[:, :, None] == kv_segments_BS[:, None, :])
     parts.append((q_segments_BT > 0)[:, :, None])
   if kv_valid_S is not None:
@@ -256,19 +279,55 @@ class _Keys(NamedTuple):
     offset = i * static.q_block - j * static.kv_block if static.own_row else None
     return k, v, ids[0], visible, offset
 
-  def each(self, static, i, step, carry):
-    """`step(j, carry, cut)` over the key blocks that query block i may see."""
-    kinds = block_kinds(
-      static.mask, static.length, self.length, static.q_block, static.kv_block, static.order
-    )
-    for kind in (PARTIAL, FULL):
-      start, column_V = map(jnp.asarray, visits(kinds == kind))
-      if column_V.size:
-        one = lambda n, carry, kind=kind, column_V=column_V: step(
-          column_V[n], carry, kind == PARTIAL
-        )
-        carry = jax.lax.fori_loop(start[i], start[i + 1], one, carry)
-    return carry
+
+class _Visits(NamedTuple):
+  """For each block of queries the blocks of keys `column_V[start .. stop]`."""
+
+  kind: int
+  start_I: jax.Array
+  stop_I: jax.Array
+  column_V: jax.Array
+
+
+def _plan(static, q_ids, kv_ids) -> list[_Visits]:
+  """Of partial and of full blocks, as far as there are or may be any."""
+  of = lambda mask: block_kinds(
+    mask, static.length, static.num_keys, static.q_block, static.kv_block, static.order
+  )
+  if not static.at_run_time(q_ids[1]):
+    lists = [(kind, visits(of(static.mask) == kind)) for kind in (PARTIAL, FULL)]
+    return [
+      _Visits(kind, *map(jnp.asarray, (start[:-1], start[1:], column_V)))
+      for kind, (start, column_V) in lists
+      if column_V.size
+    ]
+  known = [of(mask) for mask in static.masks]
+  blocks = ranges(q_ids, static.q_block), ranges(kv_ids, static.kv_block)
+  sizes = (static.num_keys, static.kv_block)
+  kinds = for_all(kinds_at_run_time(static.masks, known, static.order, *blocks, *sizes))
+  full = (kinds == FULL).all(0)
+  partial_ = (kinds > 0).any(0) & ~full
+  found = [_compact(PARTIAL, partial_)]
+  if any((k == FULL).any() for k in known) or any(
+    by_position(m, static.order) for m in static.masks
+  ):
+    found.append(_compact(FULL, full))
+  return found
+
+
+def _compact(kind, chosen_IJ) -> _Visits:
+  num_rows, num_columns = chosen_IJ.shape
+  column_V = jnp.argsort(~chosen_IJ, axis=-1, stable=True).reshape(-1)
+  start_I = jnp.arange(num_rows, dtype=jnp.int32) * num_columns
+  return _Visits(kind, start_I, start_I + chosen_IJ.sum(-1, dtype=jnp.int32), column_V)
+
+
+def _visit_each(plan, i, step, carry):
+  """`step(j, carry, cut)` over the key blocks that query block i may see."""
+  for kind, start_I, stop_I, column_V in plan:
+    one = lambda n, carry, kind=kind, column_V=column_V: step(column_V[n], carry, kind == PARTIAL)
+    carry = jax.lax.fori_loop(start_I[i], stop_I[i], one, carry)
+  return carry
 
 
 def _keys(static, k_BSKH, v_BSKH, kv_ids):
@@ -292,6 +351,7 @@ def _forward_blocks(static, q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids, 
   """(o in `dtype` or that of q, log-sum-exp [blocks, B, K, G, T])."""
   K = k_BSKH.shape[2]
   keys, heads = _keys(static, k_BSKH, v_BSKH, kv_ids), _grouped(heads, K)
+  plan = _plan(static, q_ids, kv_ids)
   rows, shared = split_rows(bias)
 
   def query_block(_, inputs):
@@ -318,7 +378,7 @@ def _forward_blocks(static, q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids, 
       m, total = jnp.broadcast_to(heads.sink_N, shape), jnp.ones(shape, f32)
     acc = jnp.zeros((*q.shape[:-1], v_BSKH.shape[-1]), f32)
     start = vary_with(q, (m, total, acc))
-    m, total, acc = keys.each(static, i, step, start)
+    m, total, acc = _visit_each(plan, i, step, start)
     seen = total > 0
     total = jnp.where(seen, total, 1)
     # Rows that see nothing get a huge log-sum-exp: exp(logit - lse) is 0 in the backward pass.
@@ -345,6 +405,7 @@ def _backward(static, residuals, do_BTNH):
   q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids, o_BTNH, lse = residuals
   (B, T, N, _), S, K = q_BTNH.shape, k_BSKH.shape[1], k_BSKH.shape[2]
   keys, each_head = _keys(static, k_BSKH, v_BSKH, kv_ids), _grouped(heads, K)
+  plan = _plan(static, q_ids, kv_ids)
   rows, shared = split_rows(bias)
   as_f32 = partial(jax.tree.map, lambda x: x.astype(f32))
   zeros = lambda tree: vary_with(q_BTNH, jax.tree.map(lambda x: jnp.zeros(x.shape, f32), tree))
@@ -374,7 +435,7 @@ def _backward(static, residuals, do_BTNH):
       )
       return dq + _mix(ds, k), add(drows, drows_j), sums
 
-    dq, drows, sums = keys.each(static, i, step, (zeros(q), zeros(rows), sums))
+    dq, drows, sums = _visit_each(plan, i, step, (zeros(q), zeros(rows), sums))
     return sums, (dq.astype(q.dtype), drows)
 
   do, delta = (_blocks(x, static.q_block, K) for x in (do_BTNH, delta_BTN1))

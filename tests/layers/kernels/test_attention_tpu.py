@@ -8,14 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jax.experimental import pallas as pl
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from layers.kernels.attention import Alibi, Bucketed, attention, pallas_tpu, reference
-from layers.kernels.attention.blocks import EMPTY, FULL, block_kinds, unpack, walk, walks
 from layers.masks import (
   BigBird,
   Causal,
@@ -42,6 +39,7 @@ class Case:
   alibi: bool = False
   segments: bool = False
   length: int = T
+  others: bool = False  # 140 queries somewhere among the keys, which lie in no order
 
 
 CASES = {
@@ -59,6 +57,10 @@ CASES = {
   ),
   "documents": Case(Causal(), (4, 2), segments=True, alibi=True),
   "chunks of documents": Case(Chunked(64), (2, 1), segments=True, sink=True, softcap=3.0),
+  "documents, bigbird": Case(BigBird(5, 64), (2, 1), segments=True, alibi=True),
+  "documents, a mask a head": Case(PerHead((Local(9), BigBird(5, 64))), segments=True),
+  "other keys": Case(Causal() & Local(90), (2, 1), others=True, sink=True, alibi=True),
+  "other keys, all": Case(None, (2, 1), others=True, segments=True),
 }
 
 
@@ -73,8 +75,9 @@ def run(module, name, dtype=jnp.float32):
   """(gradients by q, k, v, sinks, slopes; output)."""
   case, rng = CASES[name], np.random.default_rng(len(name))
   (N, K), (H, U), T = case.heads, case.sizes, case.length
+  S = T
   normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
-  q, k, v, do = normal(B, T, N, H), normal(B, T, K, H), normal(B, T, K, U), normal(B, T, N, U)
+  k, v = normal(B, S, K, H), normal(B, S, K, U)
   sink, slopes = normal(N) if case.sink else None, jnp.abs(normal(N)) if case.alibi else None
   positions, segments, order = jnp.arange(T, dtype=jnp.int32)[None], None, "index"
   if case.segments:
@@ -82,13 +85,19 @@ def run(module, name, dtype=jnp.float32):
     row = lambda each: jnp.asarray(np.stack([np.concatenate(each(n)) for n in lengths]), jnp.int32)
     positions = row(lambda n: [np.arange(i) for i in n])
     segments = row(lambda n: [np.full(i, d) for i, d in zip(n, (1, 2, 0), strict=True)])
+  q_ids, kv_ids = (positions, segments), (None, segments)
+  if case.others:
+    place = np.arange(S).reshape(2, 6, 25)[:, ::-1].reshape(1, S)  # runs, the later ones first
+    T, order, kv_ids = 140, "any", (jnp.asarray(place, jnp.int32), segments)
+    q_ids = jax.tree.map(lambda x: x[:, 60:200], (positions, segments))
+  q, do = normal(B, T, N, H), normal(B, T, N, U)
   mask_N = None
   if isinstance(case.mask, PerHead):
     mask_N = jnp.array(case.mask.by_head, jnp.int32)
 
   def loss(q, k, v, sink, slopes):
     o = module.attention(
-      q, k, v, positions, None, segments, segments, None if slopes is None else Alibi(slopes),
+      q, k, v, q_ids[0], kv_ids[0], q_ids[1], kv_ids[1], None if slopes is None else Alibi(slopes),
       sink, mask_N, mask=case.mask, scale=0.2, softcap=case.softcap, order=order,
     )  # fmt: skip
     return jnp.sum((o * do).astype(jnp.float32)), o
@@ -122,44 +131,6 @@ def test_what_sees_nothing_is_exactly_zero(interpreted):
 def test_bfloat16(name, interpreted):
   """Probabilities and their gradients are rounded before they meet values, keys and queries."""
   close(run(pallas_tpu, name, jnp.bfloat16), expected(name, jnp.bfloat16), 2e-2)
-
-
-MASKS = st.sampled_from([
-  None, Causal(), Local(9), Local(3, 5), Chunked(7), Dilated(3, 4), SparseTransformer(8),
-  Longformer(8, 2), BigBird(16, 4), Causal() & ~Global(13), Global(2, 20) & ~Local(30, 30),
-])  # fmt: skip
-
-
-@settings(deadline=None, max_examples=100)
-@given(MASKS, st.integers(1, 64), st.integers(1, 64), st.integers(1, 16), st.integers(1, 16))
-def test_each_visible_block_is_visited_once(mask, num_queries, num_keys, q_block, kv_block):
-  kinds = block_kinds(mask, num_queries, num_keys, q_block, kv_block)
-  table = (
-    np.ones((num_queries, num_keys), bool) if mask is None else mask.table(num_queries, num_keys)
-  )
-  for words, turned in ((walk(kinds), False), (walk(kinds.T), True)):
-    visits = [unpack(int(word)) for word in words]
-    assert len(visits) == (kinds != EMPTY).sum() + (~kinds.any(0 if turned else 1)).sum()
-    seen = np.zeros(table.shape, int)
-    for visit in visits:
-      i, j = (visit.column, visit.row) if turned else (visit.row, visit.column)
-      block = np.s_[i * q_block : (i + 1) * q_block, j * kv_block : (j + 1) * kv_block]
-      seen[block] += visit.kind != EMPTY
-      assert visit.kind != FULL or table[block].all()
-    assert seen.max(initial=0) <= 1 and np.all(seen[table] == 1)
-    rows = [visit.row for visit in visits]
-    assert rows == sorted(rows) and set(rows) == set(range(kinds.shape[1 if turned else 0]))
-    turns = np.diff(rows, prepend=-1, append=len(rows) + 1) != 0
-    assert [visit.first for visit in visits] == turns[:-1].tolist()
-    assert [visit.last for visit in visits] == turns[1:].tolist()
-
-
-def test_lists_of_several_lengths():
-  long, short = walk(np.ones((2, 3), np.int8)), walk(np.eye(2, dtype=np.int8))
-  both = walks([long, short])
-  assert both.shape == (2, 6) and both[0].tolist() == long.tolist()
-  rest = [unpack(int(word)) for word in both[1, 2:]]
-  assert {(v.row, v.column, v.kind, v.first, v.last) for v in rest} == {(1, 1, EMPTY, 0, 0)}
 
 
 SIZES = {
@@ -199,11 +170,14 @@ def test_lowers_for_tpus(sizes, kind, cores):
 def test_what_is_not_supported_says_why():
   s = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
   x, bf16 = s(jnp.bfloat16, 1, 8, 2, 64), jnp.bfloat16
-  assert pallas_tpu.supports(x, x, x, None, True) is None
-  assert "own row" in pallas_tpu.supports(x, x, x, None, False)
-  assert "Bucketed" in pallas_tpu.supports(x, x, x, Bucketed(jnp.ones((8, 2))), True)
-  assert "float16" in pallas_tpu.supports(s(jnp.float16, 1, 8, 2, 64), x, x, None, True)
-  assert "256" in pallas_tpu.supports(s(bf16, 1, 8, 2, 512), s(bf16, 1, 8, 2, 512), x, None, True)
+  why = lambda q, k=x, bias=None, mask=None: pallas_tpu.supports(q, k, x, bias, mask, "index")
+  assert why(x) is None
+  assert "Bucketed" in why(x, bias=Bucketed(jnp.ones((8, 2))))
+  assert "float16" in why(s(jnp.float16, 1, 8, 2, 64))
+  assert "256" in why(s(bf16, 1, 8, 2, 512), s(bf16, 1, 8, 2, 512))
+  long = s(bf16, 1, 2**19, 2, 64)  # 1024 blocks a side, which is 512 on what is no TPU
+  assert why(long, long, mask=Local(2**16)) is None
+  assert "scalar memory" in why(long, long, mask=Causal())
   q = jnp.ones((1, 8, 2, 64))
   with pytest.raises(NotImplementedError, match="not for cpu"):
     attention(q, q, q, implementation="pallas_tpu")

@@ -60,7 +60,8 @@ class MeshConfig:
   # all,embed=fsdp+context,mlp= (nothing after = is a copy on each device).
   rules: str = free("all")
   axis_types: Literal["auto", "explicit"] = free("auto")  # explicit: shardings in array types
-  context_method: Literal["ring", "all_gather"] = free("ring")  # keys of other positions
+  # Keys of other positions: auto is a halo for a local mask, else a ring, else all_gather.
+  context_method: Literal["auto", "ring", "halo", "all_gather"] = free("auto")
   circular: int = free(1)  # turns a microbatch makes through the stages, each over fewer layers
 
   def __post_init__(self):

@@ -26,6 +26,7 @@ from .spec import (
   AttentionSpec,
   BucketedSpec,
   InitSpec,
+  LatentAttentionSpec,
   RotarySpec,
   TransformerXLSpec,
 )
@@ -58,6 +59,13 @@ def causal_mask(
   if isinstance(also, PerHead):
     return PerHead(tuple(mask & other for other in also.masks))
   return mask if also is None else mask & also
+
+
+def layer_mask(spec: AttentionSpec | LatentAttentionSpec) -> Mask | PerHead:
+  """The mask of a layer."""
+  if isinstance(spec, LatentAttentionSpec):
+    return causal_mask()
+  return causal_mask(spec.window, spec.chunk, parse_mask(spec.mask) if spec.mask else None)
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, spec: RotarySpec) -> jax.Array:
@@ -93,7 +101,7 @@ class Attention(nn.Module):
   embed_dim: int
   init_spec: InitSpec = InitSpec()  # not `init`: every Linen module has that method
   gain: float = 1.0
-  context_method: Method = "ring"
+  context_method: Method = "auto"
 
   @nn.compact
   def __call__(
@@ -122,7 +130,7 @@ class Attention(nn.Module):
       q_BTNH,
       k_BTKH,
       v_BTKH,
-      mask=causal_mask(spec.window, spec.chunk, parse_mask(spec.mask) if spec.mask else None),
+      mask=layer_mask(spec),
       q_positions_BT=rows.positions_BT,
       kv_positions_BS=kv_positions,
       q_segments_BT=None if cache is not None else rows.segments_BT,

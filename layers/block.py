@@ -38,7 +38,7 @@ class Block(nn.Module):
   embed_dim: int
   init_spec: InitSpec = InitSpec()  # not `init`: every Linen module has that method
   gain: float = 1.0
-  context_method: Method = "ring"
+  context_method: Method = "auto"
 
   @nn.compact
   def __call__(

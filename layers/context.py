@@ -1,13 +1,15 @@
 """Attention over a row whose positions are spread over devices (context parallelism).
 
-Inside a region that is manual over the mesh axis `context`. Either keys and values of the whole row
-are gathered, or they pass round a ring while each device attends to what it holds (ring attention,
-arXiv 2310.01889), never more than two devices' share in memory.
+Inside a region that is manual over the mesh axis `context`. Rows are laid out in zigzag: cut into
+2C chunks, device i of C holds chunks i and 2C - 1 - i. Keys and values meet queries in one of three
+ways:
 
-Rows are laid out in zigzag: cut into 2C chunks, device i of C holds chunks i and 2C - 1 - i. Under
-a causal mask every device then has the same work in every step, half of all pairs: keys from a
-device before it matter by their first chunk only, to all its queries; keys from a device after it
-only to its second chunk.
+- ring: they pass round while each device attends to what it holds (ring attention, arXiv
+  2310.01889), never more than two devices' share in memory. Under a causal mask every device has
+  the same work in every step, half of all pairs: keys from a device before it matter by their first
+  chunk only, to all its queries; keys from a device after it only to its second chunk.
+- halo: of a local mask each chunk needs the ends of its neighbours; only these travel.
+- all_gather: each device has keys and values of the whole row.
 
 Letters: B batch, T positions of a device, N query heads, K key/value heads, H head size.
 """
@@ -28,7 +30,7 @@ from .kernels.partition import vary_with
 from .masks import PerHead
 
 AXIS = "context"
-Method = Literal["ring", "all_gather"]
+Method = Literal["auto", "ring", "halo", "all_gather"]
 
 
 def zigzag(length: int, devices: int) -> np.ndarray:
@@ -58,7 +60,7 @@ def row_attention(
   k_BSKH: jax.Array,
   v_BSKH: jax.Array,
   *,
-  method: Method = "ring",
+  method: Method = "auto",
   mask: Any,
   q_positions_BT: jax.Array | None,
   kv_positions_BS: jax.Array | None = None,
@@ -75,11 +77,12 @@ def row_attention(
     q_positions_BT, q_segments_BT: of this device's tokens, in the order `zigzag` gives if positions
       are spread over devices, where positions may not be None.
     kv_positions_BS: of a cache, which holds whole rows.
-    method: how positions that are spread meet: "ring" or "all_gather".
+    method: how positions that are spread meet. "auto" is a halo where that is the least to travel,
+      else a ring, unless the mask differs by head or the implementation has none.
 
   Raises:
-    NotImplementedError: positions that are spread, with Transformer-XL's relative keys, or a ring
-      with an implementation other than "xla".
+    NotImplementedError: positions that are spread, with Transformer-XL's relative keys, a ring
+      with an implementation other than "xla" or a mask a head, or a halo of an unbounded mask.
   """
   if manual_size(AXIS) > 1 and kv_positions_BS is None:
     ids = (q_positions_BT, q_segments_BT)
@@ -101,14 +104,23 @@ def _spread(
     raise NotImplementedError(
       "Transformer-XL's relative keys do not work on a mesh with context > 1"
     )
+  reach = mask_reach(mask)
+  if method == "auto":
+    method = choose_method(q_BTNH.shape[1], manual_size(AXIS), mask, implementation)
+  options = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias, "sink_N": sink_N}
   if method == "all_gather":
     whole = lambda x: lax.all_gather(x, AXIS, axis=1, tiled=True)
     k, v, (kv_positions, kv_segments) = jax.tree.map(whole, (k_BTKH, v_BTKH, ids))
     return attention(
-      q_BTNH, k, v, mask=mask, q_positions_BT=ids[0], kv_positions_BS=kv_positions,
-      q_segments_BT=ids[1], kv_segments_BS=kv_segments, scale=scale, softcap=softcap,
-      bias=bias, sink_N=sink_N, implementation=implementation,
+      q_BTNH, k, v, q_positions_BT=ids[0], kv_positions_BS=kv_positions,
+      q_segments_BT=ids[1], kv_segments_BS=kv_segments, implementation=implementation, **options,
     )  # fmt: skip
+  if method == "halo":
+    if None in reach:
+      raise NotImplementedError(
+        f"a halo needs a mask that sees so far and no further, not {mask}: use a ring"
+      )
+    return _halo(q_BTNH, (k_BTKH, v_BTKH), ids, reach, implementation, options)
   if isinstance(mask, PerHead):
     raise NotImplementedError(
       "a mask a head does not pass round a ring: gather the keys (context_method=all_gather)"
@@ -120,6 +132,78 @@ def _spread(
   static = _Static(mask, scale, softcap, mask is not None and mask.reach[1] == 0)
   arguments = (q_BTNH, k_BTKH, v_BTKH, bias, sink_N, ids)
   return _ring(static, *vary_with(arguments, arguments))
+
+
+def mask_reach(mask: Any) -> tuple[int | None, int | None]:
+  """How far before and after a query any head sees, see `Mask.reach`."""
+  if mask is None:
+    return None, None
+  before, after = zip(*(m.reach for m in mask.distinct), strict=True)
+  farthest = lambda side: None if None in side else max(side)
+  return farthest(before), farthest(after)
+
+
+def choose_method(length: int, devices: int, mask: Any, implementation: str | None) -> Method:
+  """What "auto" is for so many positions a device."""
+  before, after = mask_reach(mask)
+  if before is not None and after is not None and 2 * (before + after) < (devices - 1) * length:
+    return "halo"
+  ring = not isinstance(mask, PerHead) and implementation in (None, "xla")
+  return "ring" if ring else "all_gather"
+
+
+# ---- halo ----
+
+
+def _halo(q_BTNH, kv, ids, reach, implementation, options):
+  """Each of the two chunks with keys of its own and, at both sides, as many as the mask reaches.
+
+  The chunks are two rows to `attention`. What would lie outside of the row is padding.
+  """
+  positions_BT, segments_BT = ids
+  ids = positions_BT, jnp.ones_like(positions_BT) if segments_BT is None else segments_BT
+  chunks = _halves((kv, ids))
+  length = chunks[0][1][0].shape[1]
+  parts = [chunks]
+  for side, extent in zip((-1, 1), reach, strict=True):
+    for hop in range(1, -(-extent // length) + 1):
+      size = min(length, extent - (hop - 1) * length)  # of the nearer end of that chunk
+      edge = slice(length - size, None) if side < 0 else slice(size)
+      end = jax.tree.map(lambda x, edge=edge: x[:, edge], chunks)
+      parts.insert(0 if side < 0 else len(parts), _from_chunk(side * hop, end))
+  rows = lambda *two: jnp.concatenate(two, 0)
+  joined = [jax.tree.map(rows, *part) for part in parts]
+  (k, v), (kv_positions, kv_segments) = jax.tree.map(lambda *x: jnp.concatenate(x, 1), *joined)
+  q, (q_positions, q_segments) = jax.tree.map(rows, *_halves((q_BTNH, ids)))
+  o = attention(
+    q, k, v, q_positions_BT=q_positions, kv_positions_BS=kv_positions, q_segments_BT=q_segments,
+    kv_segments_BS=kv_segments, implementation=implementation, **options,
+  )  # fmt: skip
+  return jnp.concatenate(jnp.split(o, 2), 1)
+
+
+def _from_chunk(distance: int, chunks: tuple[Any, Any]) -> tuple[Any, Any]:
+  """For both chunks of a device the arrays of the chunk that lies so far from it; else zeros."""
+  devices = manual_size(AXIS)
+  at = lambda chunk: (chunk, 0) if chunk < devices else (2 * devices - 1 - chunk, 1)
+  pairs = {(a, b): [] for a in (0, 1) for b in (0, 1)}  # (half it lies in, half it goes to)
+  for chunk in range(2 * devices):
+    if 0 <= chunk + distance < 2 * devices:
+      (source, a), (to, b) = at(chunk + distance), at(chunk)
+      pairs[a, b].append((source, to))
+
+  def received(half):
+    sent = [
+      jax.tree.map(lambda x, p=pairs[a, half]: lax.ppermute(x, AXIS, p), chunks[a])
+      for a in (0, 1)
+      if pairs[a, half]
+    ]
+    return jax.tree.map(lambda *x: sum(x[1:], x[0]), *sent)
+
+  return received(0), received(1)
+
+
+# ---- ring ----
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -33,7 +33,7 @@ def latent_attention(
   q_positions_BT: jax.Array | None = None,
   kv_positions_BS: jax.Array | None = None,
   segments_BT: jax.Array | None = None,
-  context_method: Method = "ring",
+  context_method: Method = "auto",
   implementation: str | None = None,
 ) -> jax.Array:
   """Causal attention on latents (DeepSeek-V2, arXiv 2405.04434, equations 9 to 19), [B, T, N, W].
@@ -103,7 +103,7 @@ class LatentAttention(nn.Module):
   embed_dim: int
   init_spec: InitSpec = InitSpec()  # not `init`: every Linen module has that method
   gain: float = 1.0
-  context_method: Method = "ring"
+  context_method: Method = "auto"
 
   @nn.compact
   def __call__(

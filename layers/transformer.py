@@ -59,7 +59,7 @@ class TransformerLM(nn.Module):
   unroll: int | None = None
   microbatches: int = 1
   circular: int = 1
-  context_method: Method = "ring"
+  context_method: Method = "auto"
 
   @nn.compact
   def __call__(
@@ -99,7 +99,8 @@ class TransformerLM(nn.Module):
     place_T = None
     if region is not None and region.positions:
       # Positions change places once, here; nothing below depends on their order but attention.
-      place_T = self._places(T, math.prod(region.sizes[a] for a in region.positions))
+      devices = math.prod(region.sizes[a] for a in region.positions)
+      place_T = jnp.asarray(zigzag(T, devices), jnp.int32)
       by_place = (tokens_BT, targets_BT, weights_BT, positions_BT, segments_BT)
       by_place = jax.tree.map(lambda x: take(x, place_T, 1), by_place)
       tokens_BT, targets_BT, weights_BT, positions_BT, segments_BT = by_place
@@ -154,10 +155,6 @@ class TransformerLM(nn.Module):
     gain = (2 * self.spec.num_layers) ** -0.5 if self.spec.init.depth_scaled else 1.0
     common = (self.spec.embed_dim, self.spec.init, gain, self.context_method)
     return [Block(layer, *common, parent=None) for layer in segment.layers]
-
-  def _places(self, length: int, devices: int) -> jax.Array:
-    ring = self.context_method == "ring"
-    return jnp.asarray(zigzag(length, devices) if ring else range(length), jnp.int32)
 
   def _segment_params(self, i: int) -> dict[str, Any]:
     """Stacked weights of segment i: declared once, drawn with one key a layer."""

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from layers.attention import layer_mask
+from layers.context import mask_reach
 from layers.spec import AttentionSpec, MoeSpec, TransformerXLSpec
 from layers.stack import remat_policy
 from layers.transformer import TransformerLM
@@ -144,14 +146,19 @@ def _check_parallel(config: Config, mesh: Mesh) -> None:
       f"data.row_length={length} must be a multiple of {2 * context}: context={context} cuts a row "
       f"into twice as many chunks"
     )
-  ring = config.mesh.context_method == "ring"
+  method = config.mesh.context_method
   half = length // context // 2
   for layer in config.model.layers:
     if isinstance(layer.attention, AttentionSpec) and isinstance(
       layer.attention.position, TransformerXLSpec
     ):
       raise ConfigError(f"Transformer-XL's relative positions do not work with context={context}")
-    if ring and layer.attention.implementation not in (None, "xla"):
+    if method == "halo" and None in mask_reach(layer_mask(layer.attention)):
+      raise ConfigError(
+        "mesh.context_method=halo is for masks of a bounded reach (model...attention.window): a "
+        "layer sees the whole row, use auto"
+      )
+    if method == "ring" and layer.attention.implementation not in (None, "xla"):
       raise ConfigError(
         f"attention.implementation={layer.attention.implementation} has no ring for context="
         f"{context}: use xla, or --config.mesh.context_method=all_gather"

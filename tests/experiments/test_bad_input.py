@@ -93,8 +93,17 @@ MISTAKES = {
       "--config.mesh.context=4",
       "--config.model.segments.*.layers.*.mlp.group_size=8",
       "--config.model.segments.*.layers.*.attention.implementation=reference",
+      "--config.mesh.context_method=ring",
     ],
     ["implementation=reference", "all_gather"],
+  ),
+  "halo of a whole row": (
+    [
+      "--config.mesh.context=4",
+      "--config.model.segments.*.layers.*.mlp.group_size=8",
+      "--config.mesh.context_method=halo",
+    ],
+    ["context_method=halo", "window", "use auto"],
   ),
   "groups across devices": (["--config.mesh.context=8"], ["group_size", "divisor of 4"]),
   "impossible mesh rules": ([ONE, "--config.mesh.rules=every"], ["mesh.rules", "fsdp"]),

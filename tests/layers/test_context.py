@@ -1,5 +1,7 @@
 """Attention over a row spread over devices, against the reference on the whole row."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from layers.attention import causal_mask
-from layers.context import row_attention, zigzag
+from layers.context import choose_method, row_attention, zigzag
 from layers.kernels.attention import Alibi, attention, xla
+from layers.masks import BigBird, Causal, Chunked, Local, PerHead
 from mesh.topology import make_mesh
 
 pytestmark = pytest.mark.xdist_group("devices")
@@ -28,6 +31,13 @@ CASES = {
   "everything": {"mask": None},
   "cap, sink": {"mask": causal_mask(), "softcap": 5.0, "sink_N": True},
   "alibi": {"mask": causal_mask(), "bias": True},
+}
+# Of 6 positions a chunk: part of a neighbour, all of it and a part of the next, both sides.
+NEAR = {
+  "window": {"mask": causal_mask(window=5)},
+  "two hops": {"mask": causal_mask(window=10), "sink_N": True, "bias": True},
+  "around": {"mask": Local(3, 8)},
+  "a mask a head": {"mask": PerHead((Local(2), Local(7, 1), Chunked(5), Causal() & Local(6)))},
 }
 
 
@@ -91,6 +101,48 @@ def assert_spread_is_whole(options, method):
 @pytest.mark.parametrize("case", CASES)
 def test_row_spread_over_devices(case, method):
   assert_spread_is_whole(CASES[case], method)
+
+
+@pytest.mark.parametrize("case", NEAR)
+def test_neighbours_send_what_a_local_mask_reaches(case):
+  assert_spread_is_whole(NEAR[case], "halo")
+
+
+def test_a_halo_is_all_that_travels():
+  """Forward: the last 4 positions of a chunk of 6, for each of the two chunks, at most twice."""
+  rows = P(None, "context")
+
+  def local(q, k, v, positions):
+    return row_attention(q, k, v, mask=causal_mask(window=5), q_positions_BT=positions)
+
+  with jax.set_mesh(make_mesh({"context": C}, jax.devices()[:C])):
+    spread = jax.shard_map(local, in_specs=(rows,) * 4, out_specs=rows)
+    shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (Q, KEYS, VALUES, POSITIONS))
+    text = jax.jit(spread).lower(*shapes).compile().as_text()
+  assert "all-gather(" not in text and "all-reduce(" not in text
+  sent = re.findall(r"= \w+\[([\d,]+)\]\S* collective-permute\(", text)
+  assert sent and all(shape.split(",")[1] == "4" for shape in sent)
+  # Keys, values, positions, segments: from the chunk before the first, before the second, and for
+  # the device whose second chunk follows its first.
+  assert len(sent) <= 3 * 4
+
+
+def test_keys_travel_as_little_as_the_mask_allows():
+  choose = lambda mask, implementation=None: choose_method(1024, 4, mask, implementation)
+  assert choose(causal_mask(window=1000)) == "halo"
+  assert choose(causal_mask(window=1537)) == "ring"  # two halos are no less than three shares
+  assert choose(causal_mask()) == choose(None) == choose(BigBird(64)) == "ring"
+  assert choose(PerHead((Causal(), Local(4)))) == "all_gather"
+  assert choose(PerHead((Local(9, 5), Local(4)))) == "halo"
+  assert choose(causal_mask(), "reference") == "all_gather"
+
+
+@pytest.mark.parametrize("method", ["ring", "all_gather", "halo"])
+def test_blocks_of_spread_positions(method, monkeypatch):
+  """Several blocks on each device: those that positions or documents rule out are not visited."""
+  monkeypatch.setattr(xla, "block_size", lambda: 8)
+  mask = causal_mask(window=9)
+  assert_spread_is_whole({"mask": mask}, method)
 
 
 def test_blocks_of_a_device_know_that_its_positions_have_gaps(monkeypatch):

@@ -1,4 +1,4 @@
-"""Caches of several rows, whole, rolling or in pages, with what one query at a time sees of them."""
+"""Caches of several rows, whole, rolling or in pages, and what one query at a time sees of them."""
 
 from dataclasses import dataclass, field
 
@@ -53,9 +53,7 @@ CASES = {
   ),
   "out of order": Case(
     masks=(Causal() & (BlockLocal(32) | Global(3)),),
-    rules=(
-      rules.both(rules.causal, rules.either(rules.block_local(32), rules.global_tokens(3))),
-    ),
+    rules=(rules.both(rules.causal, rules.either(rules.block_local(32), rules.global_tokens(3))),),
   ),
   "rolling": Case(
     (4, 2), (Causal() & Local(60),), (_window(60),), tokens=3, alibi=True, rolling=237

@@ -127,7 +127,7 @@ def attention(
   """k and v are [B, S, K, .], or pages [P, R, K, .] if `inputs` has their table."""
   arrays = (q_BTNH, k, v, inputs)
   q_BTNH, k, v, inputs = vary_with(arrays, arrays)
-  (B, T, N, H), K, U = q_BTNH.shape, k.shape[2], v.shape[-1]
+  (B, T, N), K, U = q_BTNH.shape[:3], k.shape[2], v.shape[-1]
   blocks, M = _blocks(q_BTNH, k, inputs), T * N
   padding = _padded_rows(M, k) - M
   scalars = [*bounds(static.mask, inputs)]

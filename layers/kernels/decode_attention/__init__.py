@@ -119,8 +119,10 @@ def paged_decode_attention(
 def _inputs(q_positions, lengths, kv_positions, page_table, sink, slopes, mask) -> Inputs:
   which = None if mask is None else mask.by_head
   to = lambda x, dtype: None if x is None else jnp.asarray(x, dtype)
-  integers = (to(x, i32) for x in (q_positions, lengths, kv_positions, page_table))
-  return Inputs(*integers, to(sink, f32), to(slopes, f32), to(which, i32))
+  return Inputs(
+    jnp.asarray(q_positions, i32), jnp.asarray(lengths, i32), to(kv_positions, i32),
+    to(page_table, i32), to(sink, f32), to(slopes, f32), to(which, i32),
+  )  # fmt: skip
 
 
 def _run(static, q_BTNH, k, v, inputs, implementation, seq_sharded=False):

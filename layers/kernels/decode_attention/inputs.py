@@ -46,11 +46,13 @@ def bounds(mask: Any, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
   return jnp.where(some_B, first_B, 0), jnp.where(some_B, end_B, 0)
 
 
-def needed_pages(inputs: Inputs, page: int, first_B: jax.Array, end_B: jax.Array) -> jax.Array:
-  """The page table [B, J], with page 0 in entries that hold nothing of first_B..end_B - 1."""
-  start_1J = (page * jnp.arange(inputs.page_table_BJ.shape[1], dtype=jnp.int32))[None]
+def needed_pages(
+  page_table_BJ: jax.Array, page: int, first_B: jax.Array, end_B: jax.Array
+) -> jax.Array:
+  """The table with page 0 in entries whose `page` positions hold none of first_B..end_B - 1."""
+  start_1J = (page * jnp.arange(page_table_BJ.shape[1], dtype=jnp.int32))[None]
   needed_BJ = (start_1J < end_B[:, None]) & (start_1J + page > first_B[:, None])
-  return jnp.where(needed_BJ, inputs.page_table_BJ, 0)
+  return jnp.where(needed_BJ, page_table_BJ, 0)
 
 
 def visible(masks: tuple[Any, ...], which: Any, i: Any, j: Any) -> Any:

@@ -132,16 +132,17 @@ def attention(
   padding = _padded_rows(M, k) - M
   scalars = [*bounds(static.mask, inputs)]
   if inputs.page_table_BJ is not None:
-    table_BJ = needed_pages(inputs, k.shape[1], *scalars)
+    table_BJ = needed_pages(inputs.page_table_BJ, k.shape[1], *scalars)
     scalars.append(jnp.pad(table_BJ, ((0, 0), (0, -table_BJ.shape[1] % blocks.pieces))))
   pad = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, padding), (0, 0)])
-  by_row = lambda x_N: None if x_N is None else pad(jnp.tile(x_N, T)[:, None])
+  by_row = lambda x_N: pad(jnp.tile(x_N, T)[:, None])
+  maybe = lambda x_N: None if x_N is None else by_row(x_N)
   rows = _Rows(
     pad(jnp.repeat(inputs.q_positions_BT, N, axis=1)[..., None]),
     by_row(jnp.arange(N, dtype=jnp.int32) // (N // K)),
-    by_row(inputs.mask_N if static.mask is not None else None),
-    by_row(inputs.slopes_N),
-    by_row(inputs.sink_N),
+    maybe(inputs.mask_N),
+    maybe(inputs.slopes_N),
+    maybe(inputs.sink_N),
   )
   column_1C = jnp.arange(blocks.chunk, dtype=jnp.int32)[None]
   positions = inputs.kv_positions_BS

@@ -18,7 +18,8 @@ def attention(
   """k and v are [B, S, K, .], or pages [P, R, K, .] if `inputs` has their table."""
   (B, T, N, H), K = q_BTNH.shape, k.shape[2]
   if inputs.page_table_BJ is not None:
-    table_BJ = needed_pages(inputs, k.shape[1], jnp.zeros_like(inputs.lengths_B), inputs.lengths_B)
+    none_B = jnp.zeros_like(inputs.lengths_B)
+    table_BJ = needed_pages(inputs.page_table_BJ, k.shape[1], none_B, inputs.lengths_B)
     k, v = (x[table_BJ].reshape(B, -1, *x.shape[2:]) for x in (k, v))
   S = k.shape[1]
   kept_BS = jnp.arange(S)[None] < inputs.lengths_B[:, None]

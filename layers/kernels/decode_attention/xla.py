@@ -57,16 +57,16 @@ def attention(
   by_head = lambda x: None if x is None else x.reshape(1, K, N // K, 1, 1)
   heads = {"slopes": by_head(inputs.slopes_N), "which": by_head(inputs.mask_N)}
   shape = (*q_BKGTH.shape[:4], 1)
-  if inputs.sink_N is None:
+  if (sink := by_head(inputs.sink_N)) is None:
     m, total = jnp.full(shape, MASKED, f32), jnp.zeros(shape, f32)
   else:
-    m, total = jnp.broadcast_to(by_head(inputs.sink_N), shape), jnp.ones(shape, f32)
+    m, total = jnp.broadcast_to(sink, shape), jnp.ones(shape, f32)
   acc = jnp.zeros((*shape[:4], v.shape[-1]), f32)
   carry = vary_with(q_BTNH, (m, total, acc))
   step = partial(_step, static, q_BKGTH, inputs.q_positions_BT, (first_B, end_B), **heads)
 
   if inputs.page_table_BJ is not None:
-    block, read = _pages(k, v, needed_pages(inputs, k.shape[1], first_B, end_B))
+    block, read = _pages(k, v, needed_pages(inputs.page_table_BJ, k.shape[1], first_B, end_B))
   else:
     block = k.shape[1] if seq_sharded else min(BLOCK, k.shape[1])
     read = partial(_slice, k, v, inputs.kv_positions_BS, block)

@@ -152,7 +152,7 @@ def test_bounds_are_those_of_the_visible_keys(name, length, position, tokens):
   assert [*range(first, end)] == [*np.flatnonzero(seen)]
   rolling = inputs._replace(kv_positions_BS=jnp.arange(64)[None])
   assert [int(x[0]) for x in bounds(mask, rolling)] == [0, length]
-  table = inputs._replace(page_table_BJ=jnp.arange(1, 9)[None])
+  table = jnp.arange(1, 9)[None]
   used = np.asarray(needed_pages(table, 8, jnp.array([first]), jnp.array([end])))[0]
   assert [*used] == [j + 1 if seen[8 * j : 8 * j + 8].any() else 0 for j in range(8)]
 

@@ -58,8 +58,8 @@ def decode_attention(
     alibi_slopes_N: arXiv 2108.12409.
     seq_sharded: whether the cache is cut along S over devices by a compiler. "xla" then reads all
       of it, each device its own part, and no part travels.
-    implementation: "pallas_tpu", "xla" (a loop over blocks) or "reference"; None is the first that
-      can run here.
+    implementation: "pallas_tpu", "xla" (a loop over blocks), "pallas_gpu" (Triton, never timed so
+      far) or "reference"; None is the TPU kernel where it can run, else "xla".
 
   Softmax is float32; probabilities are cast to the dtype of v.
 
@@ -126,28 +126,39 @@ def _inputs(q_positions, lengths, kv_positions, page_table, sink, slopes, mask) 
 
 
 def _run(static, q_BTNH, k, v, inputs, implementation, seq_sharded=False):
-  def tpu(platform: str) -> str | None:
-    if platform != "tpu":
-      return f"the kernel is for TPUs, not for {platform}"
+  def kernel(name: str, wanted: tuple[str, ...], platform: str) -> str | None:
+    if platform not in wanted:
+      return f"the kernel is for {wanted[0].upper()}s, not for {platform}"
     if free := free_axes():
       return f"no compiler spreads it over {', '.join(free)}: call it in a shard_map"
-    return _pallas_tpu().supports(q_BTNH, k, v, inputs)
+    return _module(name).supports(q_BTNH, k, v, inputs)
 
-  candidates = {"pallas_tpu": tpu, "xla": anywhere, "reference": anywhere}
+  candidates = {
+    "pallas_tpu": partial(kernel, "pallas_tpu", ("tpu",)),
+    "xla": anywhere,
+    "pallas_gpu": partial(kernel, "pallas_gpu", ("gpu", "cuda")),
+    "reference": anywhere,
+  }
   chosen = select(implementation, current_platform(), candidates)
+  run = partial(_module(chosen).attention, static)
   if chosen == "xla":
-    run = partial(xla.attention, static, seq_sharded=seq_sharded)
-  else:
-    module = _pallas_tpu() if chosen == "pallas_tpu" else reference
-    run = partial(module.attention, static)
+    run = partial(run, seq_sharded=seq_sharded)
   return auto_partitioned(run, sharding_like(q_BTNH), q_BTNH, k, v, inputs)
 
 
-def _pallas_tpu() -> Any:
-  # Pallas takes half a second to import and is of no use on a CPU.
-  from . import pallas_tpu
+def _module(name: str) -> Any:
+  """An implementation by its name."""
+  if name == "pallas_tpu":
+    # Pallas takes half a second to import and is of no use on a CPU.
+    from . import pallas_tpu
 
-  return pallas_tpu
+    return pallas_tpu
+  if name == "pallas_gpu":
+    # The same.
+    from . import pallas_gpu
+
+    return pallas_gpu
+  return {"xla": xla, "reference": reference}[name]
 
 
 def _check(q_BTNH, k, v, q_positions_BT, lengths_B, mask, sink_N, slopes_N, softcap) -> None:

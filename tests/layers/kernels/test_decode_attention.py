@@ -13,13 +13,16 @@ from jax.experimental import pallas as pl
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from layers.kernels import decode_attention as package
 from layers.kernels.decode_attention import (
   decode_attention,
   paged_decode_attention,
+  pallas_gpu,
   pallas_tpu,
   xla,
 )
 from layers.kernels.decode_attention.inputs import Inputs, bounds, needed_pages
+from layers.kernels.select import select
 from layers.masks import Causal, Local, PerHead
 from tests.layers.stacks import quick_jit
 from tests.oracles import decode
@@ -30,21 +33,22 @@ expected = lru_cache(lambda name, dtype: make(name, dtype).expected())
 
 # Probabilities are rounded to the dtype of the values, results to that of the queries.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
-FORMS = ("reference", "dense", "loop", "pallas_tpu")
+FORMS = ("reference", "dense", "loop", "pallas_tpu", "pallas_gpu")
 
 
 @pytest.fixture
 def small(monkeypatch):
-  """Blocks so small that rows have several, and the TPU kernel in interpret mode."""
+  """Blocks so small that rows have several, and kernels in interpret mode."""
   monkeypatch.setattr(xla, "BLOCK", 48)  # the last of 200 is not full
   monkeypatch.setattr(pallas_tpu, "STEP_BYTES", 2**16)
   monkeypatch.setattr(pallas_tpu, "COLUMNS", 128)
   call = partial(pl.pallas_call, interpret=True)
-  monkeypatch.setattr(pallas_tpu, "pl", SimpleNamespace(**vars(pl) | {"pallas_call": call}))
-  # What may run is decided by the platform; here it is the interpreter.
+  for module in (pallas_tpu, pallas_gpu):
+    monkeypatch.setattr(module, "pl", SimpleNamespace(**vars(pl) | {"pallas_call": call}))
+  monkeypatch.setattr(pallas_gpu, "POSITIONS", 16)
+  # As on the kernels' own platforms; what runs is the interpreter.
   monkeypatch.setattr(
-    "layers.kernels.decode_attention.current_platform",
-    lambda: "tpu",
+    package, "select", lambda name, _, candidates: select(name, name.split("_")[-1], candidates)
   )
 
 
@@ -91,7 +95,7 @@ PAGED = ("several tokens", "window", "sink, cap, alibi", "windows a head")
 
 
 @pytest.mark.parametrize("name", PAGED)
-@pytest.mark.parametrize("form", ["reference", "loop", "pallas_tpu"])
+@pytest.mark.parametrize("form", ["reference", "loop", "pallas_tpu", "pallas_gpu"])
 def test_pages(name, form, small):
   """Entries of the table that are not needed point nowhere."""
   close(call(name, form, page=16), expected(name, "float32"))
@@ -249,7 +253,7 @@ def test_errors():
   f = partial(decode_attention, q, k, k, **ids)
   pages = partial(paged_decode_attention, q, k, k, **ids)
   for match, run in {
-    "known: pallas_tpu, xla, reference": lambda: f(implementation="flash"),
+    "known: pallas_tpu, xla, pallas_gpu, reference": lambda: f(implementation="flash"),
     "four dims": lambda: decode_attention(q[0], k, k, **ids),
     "one head size": lambda: decode_attention(q[..., :4], k, k, **ids),
     "do not divide": lambda: decode_attention(q[:, :, :3], k, k, **ids),

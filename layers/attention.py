@@ -4,18 +4,20 @@ B batch, T query positions, S key positions, D model width, N query heads, K key
 H head size, U distance buckets, P distances.
 """
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from mesh.constrain import constrain
+from mesh.constrain import constrain, shard_counts
 
 from .cache import KVCache, update_cache
 from .context import Method, row_attention
-from .kernels.attention.bias import Alibi, Bucketed, RelativeKeys
+from .kernels.attention import Alibi, Bucketed, RelativeKeys, attention
+from .kernels.decode_attention import decode_attention
 from .linear import dense
 from .masks import BlockLocal, Causal, Local, Mask, PerHead, parse_mask
 from .norms import Norm
@@ -86,6 +88,41 @@ def cached_keys(
   return cache, key_BSKH, value_BSKH, jnp.broadcast_to(jnp.arange(S), (B, S))
 
 
+FEW_TOKENS = 16  # a row at most for `decode_attention`
+
+
+def cache_attention(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  *,
+  q_positions_BT: jax.Array,
+  kv_positions_BS: jax.Array,
+  bias: Alibi | Bucketed | RelativeKeys | None = None,
+  **options: Any,
+) -> jax.Array:
+  """Of new tokens over a cache that holds their own keys too, position s at index s.
+
+  By `decode_attention` where tokens are few and the bias allows it, whose time follows the keys
+  that rows can see. `options` are those that it shares with `attention`.
+  """
+  T = q_BTNH.shape[1]
+  if T > FEW_TOKENS or not (bias is None or isinstance(bias, Alibi)):
+    ids = {"q_positions_BT": q_positions_BT, "kv_positions_BS": kv_positions_BS}
+    return attention(q_BTNH, k_BSKH, v_BSKH, bias=bias, **ids, **options)
+  shards = shard_counts("cache_batch", "cache_seq", "cache_heads", shape=k_BSKH.shape[:3])
+  return decode_attention(
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    q_positions_BT=q_positions_BT,
+    lengths_B=q_positions_BT[:, 0] + T,
+    alibi_slopes_N=None if bias is None else bias.slopes_N,
+    seq_sharded=shards[1] > 1,
+    **options,
+  )
+
+
 class Attention(nn.Module):
   """Linen shell: projections and what the spec adds to them; `x -> (y, cache)`.
 
@@ -119,22 +156,22 @@ class Attention(nn.Module):
       k_BTKH = rotate(k_BTKH, rows.positions_BT, spec.position)
     q_BTNH, k_BTKH = checkpoint_name(q_BTNH, "query"), checkpoint_name(k_BTKH, "key")
     v_BTKH = checkpoint_name(v_BTKH, "value")
-    kv_positions = None
-    if cache is not None:
+    if cache is None:
+      where = {"q_segments_BT": rows.segments_BT, "method": self.context_method}
+      attend = partial(row_attention, **where)
+    else:
       cache, k_BTKH, v_BTKH, kv_positions = cached_keys(cache, k_BTKH, v_BTKH, rows.positions_BT)
+      attend = partial(cache_attention, kv_positions_BS=kv_positions)
     q_BTNH, bias = self._bias(q_BTNH, rows, k_BTKH.shape[1])
     sink_N = None
     if spec.sink:
       sink_N = declare(self, "sink", (spec.num_heads,), ("heads",), nn.initializers.zeros)
-    o_BTNH = row_attention(
+    o_BTNH = attend(
       q_BTNH,
       k_BTKH,
       v_BTKH,
       mask=layer_mask(spec),
       q_positions_BT=rows.positions_BT,
-      kv_positions_BS=kv_positions,
-      q_segments_BT=None if cache is not None else rows.segments_BT,
-      method=self.context_method,
       scale=spec.scale,
       softcap=spec.softcap,
       bias=bias,

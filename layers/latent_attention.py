@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mesh.constrain import constrain
 
-from .attention import Rows, cached_keys, rotate
+from .attention import Rows, cache_attention, cached_keys, rotate
 from .cache import KVCache
 from .context import Method, row_attention
 from .linear import dense
@@ -30,7 +30,7 @@ def latent_attention(
   w_value_ZNW: jax.Array,
   *,
   scale: float | None = None,
-  q_positions_BT: jax.Array | None = None,
+  q_positions_BT: jax.Array,
   kv_positions_BS: jax.Array | None = None,
   segments_BT: jax.Array | None = None,
   context_method: Method = "auto",
@@ -48,8 +48,8 @@ def latent_attention(
     latent_BSZ: normalised latents of the keys and values.
     key_BSP: the rotated key that all heads share.
     scale: factor on q . k; None is (H + P) ** -0.5.
-    q_positions_BT, kv_positions_BS, segments_BT, implementation: as for `attention`; segments
-      only without `kv_positions_BS`.
+    q_positions_BT, segments_BT, implementation: as for `attention`; segments only without a cache.
+    kv_positions_BS: of a cache, which holds position s at index s.
     context_method: see `layers.context.row_attention`.
   """
   (N, H), P, dtype = q_BTNH.shape[2:], q_BTNP.shape[-1], q_BTNH.dtype
@@ -68,20 +68,14 @@ def latent_attention(
     q = jnp.concatenate([q_BTNH, q_BTNP], axis=-1)
     k = jnp.concatenate([k_BSNH, key_BSNP], axis=-1)
     v = checkpoint_name(dense(latent_BSZ, w_value_ZNW), "value")
-  o = row_attention(
-    q,
-    k,
-    v,
-    mask=Causal(),
-    q_positions_BT=q_positions_BT,
-    kv_positions_BS=kv_positions_BS,
-    q_segments_BT=segments_BT,
-    method=context_method,
-    scale=(H + P) ** -0.5 if scale is None else scale,
-    implementation=implementation,
+  scale = (H + P) ** -0.5 if scale is None else scale
+  options = {"mask": Causal(), "scale": scale, "implementation": implementation}
+  if kv_positions_BS is None:
+    ids = {"q_positions_BT": q_positions_BT, "q_segments_BT": segments_BT}
+    return row_attention(q, k, v, method=context_method, **ids, **options)
+  o = cache_attention(
+    q, k, v, q_positions_BT=q_positions_BT, kv_positions_BS=kv_positions_BS, **options
   )
-  if not absorb:
-    return o
   o_BTNW = jnp.einsum("btnz,znw->btnw", o, w_value_ZNW, preferred_element_type=jnp.float32)
   return o_BTNW.astype(dtype)
 

@@ -3,9 +3,10 @@
 Dimension letters, used as suffixes of array names (`x_BTD`) and in einsum strings:
 
   B batch            D model width       V vocabulary        C expert capacity
-  T query positions  F feed-forward      L layers            R routed rows
+  T query positions  F feed-forward      L layers            R routed rows, or positions a page
   S key positions    N query heads       M tokens (B*T)      X experts chosen per token
   H head size        K key/value heads   E experts           G = N // K, or routing groups
+  U value head size  P pages of a cache  J pages a row
 """
 
 # Slowest network first: whole replicas over `data`, pipeline stages next, then the axes that

@@ -56,6 +56,14 @@ LATE_IMPORTS = {
     "layers/kernels/attention/__init__.py",
     "layers.kernels.attention.pallas_tpu",
   ): "the same",
+  (
+    "layers/kernels/decode_attention/__init__.py",
+    "layers.kernels.decode_attention.pallas_tpu",
+  ): "the same",
+  (
+    "layers/kernels/decode_attention/__init__.py",
+    "layers.kernels.decode_attention.pallas_gpu",
+  ): "the same",
   ("layers/params.py", "flax.nnx"): "a second module system, which most programs never load",
 }
 
@@ -85,8 +93,8 @@ NETWORK = {
   "xmlrpc", "websockets", "huggingface_hub", "urllib.request",
 }  # fmt: skip
 
-MODULES_TO_TRAIN = 89
-LINES_TO_TRAIN = 13_800
+MODULES_TO_TRAIN = 93
+LINES_TO_TRAIN = 14_250
 
 
 class Import(NamedTuple):

@@ -1,0 +1,189 @@
+"""Attention of a few new tokens a row over a cache of keys and values.
+
+Letters: B batch, T query tokens, N query heads, K key/value heads, H head size, U that of values,
+S cached positions, P pages, R positions a page, J pages a row.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..partition import auto_partitioned, free_axes, sharding_like
+from ..select import anywhere, current_platform, select
+from . import reference, xla
+from .inputs import Inputs, Static
+
+__all__ = ["decode_attention", "paged_decode_attention"]
+
+f32, i32 = jnp.float32, jnp.int32
+
+
+def decode_attention(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKU: jax.Array,
+  *,
+  q_positions_BT: jax.Array,
+  lengths_B: jax.Array,
+  kv_positions_BS: jax.Array | None = None,
+  mask: Any = None,
+  scale: float | None = None,
+  softcap: float | None = None,
+  sink_N: jax.Array | None = None,
+  alibi_slopes_N: jax.Array | None = None,
+  seq_sharded: bool = False,
+  implementation: str | None = None,
+) -> jax.Array:
+  """softmax(softcap(scale * q . k) - slope * distance) v over visible keys, [B, T, N, U], as q.
+
+  Time follows what rows can see of their caches, not S. Forward only: no gradient is defined of the
+  kernels, and none is needed to decode.
+
+  Args:
+    q_BTNH: the new tokens, whose own keys are in the cache already; a few (1 to 16) a row.
+    k_BSKH, v_BSKU: query head n reads key/value head n // (N / K).
+    q_positions_BT: position of each query.
+    lengths_B: how many entries of each row's cache hold keys. Entries from there on are ignored,
+      whatever they hold, NaN too; a row of length 0 gives zeros.
+    kv_positions_BS: position of each entry, as in a cache whose slot is the position modulo its
+      size; -1 is an empty slot. None: entry s holds position s, and what no query can reach by the
+      mask is not read.
+    mask: of query and key positions, a value of `layers.masks`, for all heads or one for each. None
+      shows every key.
+    scale: factor on q . k; None is H ** -0.5.
+    softcap: c gives c * tanh(logit / c), before ALiBi and mask (Gemma 2, arXiv 2408.00118).
+    sink_N: a logit a head that takes part in the denominator only (gpt-oss, arXiv 2508.10925).
+    alibi_slopes_N: arXiv 2108.12409.
+    seq_sharded: whether the cache is cut along S over devices by a compiler. "xla" then reads all
+      of it, each device its own part, and no part travels.
+    implementation: "pallas_tpu", "xla" (a loop over blocks), "pallas_gpu" (Triton, never timed so
+      far) or "reference"; None is the TPU kernel where it can run, else "xla".
+
+  Softmax is float32; probabilities are cast to the dtype of v.
+
+  Raises:
+    ValueError: shapes that do not fit, or an unknown implementation.
+    NotImplementedError: a named implementation that cannot run here.
+  """
+  _check(q_BTNH, k_BSKH, v_BSKU, q_positions_BT, lengths_B, mask, sink_N, alibi_slopes_N, softcap)
+  (B, _, _, H), S = q_BTNH.shape, k_BSKH.shape[1]
+  if k_BSKH.shape[0] != B:
+    raise ValueError(f"{B} rows of queries and {k_BSKH.shape[0]} of keys")
+  if kv_positions_BS is not None and kv_positions_BS.shape != (B, S):
+    raise ValueError(f"kv_positions_BS needs the shape {(B, S)}, got {kv_positions_BS.shape}")
+  inputs = _inputs(
+    q_positions_BT, jnp.minimum(lengths_B, S), kv_positions_BS, None, sink_N, alibi_slopes_N, mask
+  )
+  static = Static(mask, H**-0.5 if scale is None else scale, softcap)
+  return _run(static, q_BTNH, k_BSKH, v_BSKU, inputs, implementation, seq_sharded)
+
+
+def paged_decode_attention(
+  q_BTNH: jax.Array,
+  k_pages_PRKH: jax.Array,
+  v_pages_PRKU: jax.Array,
+  page_table_BJ: jax.Array,
+  *,
+  q_positions_BT: jax.Array,
+  lengths_B: jax.Array,
+  mask: Any = None,
+  scale: float | None = None,
+  softcap: float | None = None,
+  sink_N: jax.Array | None = None,
+  alibi_slopes_N: jax.Array | None = None,
+  implementation: str | None = None,
+) -> jax.Array:
+  """`decode_attention` over a cache whose pages of R positions lie anywhere.
+
+  Args:
+    k_pages_PRKH, v_pages_PRKU: the pages of all rows.
+    page_table_BJ: int32; position s of row b stands in page `page_table_BJ[b, s // R]` at s % R.
+      Entries past a row's length, or out of reach of the mask, are not used and may hold anything.
+    others: see `decode_attention`.
+  """
+  _check(
+    q_BTNH, k_pages_PRKH, v_pages_PRKU, q_positions_BT, lengths_B, mask, sink_N, alibi_slopes_N,
+    softcap,
+  )  # fmt: skip
+  (B, _, _, H), R = q_BTNH.shape, k_pages_PRKH.shape[1]
+  if page_table_BJ.ndim != 2 or page_table_BJ.shape[0] != B:
+    raise ValueError(f"page_table_BJ needs the shape ({B}, J), got {page_table_BJ.shape}")
+  lengths_B = jnp.minimum(lengths_B, page_table_BJ.shape[1] * R)
+  inputs = _inputs(q_positions_BT, lengths_B, None, page_table_BJ, sink_N, alibi_slopes_N, mask)
+  static = Static(mask, H**-0.5 if scale is None else scale, softcap)
+  return _run(static, q_BTNH, k_pages_PRKH, v_pages_PRKU, inputs, implementation)
+
+
+def _inputs(q_positions, lengths, kv_positions, page_table, sink, slopes, mask) -> Inputs:
+  which = None if mask is None else mask.by_head
+  to = lambda x, dtype: None if x is None else jnp.asarray(x, dtype)
+  return Inputs(
+    jnp.asarray(q_positions, i32), jnp.asarray(lengths, i32), to(kv_positions, i32),
+    to(page_table, i32), to(sink, f32), to(slopes, f32), to(which, i32),
+  )  # fmt: skip
+
+
+def _run(static, q_BTNH, k, v, inputs, implementation, seq_sharded=False):
+  def kernel(name: str, wanted: tuple[str, ...], platform: str) -> str | None:
+    if platform not in wanted:
+      return f"the kernel is for {wanted[0].upper()}s, not for {platform}"
+    if free := free_axes():
+      return f"no compiler spreads it over {', '.join(free)}: call it in a shard_map"
+    return _module(name).supports(q_BTNH, k, v, inputs)
+
+  candidates = {
+    "pallas_tpu": partial(kernel, "pallas_tpu", ("tpu",)),
+    "xla": anywhere,
+    "pallas_gpu": partial(kernel, "pallas_gpu", ("gpu", "cuda")),
+    "reference": anywhere,
+  }
+  chosen = select(implementation, current_platform(), candidates)
+  run = partial(_module(chosen).attention, static)
+  if chosen == "xla":
+    run = partial(run, seq_sharded=seq_sharded)
+  return auto_partitioned(run, sharding_like(q_BTNH), q_BTNH, k, v, inputs)
+
+
+def _module(name: str) -> Any:
+  """An implementation by its name."""
+  if name == "pallas_tpu":
+    # Pallas takes half a second to import and is of no use on a CPU.
+    from . import pallas_tpu
+
+    return pallas_tpu
+  if name == "pallas_gpu":
+    # The same.
+    from . import pallas_gpu
+
+    return pallas_gpu
+  return {"xla": xla, "reference": reference}[name]
+
+
+def _check(q_BTNH, k, v, q_positions_BT, lengths_B, mask, sink_N, slopes_N, softcap) -> None:
+  if q_BTNH.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+    raise ValueError(
+      "decode_attention needs q [B, T, N, H] and keys and values of four dims, "
+      f"got {q_BTNH.shape}, {k.shape}, {v.shape}"
+    )
+  B, T, N, H = q_BTNH.shape
+  if k.shape[3] != H or v.shape[:3] != k.shape[:3]:
+    raise ValueError(
+      "q and k need one head size, k and v the same shape but for theirs, "
+      f"got {q_BTNH.shape}, {k.shape}, {v.shape}"
+    )
+  if N % k.shape[2]:
+    raise ValueError(f"{N} query heads do not divide over {k.shape[2]} key/value heads")
+  if mask is not None and mask.by_head is not None and len(mask.by_head) != N:
+    raise ValueError(f"the mask is one of {len(mask.by_head)} heads, the queries have {N}")
+  for name, array, shape in (
+    ("q_positions_BT", q_positions_BT, (B, T)),
+    ("lengths_B", lengths_B, (B,)),
+    ("sink_N", sink_N, (N,)),
+    ("alibi_slopes_N", slopes_N, (N,)),
+  ):
+    if array is not None and array.shape != shape:
+      raise ValueError(f"{name} needs the shape {shape}, got {array.shape}")
+  if softcap is not None and softcap <= 0:
+    raise ValueError(f"softcap must be positive, got {softcap}")

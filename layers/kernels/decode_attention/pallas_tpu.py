@@ -1,0 +1,303 @@
+"""Attention over a cache as a Pallas kernel for TPUs.
+
+The grid walks over (row, block of its keys); its second size is the longest row's need, known only
+when the program runs. Blocks that a row does not need are neither fetched nor computed: the index
+maps stay at its last block. Key heads are not taken apart: positions and heads together are the
+rows of one matrix, `[B, S * K, H]`, which is how the cache lies in memory already, and all queries
+meet all of them. Of the products a K-th is kept. Where tokens are few this costs nothing, since
+time is that of reading the cache; from about T * N = 128 query rows on, the matrix unit is slower.
+
+Small pages are joined: a step reads several, each by an index map of its own.
+
+Letters: B batch, T query tokens, N query heads, K key/value heads, H head size, U that of values,
+S cached positions, P pages, R positions a page, J pages a row; in kernels M query rows (token by
+token, head by head), C columns (position by position, key head by key head).
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ..attention.pallas_tpu import LANES, LOG2E, MASKED, fast_memory
+from ..partition import vary_with, varying_shape
+from .inputs import Inputs, Static, bounds, needed_pages, visible
+
+STEP_BYTES = 2**20  # of keys, and of values, that a step reads; more than hides its start
+PAGES = 16  # read in a step at most, if they have 8 positions or more
+COLUMNS = 1024  # in work at a time
+LOGITS = 2**18  # in work at a time
+ROWS = 2048  # T * N at most
+
+f32 = jnp.float32
+
+
+class _Blocks(NamedTuple):
+  """How a step reads keys: `pieces` arrays of `piece` columns each, by `chunk` columns."""
+
+  heads: int  # K
+  pieces: int
+  piece: int
+  chunk: int
+
+  @property
+  def positions(self) -> int:
+    return self.pieces * self.piece // self.heads
+
+
+class _Rows(NamedTuple):
+  """Of each query row: [M, 1] each, positions [B, M, 1]."""
+
+  position: jax.Array
+  head: jax.Array  # of its keys
+  which: jax.Array | None  # of the masks
+  slope: jax.Array | None
+  sink: jax.Array | None
+
+
+class _Columns(NamedTuple):
+  """Of the columns of a chunk [1, chunk], alike in all; positions [B, 1, S * K] of all."""
+
+  offset: jax.Array
+  head: jax.Array
+  position: jax.Array | None
+
+
+def supports(q_BTNH, k, v, inputs: Inputs) -> str | None:
+  """Why a TPU can't run these arguments, or None."""
+  for x in (q_BTNH, k, v):
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+      return f"arrays must be bfloat16 or float32, not {x.dtype}"
+  rows = q_BTNH.shape[1] * q_BTNH.shape[2]
+  if rows > ROWS:
+    return f"tokens times heads go up to {ROWS}, not {rows}"
+  if inputs.page_table_BJ is not None:
+    tile = _tile(k)
+    if k.shape[1] * k.shape[2] % tile:
+      return f"positions times heads of a page must be a multiple of {tile}, got {k.shape[1:3]}"
+    if inputs.page_table_BJ.size > 2**17:
+      return f"a page table of {inputs.page_table_BJ.size} entries is too large for scalar memory"
+  blocks = _blocks(q_BTNH, k, inputs)
+  width = sum(-(-x.shape[-1] // LANES) * LANES for x in (k, v))
+  # Two of each, logits and probabilities, and what is kept of the queries.
+  need = 2 * blocks.positions * k.shape[2] * width * k.dtype.itemsize
+  need += 4 * _padded_rows(rows, k) * (4 * blocks.chunk + 4 * width)
+  if need > fast_memory():
+    return f"a step needs {need >> 20} MiB of fast memory"
+  return None
+
+
+def _tile(x) -> int:
+  """Rows of a tile."""
+  return 32 // x.dtype.itemsize
+
+
+def _padded_rows(rows: int, x) -> int:
+  return -(-rows // _tile(x)) * _tile(x)
+
+
+def _blocks(q_BTNH, k, inputs: Inputs) -> _Blocks:
+  (T, N, H), K = q_BTNH.shape[1:], k.shape[2]
+  bytes_of = lambda columns: columns * -(-H // LANES) * LANES * k.dtype.itemsize
+  most = max(min(COLUMNS, LOGITS // (T * N)), LANES)
+  divisor = lambda n, limit: max(d for d in range(1, n + 1) if n % d == 0 and d <= max(limit, 1))
+  if inputs.page_table_BJ is not None:
+    piece = k.shape[1] * K
+    wanted = min(PAGES, -(-STEP_BYTES // bytes_of(piece)))
+    pieces = min(max(wanted, -(-128 // k.shape[1])), inputs.page_table_BJ.shape[1])
+    if piece <= most:
+      return _Blocks(K, pieces, piece, piece * divisor(pieces, most // piece))
+    unit = math.lcm(LANES, K)
+    if piece % unit:
+      unit = K * divisor(k.shape[1], most // K)
+    return _Blocks(K, pieces, piece, unit * divisor(piece // unit, most // unit))
+  unit = math.lcm(LANES, K)  # whole tiles of logits, and whole positions
+  units = max(min(STEP_BYTES // bytes_of(unit), -(-k.shape[1] * K // unit)), 1)
+  chunk = max(min(units, most // unit), 1)
+  return _Blocks(K, 1, units // chunk * chunk * unit, chunk * unit)
+
+
+def attention(
+  static: Static, q_BTNH: jax.Array, k: jax.Array, v: jax.Array, inputs: Inputs
+) -> jax.Array:
+  """k and v are [B, S, K, .], or pages [P, R, K, .] if `inputs` has their table."""
+  arrays = (q_BTNH, k, v, inputs)
+  q_BTNH, k, v, inputs = vary_with(arrays, arrays)
+  (B, T, N), K, U = q_BTNH.shape[:3], k.shape[2], v.shape[-1]
+  blocks, M = _blocks(q_BTNH, k, inputs), T * N
+  padding = _padded_rows(M, k) - M
+  scalars = [*bounds(static.mask, inputs)]
+  if inputs.page_table_BJ is not None:
+    table_BJ = needed_pages(inputs.page_table_BJ, k.shape[1], *scalars)
+    scalars.append(jnp.pad(table_BJ, ((0, 0), (0, -table_BJ.shape[1] % blocks.pieces))))
+  pad = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, padding), (0, 0)])
+  by_row = lambda x_N: pad(jnp.tile(x_N, T)[:, None])
+  maybe = lambda x_N: None if x_N is None else by_row(x_N)
+  rows = _Rows(
+    pad(jnp.repeat(inputs.q_positions_BT, N, axis=1)[..., None]),
+    by_row(jnp.arange(N, dtype=jnp.int32) // (N // K)),
+    maybe(inputs.mask_N),
+    maybe(inputs.slopes_N),
+    maybe(inputs.sink_N),
+  )
+  column_1C = jnp.arange(blocks.chunk, dtype=jnp.int32)[None]
+  positions = inputs.kv_positions_BS
+  if positions is not None:
+    positions = jnp.repeat(positions, K, axis=1)[:, None]
+  columns = vary_with(q_BTNH, _Columns(column_1C // K, column_1C % K, positions))
+  rows = vary_with(q_BTNH, rows)
+  flat = lambda x: x.reshape(x.shape[0], -1, x.shape[-1])
+  q = pad(flat(q_BTNH.astype(k.dtype)))
+  arrays = (rows, columns, q, flat(k), flat(v))
+  return _call(static, blocks, scalars, *arrays, q_BTNH.dtype)[:, :M].reshape(B, T, N, U)
+
+
+def _call(static, blocks: _Blocks, scalars, rows: _Rows, columns: _Columns, q, k, v, dtype):
+  """[B, M, U]."""
+  (B, M, H), U = q.shape, v.shape[-1]
+  paged = len(scalars) == 3
+
+  def block(b, j, first_B, end_B):
+    """What a row reads in step j: when it has all, nothing new."""
+    begin, count = _need(blocks, first_B[b], end_B[b])
+    return begin + jnp.minimum(j, jnp.maximum(count - 1, 0))
+
+  def keys(width, i):
+    if paged:
+      place = lambda b, j, *s: (s[2][b, block(b, j, *s[:2]) * blocks.pieces + i], 0, 0)
+    else:
+      place = lambda b, j, *s: (b, block(b, j, *s), 0)
+    return pl.BlockSpec((1, blocks.piece, width), place)
+
+  of_row = lambda width: pl.BlockSpec((1, M, width), lambda b, *_: (b, 0, 0))
+  same = lambda x: pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
+  columns_specs = jax.tree.map(same, columns._replace(position=None))
+  if columns.position is not None:
+    ids = pl.BlockSpec((1, 1, blocks.piece), lambda b, j, *s: (b, 0, block(b, j, *s)))
+    columns_specs = columns_specs._replace(position=ids)
+  pieces = range(blocks.pieces)
+  steps = jnp.max(_need(blocks, *scalars[:2])[1], initial=1)
+  call = pl.pallas_call(
+    partial(_kernel, static, blocks, paged),
+    name="decode_attention",
+    out_shape=varying_shape((B, M, U), dtype, q),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=len(scalars),
+      grid=(B, steps),
+      in_specs=(
+        jax.tree.map(same, rows)._replace(position=of_row(1)),
+        columns_specs,
+        of_row(H),
+        [keys(H, i) for i in pieces],
+        [keys(U, i) for i in pieces],
+      ),
+      out_specs=of_row(U),
+      scratch_shapes=[pltpu.VMEM((M, LANES), f32), pltpu.VMEM((M, LANES), f32)]
+      + [pltpu.VMEM((M, U), f32)],
+    ),
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=fast_memory()
+    ),
+  )
+  return call(*scalars, rows, columns, q, [k] * blocks.pieces, [v] * blocks.pieces)
+
+
+def _need(blocks: _Blocks, first: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The first block of keys that a row reads, and how many."""
+  begin = jax.lax.div(first, blocks.positions)
+  return begin, jax.lax.div(end + blocks.positions - 1, blocks.positions) - begin
+
+
+def _kernel(static, blocks, paged, first_B, end_B, *refs):
+  rows, columns, q_ref, k_refs, v_refs, o_ref, m_ref, total_ref, acc_ref = refs[paged:]
+  b, j = pl.program_id(0), pl.program_id(1)
+
+  @pl.when(j == 0)
+  def _():
+    m_ref[...] = jnp.full(m_ref.shape, MASKED, f32)
+    total_ref[...] = jnp.full(total_ref.shape, 0.0 if rows.sink is None else 1.0, f32)
+    if rows.sink is not None:
+      m_ref[...] = jnp.broadcast_to(rows.sink[...] * LOG2E, m_ref.shape)
+    acc_ref[...] = jnp.zeros(acc_ref.shape, f32)
+
+  first, end = first_B[b], end_B[b]
+  begin, count = _need(blocks, first, end)
+  here = (begin + j) * blocks.positions  # where the block begins
+  cut = (here < first) | (here + blocks.positions > end)
+
+  def body(cut: bool):
+    m, total, acc = m_ref[:, :1], total_ref[:, :1], acc_ref[...]
+    q = q_ref[0]
+    for start in range(0, blocks.pieces * blocks.piece, blocks.chunk):
+      k, v = (_read(refs, start, blocks) for refs in (k_refs, v_refs))
+      base = here + start // blocks.heads
+      s = _logits(static, blocks, rows, columns, q, k, base, start)
+      if cut:  # what the row does not need may be NaN
+        index = base + columns.offset[...]
+        s = jnp.where((index >= first) & (index < end), s, MASKED)
+        column = base * blocks.heads + jax.lax.broadcasted_iota(jnp.int32, v.shape, 0)
+        needed = (column >= first * blocks.heads) & (column < end * blocks.heads)
+        v = jnp.where(needed, v, jnp.zeros_like(v))
+      m_next = jnp.maximum(m, jnp.max(s, axis=1, keepdims=True))
+      # Where nothing was visible yet, MASKED less anything but itself is 0 in powers of two.
+      top = jnp.where(m_next == MASKED, 0.0, m_next)
+      p = jnp.exp2(s - top)
+      decay = jnp.exp2(m - top)
+      total = total * decay + jnp.sum(p, axis=1, keepdims=True)
+      acc = acc * decay + _dot(p.astype(v.dtype), v, ((1,), (0,)))
+      m = m_next
+    m_ref[...] = jnp.broadcast_to(m, m_ref.shape)
+    total_ref[...] = jnp.broadcast_to(total, total_ref.shape)
+    acc_ref[...] = acc
+
+  pl.when((j < count) & cut)(lambda: body(True))
+  pl.when((j < count) & jnp.logical_not(cut))(lambda: body(False))
+
+  @pl.when(j == pl.num_programs(1) - 1)
+  def _():
+    total = total_ref[:, :1]
+    o_ref[0] = (acc_ref[...] / jnp.where(total > 0, total, 1.0)).astype(o_ref.dtype)
+
+
+def _read(refs, start: int, blocks: _Blocks):
+  """Columns from `start` of the pieces as one array [chunk, width]."""
+  i, within = divmod(start, blocks.piece)
+  if blocks.chunk <= blocks.piece:
+    return refs[i][0, pl.ds(within, blocks.chunk)]
+  return jnp.concatenate([ref[0] for ref in refs[i : i + blocks.chunk // blocks.piece]], axis=0)
+
+
+def _logits(static, blocks, rows, columns, q, k, base, start: int) -> Any:
+  """Base-2 logits [M, chunk], MASKED where nothing is to be seen."""
+  s = _dot(q, k, ((1,), (1,)))
+  if static.softcap is not None:
+    s = jnp.tanh(s * (static.scale / static.softcap)) * (static.softcap * LOG2E)
+  else:
+    s = s * (static.scale * LOG2E)
+  i, j = rows.position[0], base + columns.offset[...]
+  seen = []
+  if columns.position is not None:
+    j = columns.position[0, :, pl.ds(start, blocks.chunk)]
+    seen.append(j >= 0)
+  if rows.slope is not None:
+    s = s - (rows.slope[...] * LOG2E) * (i - j).astype(f32)
+  if blocks.heads > 1:
+    seen.append(rows.head[...] == columns.head[...])
+  if static.mask is not None:
+    which = None if rows.which is None else rows.which[...]
+    seen.append(visible(static.mask.distinct, which, i, j))
+  for each in seen[1:]:
+    seen[0] = seen[0] & each
+  return jnp.where(seen[0], s, MASKED) if seen else s
+
+
+def _dot(a, b, contract):
+  """[m, n] in float32; float32 operands are not rounded first."""
+  precision = jax.lax.Precision.HIGHEST if a.dtype == f32 else None
+  return jax.lax.dot_general(
+    a, b, (contract, ((), ())), precision=precision, preferred_element_type=f32
+  )

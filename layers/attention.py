@@ -14,8 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mesh.constrain import constrain, shard_counts
 
-from .cache import KVCache, update_cache
-from .context import Method, row_attention
+from .cache import KVCache, roll_cache, slot_positions, update_cache
+from .context import Method, mask_reach, row_attention
 from .kernels.attention import Alibi, Bucketed, RelativeKeys, attention
 from .kernels.decode_attention import decode_attention
 from .linear import dense
@@ -79,13 +79,33 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, spec: RotarySpec) -> jax.
 
 
 def cached_keys(
-  cache: KVCache, key_BTKH: jax.Array, value_BTKH: jax.Array, positions_BT: jax.Array
-) -> tuple[KVCache, jax.Array, jax.Array, jax.Array]:
-  """The cache with new positions written, and its keys, values and positions [B, S]."""
-  cache = update_cache(cache, key_BTKH, value_BTKH, positions_BT[:, 0])
-  B, S = cache.key_BSKH.shape[:2]
-  key_BSKH, value_BSKH = (x.astype(key_BTKH.dtype) for x in cache)
-  return cache, key_BSKH, value_BSKH, jnp.broadcast_to(jnp.arange(S), (B, S))
+  cache: KVCache, key_BTKH: jax.Array, value_BTKH: jax.Array, rows: Rows, before: int | None = None
+) -> tuple[KVCache, jax.Array, jax.Array, jax.Array | None]:
+  """The cache with new positions in it, and keys and values to attend to with their positions.
+
+  Args:
+    before: how far back the mask sees; None: all the way.
+
+  Returns:
+    Positions [B, S] are -1 of what is no key, and None where position s stands at index s.
+  """
+  start_B, (T, S) = rows.positions_BT[:, 0], (key_BTKH.shape[1], cache.key_BSKH.shape[1])
+  as_new = lambda cache: tuple(x.astype(key_BTKH.dtype) for x in cache)
+  if before is None:
+    cache = update_cache(cache, key_BTKH, value_BTKH, start_B)
+    return cache, *as_new(cache), None
+  if T == 1:
+    cache = update_cache(cache, key_BTKH, value_BTKH, start_B)
+    return cache, *as_new(cache), slot_positions(start_B, S)
+  # New positions may take the places of those that the first of them still see.
+  valid_BT = rows.valid_BT
+  if valid_BT is None:
+    valid_BT = jnp.ones_like(rows.positions_BT, bool)
+  new = jnp.where(valid_BT, rows.positions_BT, -1)
+  positions_BS = jnp.concatenate([slot_positions(start_B - 1, S), new], 1)
+  old_and_new = zip(as_new(cache), (key_BTKH, value_BTKH), strict=True)
+  k, v = (jnp.concatenate(pair, 1) for pair in old_and_new)
+  return roll_cache(cache, key_BTKH, value_BTKH, start_B, valid_BT.sum(1)), k, v, positions_BS
 
 
 FEW_TOKENS = 16  # a row at most for `decode_attention`
@@ -97,26 +117,33 @@ def cache_attention(
   v_BSKH: jax.Array,
   *,
   q_positions_BT: jax.Array,
-  kv_positions_BS: jax.Array,
+  kv_positions_BS: jax.Array | None,
   bias: Alibi | Bucketed | RelativeKeys | None = None,
   **options: Any,
 ) -> jax.Array:
-  """Of new tokens over a cache that holds their own keys too, position s at index s.
+  """Of new tokens over what `cached_keys` gives.
 
   By `decode_attention` where tokens are few and the bias allows it, whose time follows the keys
   that rows can see. `options` are those that it shares with `attention`.
   """
-  T = q_BTNH.shape[1]
+  (B, T), S = q_positions_BT.shape, k_BSKH.shape[1]
   if T > FEW_TOKENS or not (bias is None or isinstance(bias, Alibi)):
     ids = {"q_positions_BT": q_positions_BT, "kv_positions_BS": kv_positions_BS}
+    if kv_positions_BS is None:
+      ids["kv_positions_BS"] = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
+    else:
+      ids["q_segments_BT"] = jnp.ones_like(q_positions_BT)
+      ids["kv_segments_BS"] = (kv_positions_BS >= 0).astype(jnp.int32)
     return attention(q_BTNH, k_BSKH, v_BSKH, bias=bias, **ids, **options)
   shards = shard_counts("cache_batch", "cache_seq", "cache_heads", shape=k_BSKH.shape[:3])
+  whole = jnp.full_like(q_positions_BT[:, 0], S)
   return decode_attention(
     q_BTNH,
     k_BSKH,
     v_BSKH,
     q_positions_BT=q_positions_BT,
-    lengths_B=q_positions_BT[:, 0] + T,
+    kv_positions_BS=kv_positions_BS,
+    lengths_B=q_positions_BT[:, 0] + T if kv_positions_BS is None else whole,
     alibi_slopes_N=None if bias is None else bias.slopes_N,
     seq_sharded=shards[1] > 1,
     **options,
@@ -160,7 +187,8 @@ class Attention(nn.Module):
       where = {"q_segments_BT": rows.segments_BT, "method": self.context_method}
       attend = partial(row_attention, **where)
     else:
-      cache, k_BTKH, v_BTKH, kv_positions = cached_keys(cache, k_BTKH, v_BTKH, rows.positions_BT)
+      before, _ = mask_reach(layer_mask(spec))
+      cache, k_BTKH, v_BTKH, kv_positions = cached_keys(cache, k_BTKH, v_BTKH, rows, before)
       attend = partial(cache_attention, kv_positions_BS=kv_positions)
     q_BTNH, bias = self._bias(q_BTNH, rows, k_BTKH.shape[1])
     sink_N = None

@@ -31,7 +31,7 @@ def latent_attention(
   *,
   scale: float | None = None,
   q_positions_BT: jax.Array,
-  kv_positions_BS: jax.Array | None = None,
+  cached: bool = False,
   segments_BT: jax.Array | None = None,
   context_method: Method = "auto",
   implementation: str | None = None,
@@ -39,9 +39,9 @@ def latent_attention(
   """Causal attention on latents (DeepSeek-V2, arXiv 2405.04434, equations 9 to 19), [B, T, N, W].
 
   Head n has the key [latent @ w_key, key_BSP] and the value latent @ w_value. They are written
-  out for a whole row. With `kv_positions_BS` (a cache) they are not: w_key moves to the queries
-  and w_value to the results, so that all heads read the latents themselves as one key and value
-  (section 2.1.2), more arithmetic a pair but nothing of size S * N.
+  out for a whole row. With `cached` (position s at index s) they are not: w_key moves to the
+  queries and w_value to the results, so that all heads read the latents themselves as one key and
+  value (section 2.1.2), more arithmetic a pair but nothing of size S * N.
 
   Args:
     q_BTNH, q_BTNP: unrotated and rotated part of the queries.
@@ -49,12 +49,11 @@ def latent_attention(
     key_BSP: the rotated key that all heads share.
     scale: factor on q . k; None is (H + P) ** -0.5.
     q_positions_BT, segments_BT, implementation: as for `attention`; segments only without a cache.
-    kv_positions_BS: of a cache, which holds position s at index s.
+    cached: latents and keys are those of a cache, which also holds the queries' own.
     context_method: see `layers.context.row_attention`.
   """
   (N, H), P, dtype = q_BTNH.shape[2:], q_BTNP.shape[-1], q_BTNH.dtype
-  absorb = kv_positions_BS is not None
-  if absorb:
+  if cached:
     w_key_ZNH, w_value_ZNW = (
       constrain(w.astype(dtype), None, "act_heads", None) for w in (w_key_ZNH, w_value_ZNW)
     )
@@ -70,12 +69,10 @@ def latent_attention(
     v = checkpoint_name(dense(latent_BSZ, w_value_ZNW), "value")
   scale = (H + P) ** -0.5 if scale is None else scale
   options = {"mask": Causal(), "scale": scale, "implementation": implementation}
-  if kv_positions_BS is None:
+  if not cached:
     ids = {"q_positions_BT": q_positions_BT, "q_segments_BT": segments_BT}
     return row_attention(q, k, v, method=context_method, **ids, **options)
-  o = cache_attention(
-    q, k, v, q_positions_BT=q_positions_BT, kv_positions_BS=kv_positions_BS, **options
-  )
+  o = cache_attention(q, k, v, q_positions_BT=q_positions_BT, kv_positions_BS=None, **options)
   o_BTNW = jnp.einsum("btnz,znw->btnw", o, w_value_ZNW, preferred_element_type=jnp.float32)
   return o_BTNW.astype(dtype)
 
@@ -111,10 +108,10 @@ class LatentAttention(nn.Module):
     latent_BTZ = self._latent(x_BTD, "latent", spec.kv_lora)
     key_BTP = checkpoint_name(dense(x_BTD, self._down("rotary_key", spec.rope_dim)), "latent")
     key_BTP = rotate(key_BTP[:, :, None], rows.positions_BT, spec.position)[:, :, 0]
-    kv_positions = None
-    if cache is not None:
+    cached = cache is not None
+    if cached:
       new = key_BTP[:, :, None], latent_BTZ[:, :, None]
-      cache, key, latent, kv_positions = cached_keys(cache, *new, rows.positions_BT)
+      cache, key, latent, _ = cached_keys(cache, *new, rows)
       key_BTP, latent_BTZ = key[:, :, 0], latent[:, :, 0]
     o_BTNW = latent_attention(
       q[..., :H],
@@ -125,8 +122,8 @@ class LatentAttention(nn.Module):
       self._heads("value", spec.kv_lora, W),
       scale=spec.scale,
       q_positions_BT=rows.positions_BT,
-      kv_positions_BS=kv_positions,
-      segments_BT=None if cache is not None else rows.segments_BT,
+      cached=cached,
+      segments_BT=None if cached else rows.segments_BT,
       context_method=self.context_method,
       implementation=spec.implementation,
     )

@@ -13,10 +13,10 @@ from flax import linen as nn
 from mesh.constrain import constrain, shard_counts
 from mesh.region import region_for
 
-from .attention import Rows, bucket_table
+from .attention import Rows, bucket_table, layer_mask
 from .block import Block
-from .cache import KVCache, empty_cache
-from .context import Method, zigzag
+from .cache import KVCache, empty_cache, num_slots
+from .context import Method, mask_reach, zigzag
 from .embedding import Embedding
 from .kernels.cross_entropy import CrossEntropy
 from .linear import dense, take
@@ -226,14 +226,16 @@ class TransformerLM(nn.Module):
 
 
 def init_caches(spec: ModelSpec, batch: int, length: int, dtype=jnp.float32) -> Caches:
-  """Empty KV caches for `length` positions of every layer."""
+  """Empty KV caches of every layer for rows of `length`, as long as its mask sees back."""
 
   def segment_caches(segment):
     stack = lambda x: jnp.zeros((segment.repeats, *x.shape), x.dtype)
     caches = []
     for layer in segment.layers:
       key, value = layer.attention.cached
-      caches.append(jax.tree.map(stack, empty_cache(batch, length, key, value, dtype)))
+      before, _ = mask_reach(layer_mask(layer.attention))
+      slots = num_slots(length, before)
+      caches.append(jax.tree.map(stack, empty_cache(batch, slots, key, value, dtype)))
     return tuple(caches)
 
   return tuple(segment_caches(segment) for segment in spec.segments)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from layers.attention import Attention, Rows
-from layers.cache import empty_cache, update_cache
+from layers.attention import Attention, Rows, layer_mask
+from layers.cache import empty_cache, num_slots, roll_cache, slot_positions, update_cache
+from layers.context import mask_reach
 from layers.kernels import decode_attention
 from layers.kernels.decode_attention import pallas_tpu
 from layers.kernels.decode_attention import xla as decode_xla
@@ -81,6 +82,9 @@ SPECS = {
   "a mask a head": AttentionSpec(
     4, 8, 2, position=RotarySpec(), mask="PerHead((Local(3), Full(), Dilated(2, 4), Global(3)))"
   ),
+  "a mask a head, all near": AttentionSpec(
+    4, 8, 2, position=AlibiSpec(), mask="PerHead((Local(3), Local(1), Dilated(2, 2), Local(5)))"
+  ),
 }
 WIDTH, LENGTH, STEPS = 24, 32, (8, 3, 1, 1, 1)  # the last entries of a cache stay empty
 
@@ -96,6 +100,72 @@ def by_whole_rows(name):
   weights = jax.tree.map(lambda w: jnp.asarray(rng.normal(size=w.shape), w.dtype), unbox(shapes))
   weights = jax.tree.map(lambda w: w * 0.3, weights)
   return weights, x, quick_jit(layer.apply)({"params": weights}, x, Rows(positions))[0]
+
+
+def test_slots_hold_the_newest_positions():
+  """Simulated: each position in turn, round and round."""
+  held = np.full(5, -1)
+  for last in range(-1, 13):
+    if last >= 0:
+      held[last % 5] = last
+    np.testing.assert_array_equal(slot_positions(jnp.array([last]), 5)[0], held)
+
+
+@pytest.mark.parametrize(
+  ("starts", "counts"), [((0, 0), (8, 3)), ((4, 9), (2, 7)), ((3, 6), (0, 8))]
+)
+def test_new_positions_go_round(starts, counts):
+  """As many writes of one position each; what comes after a row's count is not written."""
+  rng = np.random.default_rng(0)
+  key, value = (jnp.asarray(rng.normal(size=(2, 8, 1, n)), jnp.float32) for n in (3, 5))
+  cache = empty_cache(2, 5, (1, 3), (1, 5), jnp.float32)
+  want = np.zeros((2, 5, 1, 3)), np.zeros((2, 5, 1, 5))
+  for b, (start, count) in enumerate(zip(starts, counts, strict=True)):
+    for t in range(count):
+      for kept, new in zip(want, (key, value), strict=True):
+        kept[b, (start + t) % 5] = new[b, t]
+  got = roll_cache(cache, key, value, jnp.array(starts), jnp.array(counts))
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_a_cache_keeps_what_masks_can_see():
+  assert [num_slots(64, before) for before in (None, 0, 15, 63, 500)] == [64, 1, 16, 64, 64]
+  shapes = jax.eval_shape(lambda: init_caches(POSITIONS, 3, 64))
+  kept = {cache.key_BSKH.shape[2] for segment in shapes for cache in segment}
+  windows = {a.window or a.chunk for a in (layer.attention for layer in POSITIONS.layers)
+             if isinstance(a, AttentionSpec)}  # fmt: skip
+  assert kept == {n or 64 for n in windows} and len(kept) > 1
+  with pytest.raises(ValueError, match="7 new positions do not fit a cache of 6"):
+    new = jnp.zeros((1, 7, 1, 3))
+    update_cache(empty_cache(1, 6, (1, 3), (1, 3), jnp.float32), new, new, jnp.array([0]))
+
+
+@pytest.mark.parametrize("steps", [(8, 3, 1, 1, 1), (3, 1, 7, 2, 1), (1,) * 14], ids=str)
+@pytest.mark.parametrize("name", ["window, sinks, cap", "a mask a head, all near"])
+def test_a_cache_that_goes_round_gives_whole_rows(name, steps):
+  """Rows at different places; a prompt's padding is not written over what is still seen."""
+  spec = SPECS[name]
+  weights, x, want = by_whole_rows(name)
+  layer = Attention(spec, WIDTH)
+  step = quick_jit(
+    lambda x, at, segments, cache: layer.apply({"params": weights}, x, Rows(at, segments), cache)
+  )
+  before, _ = mask_reach(layer_mask(spec))
+  cache = empty_cache(2, num_slots(LENGTH, before), *spec.cached, jnp.float32)
+  assert cache.key_BSKH.shape[1] < sum(steps)
+  rows, done = jnp.arange(2)[:, None], np.array([[0], [0]])
+  padded, valid = done + np.arange(8)[None], np.arange(8)[None] < np.array([[5], [8]])
+  _, cache = step(x[rows, padded], jnp.asarray(padded), jnp.asarray(valid, jnp.int32), cache)
+  done = np.array([[5], [8]])
+  for count in steps:
+    at = np.minimum(done + np.arange(count)[None], x.shape[1] - 1)
+    valid = done + np.arange(count)[None] < x.shape[1]
+    y, cache = step(x[rows, at], jnp.asarray(at), jnp.asarray(valid, jnp.int32), cache)
+    np.testing.assert_allclose(y[valid], want[rows, at][valid], atol=1e-5)
+    done = done + count
+    if done.max() >= x.shape[1]:
+      break
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])

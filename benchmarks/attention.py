@@ -33,7 +33,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.planning.program import compile_with_text
-from layers.kernels.attention import attention, pallas_tpu
+from layers.kernels.attention import attention, pallas_tpu, tiles
 from layers.kernels.attention.blocks import FULL, block_kinds, walk
 from layers.masks import BigBird, Causal, Local, Longformer, Mask, MistralWindow, SparseTransformer
 from mesh.topology import describe_devices
@@ -139,7 +139,7 @@ def estimate(chip: str, kernel: str, visits: int, H: int) -> int:
   array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=one)
   q, k, row = array(1, N, T, H), array(1, N, S, H), array(1, N, 1, T, dtype=jnp.float32)
   static = pallas_tpu._Static(None, H**-0.5, None, "index", S, block, block)
-  heads, ids = pallas_tpu._Heads(None, None), pallas_tpu._Ids(None, None)
+  heads, ids = tiles.Heads(None, None), tiles.Ids(None, None)
   rest, backward = (heads, ids, ids), (q, k, k, q, row, row)
   call, operands = {
     "forward": (pallas_tpu._forward, (q, k, k)),

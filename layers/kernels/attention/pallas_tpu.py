@@ -160,8 +160,8 @@ def _logits(static, heads, n, q, k, distance):
 
 def _visible(static, which, tile) -> Any:
   """Bools of a tile."""
-  *ids, index_j = tile
-  in_row = index_j < static.length if static.length % static.kv_block else None
+  in_row = tile.index_j < static.length if static.length % static.kv_block else None
+  ids = (tile.i, tile.j, tile.q_segment, tile.kv_segment)
   return visible(static.masks, which, *ids, in_row)
 
 

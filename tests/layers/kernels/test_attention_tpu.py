@@ -1,6 +1,5 @@
 """The TPU kernels for attention: values and gradients in interpret mode, visits, lowering."""
 
-from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from types import SimpleNamespace
 
@@ -14,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from layers.kernels.attention import Alibi, Bucketed, attention, pallas_tpu, reference
+from layers.kernels.attention import Bucketed, attention, pallas_tpu, reference
 from layers.kernels.attention.blocks import EMPTY, FULL, block_kinds, unpack, walk, walks
 from layers.masks import (
   BigBird,
@@ -24,27 +23,14 @@ from layers.masks import (
   Global,
   Local,
   Longformer,
-  Mask,
   PerHead,
   SparseTransformer,
 )
+from tests.layers.kernels import attention_cases
+from tests.layers.kernels.attention_cases import MASKS, Case, close
 
-B, T = 2, 300  # blocks of 128, the last one padded
-
-
-@dataclass(frozen=True)
-class Case:
-  mask: Mask | PerHead | None = field(default_factory=Causal)
-  heads: tuple[int, int] = (2, 2)
-  sizes: tuple[int, int] = (32, 32)
-  softcap: float | None = None
-  sink: bool = False
-  alibi: bool = False
-  segments: bool = False
-  length: int = T
-
-
-CASES = {
+DOCUMENTS = ((120, 150, 30), (200, 70, 30))
+CASES = {  # rows of 300: blocks of 128, the last one padded
   "causal": Case(),
   "everything": Case(None, (4, 1), (32, 16)),
   "whole blocks": Case(Causal(), (2, 1), length=256),
@@ -57,8 +43,8 @@ CASES = {
   "a mask a head": Case(
     PerHead((Causal(), Local(30, 4), BigBird(5, 64), Causal() & Dilated(3, 60))), (4, 2)
   ),
-  "documents": Case(Causal(), (4, 2), segments=True, alibi=True),
-  "chunks of documents": Case(Chunked(64), (2, 1), segments=True, sink=True, softcap=3.0),
+  "documents": Case(Causal(), (4, 2), documents=DOCUMENTS, alibi=True),
+  "chunks of documents": Case(Chunked(64), (2, 1), documents=DOCUMENTS, sink=True, softcap=3.0),
 }
 
 
@@ -70,40 +56,10 @@ def interpreted(monkeypatch):
 
 
 def run(module, name, dtype=jnp.float32):
-  """(gradients by q, k, v, sinks, slopes; output)."""
-  case, rng = CASES[name], np.random.default_rng(len(name))
-  (N, K), (H, U), T = case.heads, case.sizes, case.length
-  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
-  q, k, v, do = normal(B, T, N, H), normal(B, T, K, H), normal(B, T, K, U), normal(B, T, N, U)
-  sink, slopes = normal(N) if case.sink else None, jnp.abs(normal(N)) if case.alibi else None
-  positions, segments, order = jnp.arange(T, dtype=jnp.int32)[None], None, "index"
-  if case.segments:
-    lengths, order = ((120, 150, 30), (200, 70, 30)), "document"
-    row = lambda each: jnp.asarray(np.stack([np.concatenate(each(n)) for n in lengths]), jnp.int32)
-    positions = row(lambda n: [np.arange(i) for i in n])
-    segments = row(lambda n: [np.full(i, d) for i, d in zip(n, (1, 2, 0), strict=True)])
-  mask_N = None
-  if isinstance(case.mask, PerHead):
-    mask_N = jnp.array(case.mask.by_head, jnp.int32)
-
-  def loss(q, k, v, sink, slopes):
-    o = module.attention(
-      q, k, v, positions, None, segments, segments, None if slopes is None else Alibi(slopes),
-      sink, mask_N, mask=case.mask, scale=0.2, softcap=case.softcap, order=order,
-    )  # fmt: skip
-    return jnp.sum((o * do).astype(jnp.float32)), o
-
-  return jax.jit(jax.grad(loss, (0, 1, 2, 3, 4), has_aux=True))(q, k, v, sink, slopes)
+  return attention_cases.run(module, CASES[name], dtype)
 
 
 expected = lru_cache(partial(run, reference))
-
-
-def close(got, want, tolerance):
-  assert jax.tree.structure(got) == jax.tree.structure(want)
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -122,12 +78,6 @@ def test_what_sees_nothing_is_exactly_zero(interpreted):
 def test_bfloat16(name, interpreted):
   """Probabilities and their gradients are rounded before they meet values, keys and queries."""
   close(run(pallas_tpu, name, jnp.bfloat16), expected(name, jnp.bfloat16), 2e-2)
-
-
-MASKS = st.sampled_from([
-  None, Causal(), Local(9), Local(3, 5), Chunked(7), Dilated(3, 4), SparseTransformer(8),
-  Longformer(8, 2), BigBird(16, 4), Causal() & ~Global(13), Global(2, 20) & ~Local(30, 30),
-])  # fmt: skip
 
 
 @settings(deadline=None, max_examples=100)

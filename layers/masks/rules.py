@@ -41,6 +41,10 @@ class Full(_Relative):
   def reach(self) -> Reach:
     return None, None
 
+  @property
+  def interval(self) -> Reach | None:
+    return self.reach
+
 
 @dataclass(frozen=True)
 class Causal(_Relative):
@@ -55,6 +59,10 @@ class Causal(_Relative):
   @property
   def reach(self) -> Reach:
     return None, 0
+
+  @property
+  def interval(self) -> Reach | None:
+    return self.reach
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,10 @@ class Local(_Relative):
   @property
   def reach(self) -> Reach:
     return self.left, self.right
+
+  @property
+  def interval(self) -> Reach | None:
+    return self.reach
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,10 @@ class Dilated(_Relative):
   @property
   def reach(self) -> Reach:
     return self.left * self.step, self.right * self.step
+
+  @property
+  def interval(self) -> Reach | None:
+    return self.reach if self.step == 1 else None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Attention, measured on this CPU, and estimated for TPUs that are not here.
+"""Attention, measured on this CPU or GPU, and estimated for TPUs that are not here.
 
 python benchmarks/attention.py cpu     sparse masks beside dense attention, forward and backward
 python benchmarks/attention.py torch   dense causal attention beside PyTorch's, one after the other
+python benchmarks/attention.py gpu     on a GPU: speed beside cuDNN and PyTorch, time beside density
 python benchmarks/attention.py tpu [CHIP ...]   cycles of the TPU kernels for each visited block
 
 Estimates: the body of a visit that cuts nothing is compiled without its branches, in grids of two
@@ -10,6 +11,7 @@ under-weighted. The bound is the matrix unit's peak, of one core.
 """
 
 import functools
+import importlib.util
 import os
 import re
 import sys
@@ -20,11 +22,14 @@ from types import SimpleNamespace
 if sys.argv[1:2] == ["tpu"]:
   folder = tempfile.TemporaryDirectory()  # before libtpu loads
   os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_static_llo_profile_to={folder.name}"
-os.environ |= {
-  "JAX_PLATFORMS": "cpu",
-  "TPU_SKIP_MDS_QUERY": "1",
-  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+if sys.argv[1:2] == ["gpu"]:  # of which PyTorch needs memory too
+  os.environ |= {"JAX_PLATFORMS": "cuda,cpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+else:
+  os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  }
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +38,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.planning.program import compile_with_text
-from layers.kernels.attention import attention, pallas_tpu
+from layers.kernels.attention import attention, pallas_tpu, tiles
 from layers.kernels.attention.blocks import FULL, block_kinds, walk
 from layers.masks import BigBird, Causal, Local, Longformer, Mask, MistralWindow, SparseTransformer
 from mesh.topology import describe_devices
@@ -114,6 +119,117 @@ def torch() -> None:
     print(f"| {T} | {mine:.3f} | {other:.3f} | {other / mine:.2f} |", flush=True)
 
 
+# ---- GPU ----
+
+CALLS = 10  # between two looks at the clock
+TOKENS = 32_768  # of all rows of a batch together
+WIDTH = 2048  # of all heads together
+
+
+def seconds(run, wait) -> float:
+  """Of a call; `wait` takes what it returns."""
+  wait(run())  # compiles
+
+  def many() -> None:
+    for _ in range(CALLS - 1):
+      run()
+    wait(run())
+
+  return fastest(many) / CALLS
+
+
+def of_jax(f, operands, do) -> tuple[float, ...]:
+  """Seconds (forward, forward and backward) of f(q, k, v)."""
+  loss = lambda q, k, v: jnp.sum((f(q, k, v) * do).astype(jnp.float32))
+  both = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+  forward = jax.jit(f)
+  return tuple(
+    seconds(functools.partial(run, *operands), jax.block_until_ready) for run in (forward, both)
+  )
+
+
+def of_torch(B: int, T: int, N: int, H: int) -> tuple[float, float]:
+  import torch as t
+
+  q, k, v, do = (t.randn(B, N, T, H, device="cuda", dtype=t.bfloat16) for _ in range(4))
+  for x in (q, k, v):
+    x.requires_grad_()
+  run = lambda: t.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+  wait = lambda _: t.cuda.synchronize()
+  with t.no_grad():
+    forward = seconds(run, wait)
+  return forward, seconds(lambda: t.autograd.grad(run(), (q, k, v), do), wait)
+
+
+def on_gpu(B: int, T: int, N: int, H: int) -> list[jax.Array]:
+  rng = np.random.default_rng(0)
+  draw = lambda: jnp.asarray(rng.normal(size=(B, T, N, H)), jnp.bfloat16)
+  return [draw() for _ in range(4)]
+
+
+def gpu() -> None:
+  try:
+    there = jax.default_backend() == "gpu"
+  except RuntimeError:  # JAX for CUDA without a device
+    there = False
+  if not there:
+    print("benchmarks/attention.py gpu needs an NVIDIA GPU that JAX can use; there is none here.")
+    raise SystemExit(2)
+  print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, bfloat16\n")
+  dense_on_gpu()
+  print()
+  sparse_on_gpu()
+
+
+def dense_on_gpu() -> None:
+  print(f"Causal, {TOKENS} tokens, width {WIDTH}: TFLOP/s, forward / forward and backward\n")
+  with_torch = importlib.util.find_spec("torch") is not None
+  theirs = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+  print("| head size | T | ours, cudnn | ours, pallas_gpu | jax.nn, cudnn | PyTorch SDPA |")
+  print("|---|---|---|---|---|---|")
+  for H in (64, 128, 256):
+    for T in (2048, 4096, 8192, 16_384, 32_768):
+      B, N = TOKENS // T, WIDTH // H
+      *operands, do = on_gpu(B, T, N, H)
+      ours = functools.partial(attention, mask=Causal())
+      runs = [functools.partial(ours, implementation=name) for name in ("cudnn", "pallas_gpu")]
+      times = []
+      for f in (*runs, theirs):
+        try:
+          times.append(of_jax(f, operands, do))
+        except NotImplementedError:  # cuDNN with heads of 256 before Hopper
+          times.append(None)
+      times.append(of_torch(B, T, N, H) if with_torch else None)
+      flops = 4 * B * N * H * T * (T + 1) / 2  # two products forward, five more backward
+      cells = [
+        "-" if t is None else f"{flops / t[0] / 1e12:.0f} / {3.5 * flops / t[1] / 1e12:.0f}"
+        for t in times
+      ]
+      print("|", " | ".join((str(H), str(T), *cells)), "|", flush=True)
+
+
+def sparse_on_gpu() -> None:
+  T, N, H = 16_384, 16, 128
+  *operands, do = on_gpu(1, T, N, H)
+  print(f"pallas_gpu, T={T} N={N} H={H}: ms, and how often density x the time of no mask\n")
+  print("| mask | density | forward | of density x dense | both | of density x dense |")
+  print("|---|---|---|---|---|---|")
+  runs = 64
+  masks: list[Mask | None] = [None]
+  for density in (0.1, 0.2, 0.3, 0.4, 0.5):
+    side = round(T * (1 - (1 - density) ** 0.5))
+    masks.append(Local(side, side))
+    masks.append(BigBird(runs, T // runs, random=round(density * runs) - 5))
+  dense = None
+  for mask in masks:
+    f = functools.partial(attention, mask=mask, implementation="pallas_gpu")
+    times = of_jax(f, operands, do)
+    dense = dense or times
+    density = 1.0 if mask is None else mask.density(T)
+    cells = [f"{t * 1e3:.2f} | {t / (density * d):.2f}" for t, d in zip(times, dense, strict=True)]
+    print("|", " | ".join((str(mask), f"{density:.3f}", *cells)), "|", flush=True)
+
+
 # ---- TPU ----
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -139,7 +255,7 @@ def estimate(chip: str, kernel: str, visits: int, H: int) -> int:
   array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=one)
   q, k, row = array(1, N, T, H), array(1, N, S, H), array(1, N, 1, T, dtype=jnp.float32)
   static = pallas_tpu._Static(None, H**-0.5, None, "index", S, block, block)
-  heads, ids = pallas_tpu._Heads(None, None), pallas_tpu._Ids(None, None)
+  heads, ids = tiles.Heads(None, None), tiles.Ids(None, None)
   rest, backward = (heads, ids, ids), (q, k, k, q, row, row)
   call, operands = {
     "forward": (pallas_tpu._forward, (q, k, k)),
@@ -178,4 +294,4 @@ def tpu() -> None:
 
 
 if __name__ == "__main__":
-  {"cpu": cpu, "torch": torch, "tpu": tpu}[sys.argv[1]]()
+  {"cpu": cpu, "torch": torch, "gpu": gpu, "tpu": tpu}[sys.argv[1]]()

@@ -64,6 +64,11 @@ LATE_IMPORTS = {
     "layers/kernels/decode_attention/__init__.py",
     "layers.kernels.decode_attention.pallas_gpu",
   ): "the same",
+  (
+    "layers/kernels/attention/__init__.py",
+    "layers.kernels.attention.pallas_gpu",
+  ): "the same",
+  ("layers/kernels/attention/__init__.py", "layers.kernels.attention.cudnn"): "of no use on a CPU",
   ("layers/params.py", "flax.nnx"): "a second module system, which most programs never load",
 }
 

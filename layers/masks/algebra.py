@@ -43,6 +43,11 @@ class Mask(abc.ABC):
     return False
 
   @property
+  def interval(self) -> Reach | None:
+    """The reach, if it is the whole rule: j is visible just if `i - before <= j <= i + after`."""
+    return None
+
+  @property
   def distinct(self) -> tuple["Mask", ...]:
     """Itself: one mask for all heads, see `PerHead`."""
     return (self,)
@@ -124,6 +129,11 @@ class And(_Pair):
     nearer = lambda *side: min((x for x in side if x is not None), default=None)
     before, after = map(nearer, self.first.reach, self.second.reach)
     return before, after
+
+  @property
+  def interval(self) -> Reach | None:
+    both = self.first.interval is not None and self.second.interval is not None
+    return self.reach if both else None
 
 
 class Or(_Pair):

@@ -36,6 +36,10 @@ class Pattern(Mask):
     return self.rule.reach
 
   @property
+  def interval(self) -> Reach | None:
+    return self.rule.interval
+
+  @property
   def relative(self) -> bool:
     return self.rule.relative
 

@@ -43,6 +43,10 @@ class Full(_Relative):
   def reach(self) -> Reach:
     return None, None
 
+  @property
+  def interval(self) -> Reach | None:
+    return self.reach
+
 
 @dataclass(frozen=True)
 class Causal(_Relative):
@@ -57,6 +61,10 @@ class Causal(_Relative):
   @property
   def reach(self) -> Reach:
     return None, 0
+
+  @property
+  def interval(self) -> Reach | None:
+    return self.reach
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,10 @@ class Local(_Relative):
   @property
   def reach(self) -> Reach:
     return self.left, self.right
+
+  @property
+  def interval(self) -> Reach | None:
+    return self.reach
 
 
 @dataclass(frozen=True)
@@ -114,6 +126,10 @@ class Dilated(_Relative):
   @property
   def reach(self) -> Reach:
     return self.left * self.step, self.right * self.step
+
+  @property
+  def interval(self) -> Reach | None:
+    return self.reach if self.step == 1 else None
 
 
 @dataclass(frozen=True)

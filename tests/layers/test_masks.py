@@ -151,6 +151,33 @@ def test_nothing_is_visible_beyond_reach(mask):
   assert after is None or (j - i).max(initial=-99) <= after
 
 
+@settings(deadline=None, max_examples=100)
+@given(MASKS)
+def test_an_interval_is_the_whole_rule(mask):
+  if mask.interval is not None:
+    before, after = (99 if side is None else side for side in mask.interval)
+    i, j = np.arange(45)[:, None], np.arange(45)[None]
+    np.testing.assert_array_equal(
+      seen(mask, range(45), range(45)), (i - before <= j) & (j <= i + after)
+    )
+
+
+def test_which_masks_are_intervals():
+  assert Full().interval == (None, None)
+  assert MistralWindow(4).interval == (3, 0)
+  assert Longformer(8).interval == (4, 4)
+  assert (Causal() & Local(8, 3) & Local(9, 1)).interval == (8, 0)
+  for mask in (
+    Strided(2),
+    Dilated(2, 3),
+    BlockLocal(4),
+    Chunked(4),
+    ~Causal(),
+    Causal() | Local(3),
+  ):
+    assert mask.interval is None
+
+
 @settings(deadline=None, max_examples=60)
 @given(MASKS)
 def test_a_relative_mask_follows_the_distance(mask):

@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from ..partition import auto_partitioned, free_axes, sharding_like
-from ..select import anywhere, current_platform, select
+from ..select import Supports, anywhere, current_platform, select
 from . import reference, xla
 from .bias import Alibi, Bias, Bucketed, RelativeKeys, bucket, num_heads
 from .blocks import Order
 
 __all__ = ["Alibi", "Bias", "Bucketed", "RelativeKeys", "attention", "bucket"]
+
+GPU = ("gpu", "cuda")  # names of one platform, the first of devices, the second of compilers
 
 
 def attention(
@@ -53,9 +55,11 @@ def attention(
     softcap: c gives c * tanh(logit / c), before bias and mask (Gemma 2, arXiv 2408.00118).
     bias: `Alibi`, `Bucketed` or `RelativeKeys`.
     sink_N: a logit a head that takes part in the denominator only (gpt-oss, arXiv 2508.10925).
-    implementation: "pallas_tpu" (no `kv_positions_BS`, of the biases `Alibi` alone), "xla"
+    implementation: "pallas_tpu" or "pallas_gpu" (no `kv_positions_BS`, of the biases `Alibi`
+      alone), "cudnn" (GPU; all keys or a causal window, and nothing else of this list), "xla"
       (blockwise: memory linear in T and S; reverse-mode derivatives only when T * S exceeds one
-      block, 256 x 256 on CPU, else 512 x 512) or "reference"; None is the first that can run.
+      block, 256 x 256 on CPU, else 512 x 512) or "reference"; None is the first that can run,
+      "cudnn" before "pallas_gpu".
 
   Logits and softmax are float32; probabilities are cast to the dtype of v. A query that sees no
   key gives exactly 0 and receives and passes on zero gradient. Outputs and log-sum-exps are named
@@ -93,7 +97,8 @@ def attention(
     k_BSKH = jnp.where((kv_segments_BS > 0)[..., None, None], k_BSKH, 0)
     v_BSKH = jnp.where((kv_segments_BS > 0)[..., None, None], v_BSKH, 0)
 
-  module = _select(implementation, (q_BTNH, k_BSKH, v_BSKH, bias, mask, order))
+  extras = {"softcap": softcap, "bias": bias, "sinks": sink_N, "segments": q_segments_BT}
+  module = _select(implementation, (q_BTNH, k_BSKH, v_BSKH), mask, extras, order)
   scale = H**-0.5 if scale is None else scale
   run = partial(module.attention, mask=mask, scale=scale, softcap=softcap, order=order)
   mask_N = None
@@ -107,26 +112,53 @@ def attention(
   )  # fmt: skip
 
 
-def _select(implementation: str | None, arguments: tuple) -> Any:
+def _select(
+  implementation: str | None, arrays: tuple, mask: Any, extras: dict[str, Any], order: Order
+) -> Any:
   """The module that computes these arguments here."""
 
-  def tpu(platform: str) -> str | None:
-    if platform != "tpu":
-      return f"the kernel is for TPUs, not for {platform}"
-    if free := free_axes():
-      return f"no compiler spreads it over {', '.join(free)}: call it in a shard_map"
-    return _pallas_tpu().supports(*arguments)
+  def pallas(name: str, platforms: tuple[str, ...]) -> Supports:
+    def supports(platform: str) -> str | None:
+      if platform not in platforms:
+        return f"the kernel is for {platforms[0].upper()}s, not for {platform}"
+      if free := free_axes():
+        return f"no compiler spreads it over {', '.join(free)}: call it in a shard_map"
+      return _module(name).supports(*arrays, extras["bias"], mask, order)
 
-  candidates = {"pallas_tpu": tpu, "xla": anywhere, "reference": anywhere}
-  chosen = select(implementation, current_platform(), candidates)
-  return _pallas_tpu() if chosen == "pallas_tpu" else {"xla": xla, "reference": reference}[chosen]
+    return supports
+
+  def cudnn(platform: str) -> str | None:
+    if platform not in GPU:
+      return f"cuDNN is for GPUs, not for {platform}"
+    return _module("cudnn").supports(*arrays, mask, extras, order)
+
+  candidates = {
+    "pallas_tpu": pallas("pallas_tpu", ("tpu",)),
+    "cudnn": cudnn,
+    "pallas_gpu": pallas("pallas_gpu", GPU),
+    "xla": anywhere,
+    "reference": anywhere,
+  }
+  return _module(select(implementation, current_platform(), candidates))
 
 
-def _pallas_tpu() -> Any:
-  # Pallas takes half a second to import and is of no use on a CPU.
-  from . import pallas_tpu
+def _module(name: str) -> Any:
+  if name == "pallas_tpu":
+    # Pallas takes half a second to import and is of no use on a CPU.
+    from . import pallas_tpu
 
-  return pallas_tpu
+    return pallas_tpu
+  if name == "pallas_gpu":
+    # The same.
+    from . import pallas_gpu
+
+    return pallas_gpu
+  if name == "cudnn":
+    # Of no use on a CPU either.
+    from . import cudnn
+
+    return cudnn
+  return {"xla": xla, "reference": reference}[name]
 
 
 def _check(q_BTNH, k_BSKH, v_BSKH, bias, sink_N, softcap, mask) -> None:

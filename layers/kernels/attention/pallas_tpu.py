@@ -5,7 +5,7 @@ something is visible, row after row (forward, dq) or column after column (dk, dv
 result stays in fast memory until it is complete. A visit where the mask cuts computes it from
 indices, one where it does not skips that. Time follows the number of visits.
 
-Logits are powers of two: `log2(e)` is part of their scale, and of the log-sum-exps inside.
+Ids of queries are [B, 1, T], of keys [B, 1, S]; what each head has is [1, N], scalars in a kernel.
 
 Letters: B batch, T query positions, S key positions, N query heads, K key/value heads, G = N // K,
 H head size of queries and keys, U that of values, I and J positions in a block of queries and of
@@ -13,7 +13,6 @@ keys, V visits, L lists of visits: one for each distinct mask and, where positio
 decide, for each row of the batch.
 """
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -42,9 +41,8 @@ from .blocks import (
   walk_at_run_time,
   walks,
 )
+from .tiles import LOG2E, MASKED, Heads, Ids, logits, needs_positions, sink_gradient, visible
 
-MASKED = -0.7 * float(np.finfo(np.float32).max)
-LOG2E = math.log2(math.e)
 LANES = 128
 # Positions of a block, and of those the keys (or queries, for the gradients by keys) whose logits
 # are in work at a time. Estimated on v5p at head size 128 as shares of the matrix unit's bound:
@@ -76,20 +74,6 @@ class _Plan(NamedTuple):
 
   rows: jax.Array
   columns: jax.Array
-
-
-class _Ids(NamedTuple):
-  """int32, [B, 1, T] of queries or [B, 1, S] of keys; None where indices say all."""
-
-  position: jax.Array | None
-  segment: jax.Array | None
-
-
-class _Heads(NamedTuple):
-  """float32 [1, N], as scalars in the kernels."""
-
-  sink: jax.Array | None
-  slope: jax.Array | None
 
 
 def supports(q_BTNH, k_BSKH, v_BSKU, bias, mask, order: Order) -> str | None:
@@ -136,13 +120,13 @@ def attention(
   static = _Static(mask, scale, softcap, S, q_block, kv_block, each_row=False)
   plan, each_row = _plan(static, order, *given, T)
   static = static._replace(each_row=each_row)
-  absolute = order == "any" or any(by_position(m, order) for m in static.masks)
+  absolute = needs_positions(static.masks, order)
   row = lambda x, block: None if x is None else _padded(x, block)[:, None]
   of_row = lambda x: jnp.broadcast_to(x, (B, x.shape[1])) if absolute else None
-  q_ids = _Ids(row(of_row(q_positions_BT), q_block), row(q_segments_BT, q_block))
-  kv_ids = _Ids(row(of_row(kv_positions_BS), kv_block), row(kv_segments_BS, kv_block))
+  q_ids = Ids(row(of_row(q_positions_BT), q_block), row(q_segments_BT, q_block))
+  kv_ids = Ids(row(of_row(kv_positions_BS), kv_block), row(kv_segments_BS, kv_block))
   to_1N = lambda x: None if x is None else x.astype(f32)[None]
-  heads = _Heads(to_1N(sink_N), None if bias is None else to_1N(bias.slopes_N))
+  heads = Heads(to_1N(sink_N), None if bias is None else to_1N(bias.slopes_N))
   mask_N = jnp.zeros(N, jnp.int32) if mask_N is None else mask_N
   ahead = lambda x, block: _padded(x, block).swapaxes(1, 2)
   o_BNTU = _attend(
@@ -205,10 +189,9 @@ def _attend_bwd(static, saved, do):
   dk, dv = _backward_keys(static, *arrays)
   dsink = None
   if heads.sink is not None:
-    weight = jnp.exp2(LOG2E * heads.sink[0][None, :, None] - lse[:, :, 0])
-    dsink = -jnp.sum(weight * delta[:, :, 0], axis=(0, 2))[None]
+    dsink = sink_gradient(heads.sink[0], lse[:, :, 0], delta[:, :, 0])[None]
   dslope = None if drow is None else jnp.sum(drow, axis=(0, 2, 3))[None]
-  return dq, dk, dv, None, _Heads(dsink, dslope), None, None, None
+  return dq, dk, dv, None, Heads(dsink, dslope), None, None, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -227,34 +210,15 @@ def _list(static: _Static, b, which, *, turned: bool):
 
 def _logits(static, heads, n, q, k, distance):
   """(base-2 logits, their tanh if capped): q k^T, or k q^T, whichever comes first."""
-  s = _dot(q, k, ((1,), (1,)))
-  t = None
-  if static.softcap is not None:
-    t = jnp.tanh(s * (static.scale / static.softcap))
-    s = t * (static.softcap * LOG2E)
-  else:
-    s = s * (static.scale * LOG2E)
-  if heads.slope is not None:
-    s = s - (heads.slope[0, n] * LOG2E) * distance().astype(f32)
-  return s, t
+  slope = None if heads.slope is None else heads.slope[0, n]
+  return logits(_dot(q, k, ((1,), (1,))), static.scale, static.softcap, slope, distance)
 
 
-def _visible(static, which, i, j, q_segment, kv_segment, index_j) -> Any:
-  """Bools for ids that broadcast against each other."""
-  seen = None
-  each = [mask.visible(i, j) for mask in static.masks if mask is not None]
-  if each:
-    seen = each[0]
-    for n, other in enumerate(each[1:], 1):
-      seen = (seen & (which != n)) | (other & (which == n))
-  parts = [] if seen is None else [seen]
-  if q_segment is not None:
-    parts.append((q_segment == kv_segment) & (q_segment > 0))
-  if static.length % static.kv_block:
-    parts.append(index_j < static.length)
-  for part in parts[1:]:
-    parts[0] = parts[0] & part
-  return parts[0] if parts else None
+def _visible(static, which, tile) -> Any:
+  """Bools of a tile."""
+  in_row = tile.index_j < static.length if static.length % static.kv_block else None
+  ids = (tile.i, tile.j, tile.q_segment, tile.kv_segment)
+  return visible(static.masks, which, *ids, in_row)
 
 
 def _column(row):
@@ -340,8 +304,7 @@ def _forward_kernel(
       tile = _tile(static, visit, q_ids, kv_ids, (0, static.q_block), part, queries_down=True)
       s, _ = _logits(static, heads, n, q, k_ref[0, 0, keys], lambda tile=tile: tile.distance)
       if cut:
-        visible = _visible(static, which_N[n], *tile)
-        s = jnp.where(visible, s, MASKED)
+        s = jnp.where(_visible(static, which_N[n], tile), s, MASKED)
       m_next = jnp.maximum(m, jnp.max(s, axis=1, keepdims=True))
       # Where nothing was visible yet, MASKED less anything but itself is 0 in powers of two.
       top = jnp.where(m_next == MASKED, 0.0, m_next) if cut else m_next
@@ -398,7 +361,7 @@ def _dq_kernel(
       k = k_ref[0, 0, keys]
       s, t = _logits(static, heads, n, q, k, lambda tile=tile: tile.distance)
       if cut:
-        s = jnp.where(_visible(static, which_N[n], *tile), s, MASKED)
+        s = jnp.where(_visible(static, which_N[n], tile), s, MASKED)
       p = jnp.exp2(s - _wide(lse_acc[...], width))
       ds = p * (_dot(do, v_ref[0, 0, keys], ((1,), (1,))) - _wide(delta_acc[...], width))
       if drow_acc is not None:
@@ -443,7 +406,7 @@ def _dkv_kernel(
       q, do = q_ref[0, 0, queries], do_ref[0, 0, queries]
       s, t = _logits(static, heads, n, k, q, lambda tile=tile: tile.distance)
       if cut:
-        s = jnp.where(_visible(static, which_N[n], *tile), s, MASKED)
+        s = jnp.where(_visible(static, which_N[n], tile), s, MASKED)
       p = jnp.exp2(s - lse_ref[0, 0, :, queries])
       dv = dv + _dot(p.astype(do.dtype), do, ((1,), (0,)))
       ds = p * (_dot(v, do, ((1,), (1,))) - delta_ref[0, 0, :, queries])

@@ -330,7 +330,7 @@ def test_bucket_is_t5s():
 def test_errors():
   arrays, _, _ = make("window")
   q, k, v = arrays["q"], arrays["k"], arrays["v"]
-  with pytest.raises(ValueError, match="known: pallas_tpu, xla, reference"):
+  with pytest.raises(ValueError, match="known: pallas_tpu, cudnn, pallas_gpu, xla, ref"):
     attention(q, k, v, implementation="flash")
   with pytest.raises(ValueError, match="give kv_positions_BS"):
     attention(q[:, :4], k, v)

@@ -1,6 +1,5 @@
 """The TPU kernels for attention: values and gradients in interpret mode, visits, lowering."""
 
-from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from layers.kernels.attention import Alibi, Bucketed, attention, pallas_tpu, reference
+from layers.kernels.attention import Bucketed, attention, pallas_tpu, reference
 from layers.masks import (
   BigBird,
   Causal,
@@ -21,28 +20,14 @@ from layers.masks import (
   Global,
   Local,
   Longformer,
-  Mask,
   PerHead,
   SparseTransformer,
 )
+from tests.layers.kernels import attention_cases
+from tests.layers.kernels.attention_cases import Case, close
 
-B, T = 2, 300  # blocks of 128, the last one padded
-
-
-@dataclass(frozen=True)
-class Case:
-  mask: Mask | PerHead | None = field(default_factory=Causal)
-  heads: tuple[int, int] = (2, 2)
-  sizes: tuple[int, int] = (32, 32)
-  softcap: float | None = None
-  sink: bool = False
-  alibi: bool = False
-  segments: bool = False
-  length: int = T
-  others: bool = False  # 140 queries somewhere among the keys, which lie in no order
-
-
-CASES = {
+DOCUMENTS = ((120, 150, 30), (200, 70, 30))
+CASES = {  # rows of 300: blocks of 128, the last one padded
   "causal": Case(),
   "everything": Case(None, (4, 1), (32, 16)),
   "whole blocks": Case(Causal(), (2, 1), length=256),
@@ -55,12 +40,12 @@ CASES = {
   "a mask a head": Case(
     PerHead((Causal(), Local(30, 4), BigBird(5, 64), Causal() & Dilated(3, 60))), (4, 2)
   ),
-  "documents": Case(Causal(), (4, 2), segments=True, alibi=True),
-  "chunks of documents": Case(Chunked(64), (2, 1), segments=True, sink=True, softcap=3.0),
-  "documents, bigbird": Case(BigBird(5, 64), (2, 1), segments=True, alibi=True),
-  "documents, a mask a head": Case(PerHead((Local(9), BigBird(5, 64))), segments=True),
+  "documents": Case(Causal(), (4, 2), documents=DOCUMENTS, alibi=True),
+  "chunks of documents": Case(Chunked(64), (2, 1), documents=DOCUMENTS, sink=True, softcap=3.0),
+  "documents, bigbird": Case(BigBird(5, 64), (2, 1), documents=DOCUMENTS, alibi=True),
+  "documents, a mask a head": Case(PerHead((Local(9), BigBird(5, 64))), documents=DOCUMENTS),
   "other keys": Case(Causal() & Local(90), (2, 1), others=True, sink=True, alibi=True),
-  "other keys, all": Case(None, (2, 1), others=True, segments=True),
+  "other keys, all": Case(None, (2, 1), others=True, documents=DOCUMENTS),
 }
 
 
@@ -72,47 +57,10 @@ def interpreted(monkeypatch):
 
 
 def run(module, name, dtype=jnp.float32):
-  """(gradients by q, k, v, sinks, slopes; output)."""
-  case, rng = CASES[name], np.random.default_rng(len(name))
-  (N, K), (H, U), T = case.heads, case.sizes, case.length
-  S = T
-  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
-  k, v = normal(B, S, K, H), normal(B, S, K, U)
-  sink, slopes = normal(N) if case.sink else None, jnp.abs(normal(N)) if case.alibi else None
-  positions, segments, order = jnp.arange(T, dtype=jnp.int32)[None], None, "index"
-  if case.segments:
-    lengths, order = ((120, 150, 30), (200, 70, 30)), "document"
-    row = lambda each: jnp.asarray(np.stack([np.concatenate(each(n)) for n in lengths]), jnp.int32)
-    positions = row(lambda n: [np.arange(i) for i in n])
-    segments = row(lambda n: [np.full(i, d) for i, d in zip(n, (1, 2, 0), strict=True)])
-  q_ids, kv_ids = (positions, segments), (None, segments)
-  if case.others:
-    place = np.arange(S).reshape(2, 6, 25)[:, ::-1].reshape(1, S)  # runs, the later ones first
-    T, order, kv_ids = 140, "any", (jnp.asarray(place, jnp.int32), segments)
-    q_ids = jax.tree.map(lambda x: x[:, 60:200], (positions, segments))
-  q, do = normal(B, T, N, H), normal(B, T, N, U)
-  mask_N = None
-  if isinstance(case.mask, PerHead):
-    mask_N = jnp.array(case.mask.by_head, jnp.int32)
-
-  def loss(q, k, v, sink, slopes):
-    o = module.attention(
-      q, k, v, q_ids[0], kv_ids[0], q_ids[1], kv_ids[1], None if slopes is None else Alibi(slopes),
-      sink, mask_N, mask=case.mask, scale=0.2, softcap=case.softcap, order=order,
-    )  # fmt: skip
-    return jnp.sum((o * do).astype(jnp.float32)), o
-
-  return jax.jit(jax.grad(loss, (0, 1, 2, 3, 4), has_aux=True))(q, k, v, sink, slopes)
+  return attention_cases.run(module, CASES[name], dtype)
 
 
 expected = lru_cache(partial(run, reference))
-
-
-def close(got, want, tolerance):
-  assert jax.tree.structure(got) == jax.tree.structure(want)
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
 
 
 @pytest.mark.parametrize("name", CASES)

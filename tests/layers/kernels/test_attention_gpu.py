@@ -2,7 +2,6 @@
 
 import re
 from functools import lru_cache, partial
-from itertools import pairwise
 from types import SimpleNamespace
 
 import jax
@@ -48,7 +47,6 @@ CASES = {
   "less than a block": Row(Causal(), sizes=(32, 16), length=5),
   "window, cap, sink": Row(Local(20), (8, 1), softcap=5.0, sink=True),
   "around": Row(Local(9, 30), sink=True),
-  "bigbird": Row(BigBird(7, 16), (2, 1)),
   "strided": Row(SparseTransformer(24), (1, 1)),
   "rows that see nothing": Row(Causal() & ~Global(40)),
   "a mask a head": Row(
@@ -95,7 +93,7 @@ def test_what_sees_nothing_is_exactly_zero(interpreted):
 
 @pytest.mark.parametrize(
   ("name", "dtype", "tolerance"),
-  [("causal", "bfloat16", 2e-2), ("window, cap, sink", "float16", 3e-3)],
+  [("causal", "bfloat16", 2e-2), ("around", "float16", 3e-3)],
 )
 def test_half_precision(name, dtype, tolerance, interpreted):
   """Probabilities and their gradients are rounded before they meet values, keys and queries."""
@@ -126,16 +124,17 @@ def test_each_visible_block_is_visited_once(masks, length, own, visited, by_colu
   static = pallas_gpu._Static(mask, 1.0, None, "index")
   blocks = pallas_gpu._Blocks(own, visited, 4)
   plans = pallas_gpu._plans(static, blocks, length, length, by_column=by_column)
+  plans = jax.tree.map(np.asarray, plans)
   for n, one in enumerate(static.masks or (None,)):
     table = np.ones((length, length), bool) if one is None else one.table(length)
     table = table.T if by_column else table
     seen = np.zeros(table.shape, int)
     for cut, plan in zip((True, False), plans, strict=True):
       if plan is not None:
-        start, block = np.asarray(plan.start[n]), np.asarray(plan.block[n])
-        assert start.shape == (-(-length // own) + 1,) and start[0] == 0
-        for row, ends in enumerate(pairwise(start)):
-          for column in block[slice(*ends)]:
+        ends = np.stack([plan.start[n], plan.end[n]], axis=1)
+        assert ends.shape == (-(-length // own), 2)
+        for row, (start, end) in enumerate(ends):
+          for column in range(start, end) if plan.block is None else plan.block[n, start:end]:
             at = np.s_[row * own : (row + 1) * own, column * visited : (column + 1) * visited]
             seen[at] += 1
             assert cut or table[at].all()
@@ -222,14 +221,33 @@ def test_in_a_shard_map():
       jax.eval_shape(partial(attention, implementation="pallas_gpu"), x, x, x)
 
 
+@lowers
+def test_remat_policy_keeps_the_forward_pass():
+  """With output and log-sum-exp saved by name, the backward pass does not run it again."""
+  names = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
+  f = partial(attention, mask=Causal(), implementation="pallas_gpu")
+
+  def kernels(policy):
+    one = jax.checkpoint(f, policy=policy)
+    loss = lambda q, k, v: jnp.sum(one(q, k, v).astype(jnp.float32) ** 2)
+    with described():
+      text = lowered(jax.grad(loss, (0, 1, 2)), *[array(2, 256, 2, 64)] * 3)
+    results = re.findall(r"(%\d+)(?::\d+)? = stablehlo.custom_call @__gpu\$xla.gpu.triton", text)
+    # jax 0.10 leaves a call whose result nobody reads, which the compiler drops.
+    return sum(len(re.findall(rf"{result}\b", text)) > 1 for result in results)
+
+  assert kernels(names) == 3
+  assert kernels(jax.checkpoint_policies.nothing_saveable) == 4
+
+
 # ---- cuDNN ----
 
 
 @pytest.mark.parametrize(
   "mask",
   [
-    None, Full(), Causal(), Local(0), Local(3), MistralWindow(16), MistralWindow(17), Local(30),
-    Causal() & Local(5, 2), PerHead((Causal(),) * 4), Local(15, 15), Local(40, 20),
+    None, Full(), Causal(), Local(0), Local(3), Local(14), MistralWindow(16), MistralWindow(17),
+    Local(30), Causal() & Local(5, 2), PerHead((Causal(),) * 4), Local(15, 15), Local(40, 20),
   ],
   ids=repr,
 )  # fmt: skip

@@ -33,6 +33,7 @@ STEP_BYTES = 2**20  # of keys, and of values, that a step reads; more than hides
 PAGES = 16  # read in a step at most, if they have 8 positions or more
 COLUMNS = 1024  # in work at a time
 LOGITS = 2**18  # in work at a time
+CHUNKS = 4  # of them in a step of a cache that is one piece; more takes long to compile
 ROWS = 2048  # T * N at most
 
 f32 = jnp.float32
@@ -141,7 +142,7 @@ def _blocks(q_BTNH, k, v, inputs: Inputs) -> _Blocks:
   unit = math.lcm(LANES, K)  # whole tiles of logits, and whole positions
   units = max(min(STEP_BYTES // bytes_of(unit), -(-k.shape[1] * K // unit)), 1)
   chunk = max(min(units, most // unit), 1)
-  return _Blocks(K, ahead, 1, units // chunk * chunk * unit, chunk * unit)
+  return _Blocks(K, ahead, 1, min(units // chunk, CHUNKS) * chunk * unit, chunk * unit)
 
 
 def attention(

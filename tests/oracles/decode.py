@@ -105,7 +105,7 @@ def make(name: str, dtype="float32") -> Made:
   if case.rolling:
     last = seen[:, None] - 1
     positions = last - (last - positions) % S
-    positions[2, 70] = positions[3, 0] = -1  # dropped, and inside the window
+    positions[1, 2] = positions[3, 0] = -1  # dropped, and inside the window
   k, v = normal(B, S, K, H), normal(B, S, K, U)
   for x in (k, v):
     x[np.arange(S)[None] >= lengths[:, None]] = np.nan

@@ -40,7 +40,7 @@ CASES = {
   "multi-query, everything": Case((4, 1), (None,), (rules.full,)),
   "window": Case((4, 4), (Causal() & Local(20),), (_window(20),), tokens=2),
   "sink, cap, alibi": Case((4, 2), tokens=2, softcap=2.0, sink=True, alibi=True),
-  "around": Case(masks=(Local(9, 2),), rules=(rules.local(9, 2),), sink=True),
+  "around": Case(masks=(Local(9, 2),), rules=(rules.local(9, 2),), sink=True, rolling=237),
   "a mask a head": Case(
     masks=(Causal(), Causal() & Local(30), Causal() & Dilated(3, 9), Causal() & Local(30)),
     rules=(rules.causal, _window(30), rules.both(rules.causal, rules.dilated(3, 9)), _window(30)),
@@ -56,7 +56,7 @@ CASES = {
     rules=(rules.both(rules.causal, rules.either(rules.block_local(32), rules.global_tokens(3))),),
   ),
   "rolling": Case(
-    (4, 2), (Causal() & Local(60),), (_window(60),), tokens=3, alibi=True, rolling=237
+    (6, 3), (Causal() & Local(60),), (_window(60),), tokens=3, alibi=True, rolling=237
   ),
 }
 
@@ -105,7 +105,7 @@ def make(name: str, dtype="float32") -> Made:
   if case.rolling:
     last = seen[:, None] - 1
     positions = last - (last - positions) % S
-    positions[2, 70] = positions[3, 0] = -1  # dropped, and inside the window
+    positions[1, 2] = positions[3, 0] = -1  # dropped, and inside the window
   k, v = normal(B, S, K, H), normal(B, S, K, U)
   for x in (k, v):
     x[np.arange(S)[None] >= lengths[:, None]] = np.nan

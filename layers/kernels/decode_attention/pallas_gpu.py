@@ -43,8 +43,8 @@ def supports(q_BTNH, k, v, inputs: Inputs) -> str | None:
   for x in (q_BTNH, k, v):
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
       return f"arrays must be bfloat16, float16 or float32, not {x.dtype}"
-    if x.shape[-1] > 256:
-      return f"head sizes go up to 256, not {x.shape[-1]}"
+    if x.shape[-1] not in (16, 32, 64, 128, 256):
+      return f"head sizes must be powers of 2 from 16 to 256, not {x.shape[-1]}"
   rows = q_BTNH.shape[1] * q_BTNH.shape[2] // k.shape[2]
   if rows > 128:
     return f"tokens times query heads of a key head go up to 128, not {rows}"
@@ -73,12 +73,11 @@ def attention(
   maybe = lambda x_N: None if x_N is None else pad(by_row(x_N), 1)
   heads = _Heads(maybe(inputs.mask_N), maybe(inputs.slopes_N))
   parts = min(-(-PROGRAMS // (B * K)), -(-S // (4 * C)))
-  wide = pl.next_power_of_2(U)
   o, m, total = pl.pallas_call(
     partial(_kernel, static, C),
     name="decode_attention",
     out_shape=(
-      varying_shape((B, K, parts, M, wide), f32, q_BTNH),
+      varying_shape((B, K, parts, M, U), f32, q_BTNH),
       varying_shape((B, K, parts, M), f32, q_BTNH),
       varying_shape((B, K, parts, M), f32, q_BTNH),
     ),
@@ -86,7 +85,7 @@ def attention(
     compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=STAGES),
   )(first_B, end_B, table, inputs.kv_positions_BS, position_BM, heads, pad(q, 2), k, v)
   sink = None if inputs.sink_N is None else by_row(inputs.sink_N)
-  o = _joined(o[..., : T * G, :U], m[..., : T * G], total[..., : T * G], sink)
+  o = _joined(o[..., : T * G, :], m[..., : T * G], total[..., : T * G], sink)
   o_BTNU = o.reshape(B, K, T, G, U).swapaxes(1, 2).reshape(B, T, N, U)
   return o_BTNU.astype(q_BTNH.dtype)
 
@@ -109,14 +108,12 @@ def _kernel(
   v_ref, o_ref, m_ref, total_ref,
 ):  # fmt: skip
   b, h, part = (pl.program_id(i) for i in range(3))
-  M, H, U = position_ref.shape[1], k_ref.shape[-1], v_ref.shape[-1]
+  M, U = position_ref.shape[1], v_ref.shape[-1]
   first, end = first_ref[b], end_ref[b]
   begin = jax.lax.div(first, C)
   blocks = jax.lax.div(end + C - 1, C) - begin
   each = jax.lax.div(blocks + pl.num_programs(2) - 1, pl.num_programs(2))
-  columns = lambda width: jnp.arange(pl.next_power_of_2(width), dtype=i32) < width
-  wide = lambda width: pl.ds(0, pl.next_power_of_2(width))
-  q = plgpu.load(q_ref.at[b, h, :, wide(H)], mask=columns(H)[None], other=0.0)
+  q = q_ref[b, h]
   position = position_ref[b][:, None]
   which, slope = (None if x is None else x[h][:, None] for x in heads)
 
@@ -129,14 +126,12 @@ def _kernel(
       place = (table_ref[b, jax.lax.div(start, R)], jax.lax.rem(start, R))
     j = start + jnp.arange(C, dtype=i32)
     kept = (j >= first) & (j < end)
-    keys = lambda ref, width: plgpu.load(
-      ref.at[place[0], pl.ds(place[1], C), h, wide(width)],
-      mask=kept[:, None] & columns(width)[None], other=0.0,
-    )  # fmt: skip
+    here = (place[0], pl.ds(place[1], C), h)
+    load = lambda ref: plgpu.load(ref.at[here], mask=kept[:, None], other=0.0)
     if kv_position_ref is not None:
       j = plgpu.load(kv_position_ref.at[b, pl.ds(start, C)], mask=kept, other=-1)
       kept = kept & (j >= 0)
-    s = _logits(static, _dot(q, keys(k_ref, H), trans_b=True), position, j[None], slope)
+    s = _logits(static, _dot(q, load(k_ref), trans_b=True), position, j[None], slope)
     seen = kept[None]
     if static.mask is not None:
       seen = seen & visible(static.mask.distinct, which, position, j[None])
@@ -146,14 +141,11 @@ def _kernel(
     top = jnp.where(m_next == MASKED, 0.0, m_next)
     p = jnp.exp2(s - top[:, None])
     decay = jnp.exp2(m - top)
-    v = keys(v_ref, U)
+    v = load(v_ref)
     acc = acc * decay[:, None] + _dot(p.astype(v.dtype), v)
     return m_next, total * decay + jnp.sum(p, axis=1), acc
 
-  start = (
-    jnp.full((M,), MASKED, f32), jnp.zeros((M,), f32),
-    jnp.zeros((M, pl.next_power_of_2(U)), f32),
-  )  # fmt: skip
+  start = jnp.full((M,), MASKED, f32), jnp.zeros((M,), f32), jnp.zeros((M, U), f32)
   low = part * each
   m, total, acc = jax.lax.fori_loop(low, jnp.minimum(low + each, blocks), step, start)
   o_ref[b, h, part] = acc

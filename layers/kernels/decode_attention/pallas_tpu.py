@@ -2,16 +2,18 @@
 
 The grid walks over (row, block of its keys); its second size is the longest row's need, known only
 when the program runs. Blocks that a row does not need are neither fetched nor computed: the index
-maps stay at its last block. Key heads are not taken apart: positions and heads together are the
-rows of one matrix, `[B, S * K, H]`, which is how the cache lies in memory already, and all queries
-meet all of them. Of the products a K-th is kept. Where tokens are few this costs nothing, since
-time is that of reading the cache; from about T * N = 128 query rows on, the matrix unit is slower.
+maps stay at its last block. Key heads are not taken apart: positions and heads of a block together
+are the rows of one matrix, and all queries meet all of them. Of the products a K-th is kept. Where
+tokens are few this costs nothing, since time is that of reading the cache; from about T * N = 128
+query rows on, the matrix unit is slower. The matrix is the cache as it lies in memory,
+`[B, S * K, H]`, where its tiles allow that. Else heads come first, `[B, K, S, H]`: inside a loop
+over tokens a compiler keeps a cache so, but where a program begins and ends it may be copied.
 
 Small pages are joined: a step reads several, each by an index map of its own.
 
 Letters: B batch, T query tokens, N query heads, K key/value heads, H head size, U that of values,
 S cached positions, P pages, R positions a page, J pages a row; in kernels M query rows (token by
-token, head by head), C columns (position by position, key head by key head).
+token, head by head); columns are rows of the matrix of keys.
 """
 
 import math
@@ -31,6 +33,7 @@ STEP_BYTES = 2**20  # of keys, and of values, that a step reads; more than hides
 PAGES = 16  # read in a step at most, if they have 8 positions or more
 COLUMNS = 1024  # in work at a time
 LOGITS = 2**18  # in work at a time
+CHUNKS = 4  # of them in a step of a cache that is one piece; more takes long to compile
 ROWS = 2048  # T * N at most
 
 f32 = jnp.float32
@@ -40,6 +43,7 @@ class _Blocks(NamedTuple):
   """How a step reads keys: `pieces` arrays of `piece` columns each, by `chunk` columns."""
 
   heads: int  # K
+  ahead: bool  # a piece goes head by head, not position by position
   pieces: int
   piece: int
   chunk: int
@@ -47,6 +51,15 @@ class _Blocks(NamedTuple):
   @property
   def positions(self) -> int:
     return self.pieces * self.piece // self.heads
+
+  def columns(self) -> tuple[jax.Array, jax.Array]:
+    """(position in the chunk, head) of its columns, int32 [1, chunk]."""
+    column = jnp.arange(self.chunk, dtype=jnp.int32)[None]
+    if not self.ahead:
+      return column // self.heads, column % self.heads
+    each = self.piece // self.heads
+    head, position = column % self.piece // each, column % each
+    return column // self.piece * each + position, head
 
 
 class _Rows(NamedTuple):
@@ -60,7 +73,7 @@ class _Rows(NamedTuple):
 
 
 class _Columns(NamedTuple):
-  """Of the columns of a chunk [1, chunk], alike in all; positions [B, 1, S * K] of all."""
+  """Of the columns of a chunk [1, chunk], alike in all; positions [B, 1, columns] of all."""
 
   offset: jax.Array
   head: jax.Array
@@ -75,13 +88,14 @@ def supports(q_BTNH, k, v, inputs: Inputs) -> str | None:
   rows = q_BTNH.shape[1] * q_BTNH.shape[2]
   if rows > ROWS:
     return f"tokens times heads go up to {ROWS}, not {rows}"
+  blocks = _blocks(q_BTNH, k, v, inputs)
   if inputs.page_table_BJ is not None:
-    tile = _tile(k)
-    if k.shape[1] * k.shape[2] % tile:
-      return f"positions times heads of a page must be a multiple of {tile}, got {k.shape[1:3]}"
+    tile, rows_of_page = _tile(k), k.shape[1] * (1 if blocks.ahead else k.shape[2])
+    if rows_of_page % tile:
+      what = "positions" if blocks.ahead else "positions times heads"
+      return f"{what} of a page must be a multiple of {tile}, not {rows_of_page}"
     if inputs.page_table_BJ.size > 2**17:
       return f"a page table of {inputs.page_table_BJ.size} entries is too large for scalar memory"
-  blocks = _blocks(q_BTNH, k, inputs)
   width = sum(-(-x.shape[-1] // LANES) * LANES for x in (k, v))
   # Two of each, logits and probabilities, and what is kept of the queries.
   need = 2 * blocks.positions * k.shape[2] * width * k.dtype.itemsize
@@ -100,8 +114,14 @@ def _padded_rows(rows: int, x) -> int:
   return -(-rows // _tile(x)) * _tile(x)
 
 
-def _blocks(q_BTNH, k, inputs: Inputs) -> _Blocks:
-  (T, N, H), K = q_BTNH.shape[1:], k.shape[2]
+def _ahead(k, v) -> bool:
+  """Whether tiles of [S, K, H] are not those of [S * K, H]."""
+  K, width = k.shape[2], max(k.shape[3], v.shape[3])
+  return not (K % 8 == 0 or K == 1 or (K in (2, 4) and width <= LANES))
+
+
+def _blocks(q_BTNH, k, v, inputs: Inputs) -> _Blocks:
+  (T, N, H), K, ahead = q_BTNH.shape[1:], k.shape[2], _ahead(k, v)
   bytes_of = lambda columns: columns * -(-H // LANES) * LANES * k.dtype.itemsize
   most = max(min(COLUMNS, LOGITS // (T * N)), LANES)
   divisor = lambda n, limit: max(d for d in range(1, n + 1) if n % d == 0 and d <= max(limit, 1))
@@ -109,16 +129,20 @@ def _blocks(q_BTNH, k, inputs: Inputs) -> _Blocks:
     piece = k.shape[1] * K
     wanted = min(PAGES, -(-STEP_BYTES // bytes_of(piece)))
     pieces = min(max(wanted, -(-128 // k.shape[1])), inputs.page_table_BJ.shape[1])
-    if piece <= most:
-      return _Blocks(K, pieces, piece, piece * divisor(pieces, most // piece))
+    if piece <= most or ahead:
+      return _Blocks(K, ahead, pieces, piece, piece * divisor(pieces, most // piece))
     unit = math.lcm(LANES, K)
     if piece % unit:
       unit = K * divisor(k.shape[1], most // K)
-    return _Blocks(K, pieces, piece, unit * divisor(piece // unit, most // unit))
+    return _Blocks(K, ahead, pieces, piece, unit * divisor(piece // unit, most // unit))
+  if ahead:
+    most = min(STEP_BYTES // bytes_of(1), LOGITS // (T * N))  # in one piece
+    tiles = min(max(most // (K * LANES), 1), -(-k.shape[1] // LANES))
+    return _Blocks(K, ahead, 1, K * tiles * LANES, K * tiles * LANES)
   unit = math.lcm(LANES, K)  # whole tiles of logits, and whole positions
   units = max(min(STEP_BYTES // bytes_of(unit), -(-k.shape[1] * K // unit)), 1)
   chunk = max(min(units, most // unit), 1)
-  return _Blocks(K, 1, units // chunk * chunk * unit, chunk * unit)
+  return _Blocks(K, ahead, 1, min(units // chunk, CHUNKS) * chunk * unit, chunk * unit)
 
 
 def attention(
@@ -128,7 +152,7 @@ def attention(
   arrays = (q_BTNH, k, v, inputs)
   q_BTNH, k, v, inputs = vary_with(arrays, arrays)
   (B, T, N), K, U = q_BTNH.shape[:3], k.shape[2], v.shape[-1]
-  blocks, M = _blocks(q_BTNH, k, inputs), T * N
+  blocks, M = _blocks(q_BTNH, k, v, inputs), T * N
   padding = _padded_rows(M, k) - M
   scalars = [*bounds(static.mask, inputs)]
   if inputs.page_table_BJ is not None:
@@ -144,15 +168,19 @@ def attention(
     maybe(inputs.slopes_N),
     maybe(inputs.sink_N),
   )
-  column_1C = jnp.arange(blocks.chunk, dtype=jnp.int32)[None]
   positions = inputs.kv_positions_BS
-  if positions is not None:
+  if positions is not None and blocks.ahead:
+    positions = jnp.pad(positions, ((0, 0), (0, -positions.shape[1] % blocks.positions)))
+    positions = jnp.tile(positions.reshape(B, -1, 1, blocks.positions), (1, 1, K, 1))
+    positions = positions.reshape(B, 1, -1)
+  elif positions is not None:
     positions = jnp.repeat(positions, K, axis=1)[:, None]
-  columns = vary_with(q_BTNH, _Columns(column_1C // K, column_1C % K, positions))
+  columns = vary_with(q_BTNH, _Columns(*blocks.columns(), positions))
   rows = vary_with(q_BTNH, rows)
   flat = lambda x: x.reshape(x.shape[0], -1, x.shape[-1])
   q = pad(flat(q_BTNH.astype(k.dtype)))
-  arrays = (rows, columns, q, flat(k), flat(v))
+  k, v = (x.swapaxes(1, 2) if blocks.ahead else flat(x) for x in (k, v))
+  arrays = (rows, columns, q, k, v)
   return _call(static, blocks, scalars, *arrays, q_BTNH.dtype)[:, :M].reshape(B, T, N, U)
 
 
@@ -171,7 +199,10 @@ def _call(static, blocks: _Blocks, scalars, rows: _Rows, columns: _Columns, q, k
       place = lambda b, j, *s: (s[2][b, block(b, j, *s[:2]) * blocks.pieces + i], 0, 0)
     else:
       place = lambda b, j, *s: (b, block(b, j, *s), 0)
-    return pl.BlockSpec((1, blocks.piece, width), place)
+    if not blocks.ahead:
+      return pl.BlockSpec((1, blocks.piece, width), place)
+    shape = (1, blocks.heads, blocks.piece // blocks.heads, width)
+    return pl.BlockSpec(shape, lambda *a: (place(*a)[0], 0, *place(*a)[1:]))
 
   of_row = lambda width: pl.BlockSpec((1, M, width), lambda b, *_: (b, 0, 0))
   same = lambda x: pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
@@ -233,15 +264,13 @@ def _kernel(static, blocks, paged, first_B, end_B, *refs):
     m, total, acc = m_ref[:, :1], total_ref[:, :1], acc_ref[...]
     q = q_ref[0]
     for start in range(0, blocks.pieces * blocks.piece, blocks.chunk):
-      k, v = (_read(refs, start, blocks) for refs in (k_refs, v_refs))
+      need = (first - here, end - here) if cut else None  # what is not needed may be NaN
+      k, v = _read(blocks, k_refs, start), _read(blocks, v_refs, start, need)
       base = here + start // blocks.heads
       s = _logits(static, blocks, rows, columns, q, k, base, start)
-      if cut:  # what the row does not need may be NaN
+      if cut:
         index = base + columns.offset[...]
         s = jnp.where((index >= first) & (index < end), s, MASKED)
-        column = base * blocks.heads + jax.lax.broadcasted_iota(jnp.int32, v.shape, 0)
-        needed = (column >= first * blocks.heads) & (column < end * blocks.heads)
-        v = jnp.where(needed, v, jnp.zeros_like(v))
       m_next = jnp.maximum(m, jnp.max(s, axis=1, keepdims=True))
       # Where nothing was visible yet, MASKED less anything but itself is 0 in powers of two.
       top = jnp.where(m_next == MASKED, 0.0, m_next)
@@ -263,12 +292,27 @@ def _kernel(static, blocks, paged, first_B, end_B, *refs):
     o_ref[0] = (acc_ref[...] / jnp.where(total > 0, total, 1.0)).astype(o_ref.dtype)
 
 
-def _read(refs, start: int, blocks: _Blocks):
-  """Columns from `start` of the pieces as one array [chunk, width]."""
-  i, within = divmod(start, blocks.piece)
+def _read(blocks: _Blocks, refs, start: int, need=None):
+  """Columns from `start` as one array [chunk, width]; with `need` zeros outside these positions of
+  the step."""
   if blocks.chunk <= blocks.piece:
-    return refs[i][0, pl.ds(within, blocks.chunk)]
-  return jnp.concatenate([ref[0] for ref in refs[i : i + blocks.chunk // blocks.piece]], axis=0)
+    places = [divmod(start, blocks.piece)]
+  else:
+    i = start // blocks.piece
+    places = [(i + n, 0) for n in range(blocks.chunk // blocks.piece)]
+  size, parts = min(blocks.chunk, blocks.piece), []
+  for i, within in places:
+    if blocks.ahead:
+      x, dim, begin, each = refs[i][0], 1, i * blocks.piece // blocks.heads, 1
+    else:
+      x, dim, begin = refs[i][0, pl.ds(within, size)], 0, i * blocks.piece + within
+      each = blocks.heads
+    if need is not None:
+      index = begin + jax.lax.broadcasted_iota(jnp.int32, x.shape, dim)
+      keep = (index >= need[0] * each) & (index < need[1] * each)
+      x = jnp.where(keep, x, jnp.zeros_like(x))
+    parts.append(x.reshape(size, x.shape[-1]))
+  return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
 
 
 def _logits(static, blocks, rows, columns, q, k, base, start: int) -> Any:

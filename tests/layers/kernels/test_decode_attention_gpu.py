@@ -24,7 +24,7 @@ SHAPES = {  # N, K, T, H, U
   "64": (16, 4, 2, 64, 64),
   "128": (16, 4, 1, 128, 128),
   "256": (16, 16, 1, 256, 256),
-  "no powers of 2": (16, 2, 3, 96, 80),
+  "narrow values": (24, 2, 3, 128, 64),
 }
 
 
@@ -64,8 +64,8 @@ def test_what_is_not_supported_says_why():
   s = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
   reason = pallas_gpu.supports
   assert "float64" in reason(s(*q.shape, dtype=jnp.float64), k, v, inputs)
-  big = s(B, S, 4, 512)
-  assert "256, not 512" in reason(s(B, 1, 16, 512), big, big, inputs)
+  odd = s(B, S, 4, 96)
+  assert "powers of 2 from 16 to 256, not 96" in reason(s(B, 1, 16, 96), odd, odd, inputs)
   assert "128, not 160" in reason(s(B, 40, 16, 128), k, v, inputs)
   few = s(B, 24, 4, 128)
   assert "multiple of 16 positions, not 24" in reason(q, few, few, paged)

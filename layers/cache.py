@@ -1,6 +1,6 @@
-"""The KV cache: keys and values of the positions seen so far, a pytree.
+"""What layers keep of the positions seen so far, pytrees: keys and values, or a state.
 
-B batch, S cached positions, K key/value heads, H head size.
+B batch, S cached positions, K key/value heads, N heads, H head size, U size of values.
 """
 
 from typing import NamedTuple
@@ -45,3 +45,14 @@ def update_cache(
     return place(write(place(old, "cache_seq"), new, start_B), "cache_seq")
 
   return KVCache(put(cache.key_BSKH, key_BTKH), put(cache.value_BSKH, value_BTKH))
+
+
+class LinearState(NamedTuple):
+  """What a linear attention keeps, of one size for any number of positions."""
+
+  state_BNHU: jax.Array
+
+
+def empty_state(batch: int, shape: tuple[int, int, int]) -> LinearState:
+  """Of a row that starts; float32 whatever the activations are, since it sums over positions."""
+  return LinearState(jnp.zeros((batch, *shape), jnp.float32))

@@ -62,7 +62,8 @@ def train_flops_per_token(spec: ModelSpec, length: int) -> float:
   parameters without an untied input table; attention not halved for causality; a windowed layer
   sees at most its window; in latent attention head_dim is the mean of the key's and the value's
   size. A linear attention writes each token to its states and reads them, by the delta rule twice:
-  12 or 18 times their size, whatever the length and the chunks. Recomputation, padding and dropped slots do not count.
+  12 or 18 times their size, whatever the length and the chunks. Recomputation, padding and
+  dropped slots do not count.
   """
   attention = 0
   for layer in spec.layers:

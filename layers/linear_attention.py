@@ -29,7 +29,8 @@ GATE_ROOT = 16
 
 def elu_plus_one(x: jax.Array) -> jax.Array:
   """x + 1 where x > 0, else exp(x) (arXiv 2006.16236, equation 7); positive."""
-  return jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))
+  # No exp of a large x: its gradient would be infinite, and zero times that no number.
+  return jnp.where(x > 0, x + 1, jnp.exp(jnp.where(x > 0, 0, x)))
 
 
 def favor_projection(key: jax.Array, num_features: int, size: int) -> jax.Array:

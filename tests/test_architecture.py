@@ -89,8 +89,8 @@ NETWORK = {
   "xmlrpc", "websockets", "huggingface_hub", "urllib.request",
 }  # fmt: skip
 
-MODULES_TO_TRAIN = 89
-LINES_TO_TRAIN = 13_800
+MODULES_TO_TRAIN = 95
+LINES_TO_TRAIN = 14_650
 
 
 class Import(NamedTuple):

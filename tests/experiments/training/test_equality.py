@@ -16,6 +16,7 @@ from layers.spec import (
   AttentionSpec,
   InitSpec,
   LayerSpec,
+  LinearAttentionSpec,
   MlpSpec,
   ModelSpec,
   MoeSpec,
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.xdist_group("devices")
 
 B, T, V = 16, 64, 64
 # Among so many choices rounding changes one sooner or later.
-STEPS = {"dense": 5, "moe": 5, "routers": 2}
+STEPS = {"dense": 5, "moe": 5, "routers": 2, "linear": 3}
 ATTENTION = AttentionSpec(num_heads=8, num_kv_heads=8, head_dim=8, position=RotarySpec())
 # Groups of 4 tokens: the largest that lie on one device when a row lies on eight, in zigzag.
 SLOTS = MoeSpec(
@@ -61,6 +62,10 @@ MODELS = {
   "routers": (
     Segment((LayerSpec(ATTENTION, MlpSpec(hidden=64)),), 8),
     *(Segment((LayerSpec(ATTENTION, moe),)) for moe in ROUTERS.values()),
+  ),
+  "linear": tuple(
+    Segment((LayerSpec(LinearAttentionSpec(kind, 8, 8), MlpSpec(hidden=64)),), repeats)
+    for kind, repeats in (("delta", 2), ("gla", 1), ("retention", 1), ("elu", 1))
   ),
 }
 MESHES = {
@@ -96,13 +101,16 @@ ROUTER_MESHES = (
   "expert", "tensor", "fsdp expert tensor", "stage fsdp expert", "expert context tensor",
   "explicit fsdp expert tensor",
 )  # fmt: skip
-IN_DEFAULT_SUITE = {("moe", "stage fsdp expert"), ("dense", "data context tensor")}
+LINEAR_MESHES = ("fsdp expert tensor", "stage fsdp expert", "explicit fsdp expert tensor")
+IN_DEFAULT_SUITE = {
+  ("moe", "stage fsdp expert"), ("dense", "data context tensor"), ("linear", "fsdp expert tensor"),
+}  # fmt: skip
 CASES = [
   pytest.param(
     model, name, id=f"{model}: {name}", marks=() if case in IN_DEFAULT_SUITE else pytest.mark.full
   )
   for model in MODELS
-  for name in (ROUTER_MESHES if model == "routers" else MESHES)
+  for name in {"routers": ROUTER_MESHES, "linear": LINEAR_MESHES}.get(model, MESHES)
   for case in [(model, name)]
 ]
 

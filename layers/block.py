@@ -3,6 +3,8 @@
 B batch, T positions, D model width.
 """
 
+from typing import Any
+
 import jax
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
@@ -80,7 +82,7 @@ class Block(nn.Module):
         x_BTD = norm("mlp_norm")(x_BTD)
     return x_BTD, stats, cache
 
-  def _attend(self, h_BTD, rows: Rows, cache: KVCache | LinearState | None):
+  def _attend(self, h_BTD, rows: Rows, cache: Any):
     spec = self.spec.attention
     common = (self.embed_dim, self.init_spec, self.gain, self.context_method)
     if isinstance(spec, LatentAttentionSpec):

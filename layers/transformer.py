@@ -238,7 +238,8 @@ def init_caches(spec: ModelSpec, batch: int, length: int, dtype=jnp.float32) -> 
       if isinstance(layer.attention, LinearAttentionSpec):
         cache = empty_state(batch, layer.attention.state)
       else:
-        cache = empty_cache(batch, length, *layer.attention.cached, dtype)
+        key, value = layer.attention.cached
+        cache = empty_cache(batch, length, key, value, dtype)
       caches.append(jax.tree.map(stack, cache))
     return tuple(caches)
 

@@ -96,6 +96,9 @@ MISTAKES = {
     ],
     ["implementation=reference", "all_gather"],
   ),
+  "states across devices": (
+    ["--config=hybrid_tiny", "--config.mesh.context=8"], ["linear attention", "context=8"],
+  ),
   "groups across devices": (["--config.mesh.context=8"], ["group_size", "divisor of 4"]),
   "impossible mesh rules": ([ONE, "--config.mesh.rules=every"], ["mesh.rules", "fsdp"]),
   # data

@@ -65,7 +65,7 @@ def test_projections_are_orthogonal_in_runs_and_as_long_as_gaussian_vectors():
 def test_random_features_estimate_softmax_weights():
   """Unbiased: the mean over many projections meets exp(q . k / sqrt(H)) for small vectors."""
   rng = np.random.default_rng(0)
-  q, k = (jnp.asarray(0.5 * rng.normal(size=(1, 5, 1, 8)), jnp.float32) for _ in "qk")
+  q, k = (jnp.asarray(0.3 * rng.normal(size=(1, 5, 1, 8)), jnp.float32) for _ in "qk")
 
   def weights(key):
     w_MH = favor_projection(key, 64, 8)
@@ -132,7 +132,7 @@ def test_how_gates_start():
   rates = np.exp(boxed["decay_rate"].value)
   steps = np.log1p(np.exp(boxed["decay_bias"].value))
   assert 1 <= rates.min() < 2 and 14 < rates.max() <= 16
-  assert 1e-3 <= steps.min() * 1.001 and steps.max() < 0.1001 and 0.005 < np.median(steps) < 0.02
+  assert steps.min() > 0.99e-3 and steps.max() < 0.1001 and 0.005 < np.median(steps) < 0.02
   assert {name for name, w in boxed.items() if hasattr(w, "exact") and w.exact} == {
     "beta", "decay", "decay_bias", "decay_rate",
   }  # fmt: skip
@@ -156,5 +156,5 @@ def test_positions_over_devices_are_refused():
   run = lambda x, positions: shell.apply({"params": params}, x, Rows(positions))[0]
   row = P(None, "context")
   mapped = jax.shard_map(run, mesh=mesh, in_specs=(row, row), out_specs=row)
-  with pytest.raises(NotImplementedError, match="linear attention hands a state.*context=1"):
+  with pytest.raises(NotImplementedError, match=r"linear attention hands a state.*context=1"):
     jax.eval_shape(mapped, x, rows.positions_BT)

@@ -17,15 +17,17 @@ Letters: C tokens of the chunk, H head size of queries and keys, U that of value
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 f32 = jnp.float32
 
+Sum = int | Literal["until", "after"]
 
-def chunk(
+
+def attend(
   q_CH: jax.Array,
   k_CH: jax.Array,
   v_CU: jax.Array,
@@ -68,7 +70,8 @@ def chunk(
 
 
 def _indices(C: int) -> tuple[jax.Array, jax.Array]:
-  return tuple(jax.lax.broadcasted_iota(jnp.int32, (C, C), dim) for dim in (0, 1))
+  row, column = (jax.lax.broadcasted_iota(jnp.int32, (C, C), dim) for dim in (0, 1))
+  return row, column
 
 
 def _column(x_1C: jax.Array) -> jax.Array:
@@ -112,7 +115,7 @@ def _across(level: int, C: int) -> jax.Array:
   return (row & 1 == 1) & (column == row - 1)
 
 
-def _summed(which: int | str, C: int) -> jax.Array:
+def _summed(which: Sum, C: int) -> jax.Array:
   """For each token (row) the tokens (column) whose log-decays make up its own."""
   row, column = _indices(C)
   if which == "until":
@@ -126,7 +129,7 @@ def _summed(which: int | str, C: int) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sums(which: int | str, x: jax.Array) -> jax.Array:
+def _sums(which: Sum, x: jax.Array) -> jax.Array:
   return _product(1, 0, f32, _summed(which, x.shape[0]).astype(f32), x)
 
 

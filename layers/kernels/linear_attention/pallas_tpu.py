@@ -3,7 +3,7 @@
 The grid goes through blocks of chunks, the last axis in order: forward from the first to the last,
 backward in reverse. The state of a head, or its gradient, stays in fast memory meanwhile. Backward
 computes each chunk again from the state before it, which the forward pass left, and differentiates
-what `chunk` says by JAX, inside the kernel.
+`chunk.attend` by JAX, inside the kernel.
 
 Letters: B batch, N heads, T positions, H head size of queries and keys, U that of values, C tokens
 of a chunk.
@@ -20,8 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..partition import vary_with, varying_shape
 from ..select import current_platform
-from .chunk import chunk as one_chunk
-from .xla import Tokens, chunks_of, runs_of, unchunked
+from .xla import Tokens, chunks_of, one_chunk, runs_of, unchunked
 
 # Tokens a step of the grid: many small steps would cost more than the products in them.
 BLOCK = 512
@@ -106,7 +105,7 @@ def _forward_kernel(static, tokens, run, first_ref, o_ref, last_ref, *refs):
     state = state_ref[...]
     if states_ref is not None:
       states_ref[0, 0, i] = state
-    o, state_ref[...] = one_chunk(*_at(tokens, i), _at(run, i), state, scale=static.scale)
+    o, state_ref[...] = one_chunk(static, _at(tokens, i), _at(run, i), state)
     o_ref[0, 0, i] = o.astype(o_ref.dtype)
 
   jax.lax.fori_loop(0, o_ref.shape[2], step, None)
@@ -125,7 +124,7 @@ def _backward_kernel(
 
   def step(n, _):
     i = do_ref.shape[2] - 1 - n
-    one = lambda tokens, state: one_chunk(*tokens, _at(run, i), state, scale=static.scale)
+    one = lambda tokens, state: one_chunk(static, tokens, _at(run, i), state)
     _, pull = jax.vjp(one, _at(tokens, i), states_ref[0, 0, i])
     got, dstate_ref[...] = pull((do_ref[0, 0, i].astype(f32), dstate_ref[...]))
     for ref, d in zip(jax.tree.leaves(dtokens), jax.tree.leaves(got), strict=True):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from .chunk import chunk as one_chunk
+from .chunk import attend
 
 f32 = jnp.float32
 
@@ -70,8 +70,9 @@ def unchunked(x: jax.Array, like: jax.Array) -> jax.Array:
   return jnp.moveaxis(x.reshape(B, N, -1, x.shape[-1]), 1, 2)[:, :T]
 
 
-def _one(static, tokens: Tokens, run, state):
-  return one_chunk(*tokens, run, state, scale=static.scale)
+def one_chunk(static, tokens: Tokens, run, state):
+  """`attend` for the chunks of one head: (o, next state)."""
+  return attend(*tokens, run, state, scale=static.scale)
 
 
 def _all_heads(function):
@@ -93,7 +94,7 @@ def _chunked(static, tokens, run_BT, state_BNUH):
 
 def _forward(static, tokens, run_BT, state_BNUH):
   """(o, last state, the state before each chunk)."""
-  each = _all_heads(lambda tokens, run, state, _: _one(static, tokens, run, state))
+  each = _all_heads(lambda tokens, run, state, _: one_chunk(static, tokens, run, state))
 
   def step(state, inputs):
     tokens, run = inputs
@@ -115,7 +116,7 @@ def _chunked_bwd(static, saved, d):
   do_BTNU, dstate_BNUH = d
 
   def one(tokens, run, state, d):
-    _, pull = jax.vjp(lambda tokens, state: _one(static, tokens, run, state), tokens, state)
+    _, pull = jax.vjp(lambda tokens, state: one_chunk(static, tokens, run, state), tokens, state)
     return pull(d)
 
   each = _all_heads(one)

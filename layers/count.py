@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .params import is_weight
-from .spec import LatentAttentionSpec, ModelSpec, MoeSpec
+from .spec import LatentAttentionSpec, LinearAttentionSpec, ModelSpec, MoeSpec
 from .transformer import TransformerLM
 
 
@@ -61,13 +61,17 @@ def train_flops_per_token(spec: ModelSpec, length: int) -> float:
   6 N + 12 sum over layers of heads * head_dim * keys (arXiv 2204.02311, appendix B): N the active
   parameters without an untied input table; attention not halved for causality; a windowed layer
   sees at most its window; in latent attention head_dim is the mean of the key's and the value's
-  size. Recomputation, padding and dropped slots do not count.
+  size. A linear attention writes each token to its states and reads them, by the delta rule twice:
+  12 or 18 times their size, whatever the length and the chunks. Recomputation, padding and
+  dropped slots do not count.
   """
   attention = 0
   for layer in spec.layers:
     a = layer.attention
     if isinstance(a, LatentAttentionSpec):
       attention += 6 * a.num_heads * (a.nope_dim + a.rope_dim + a.value_dim) * length
+    elif isinstance(a, LinearAttentionSpec):
+      attention += (18 if a.kind == "delta" else 12) * a.num_heads * a.head_dim * a.value_size
     else:
       keys = min(x for x in (length, a.window, a.chunk) if x is not None)
       attention += 12 * a.num_heads * a.head_dim * keys

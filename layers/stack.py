@@ -17,7 +17,7 @@ from mesh.region import Region, gather
 
 from .attention import Rows
 from .block import Block
-from .cache import KVCache
+from .cache import KVCache, LinearState
 from .linear import take
 from .moe import MoeStats
 from .noise import fold
@@ -30,6 +30,7 @@ _CPU_UNROLL = 8
 # Tensors worth keeping so that backward repeats no matmul and no kernel.
 MINIMAL_NAMES = (
   "query", "key", "value", "latent", "attention_out", "attention_lse",
+  "attention_state", "gate",
   "attention_branch", "mlp_up", "mlp_gate", "mlp_branch",
   "router_logits", "expert_up", "expert_gate",
 )  # fmt: skip
@@ -72,18 +73,18 @@ def apply_segment(
   rows: Rows,
   *,
   layers_L: jax.Array,
-  caches: tuple[KVCache, ...] | None = None,
+  caches: tuple[KVCache | LinearState, ...] | None = None,
   train: bool = False,
   remat: str | Sequence[str] = "none",
   unroll: int | None = None,
   gather: Callable[[Any], Any] | None = None,
-) -> tuple[jax.Array, tuple[MoeStats, ...], tuple[KVCache, ...] | None]:
+) -> tuple[jax.Array, tuple[MoeStats, ...], tuple[KVCache | LinearState, ...] | None]:
   """Scan groups of layers over `params` (each leaf `[repeats, ...]`).
 
   Args:
     blocks: one shell a layer of the group.
     layers_L: for each repeat the index of its first layer, for the noise of each layer.
-    caches: one KV cache a layer of the group, stacked over repeats.
+    caches: one cache a layer of the group, stacked over repeats.
     remat: see `remat_policy`.
     unroll: repeats a loop iteration; None is all of them on CPU up to eight, else 1.
     gather: makes the weights of one group whole; None where they are.
@@ -141,13 +142,13 @@ def run_segment(
   *,
   region: Region | None,
   first_layer: int = 0,
-  caches: tuple[KVCache, ...] | None = None,
+  caches: tuple[KVCache | LinearState, ...] | None = None,
   train: bool = False,
   remat: str | Sequence[str] = "none",
   unroll: int | None = None,
   microbatches: int = 1,
   circular: int = 1,
-) -> tuple[jax.Array, tuple[MoeStats, ...], tuple[KVCache, ...] | None]:
+) -> tuple[jax.Array, tuple[MoeStats, ...], tuple[KVCache | LinearState, ...] | None]:
   """`apply_segment`; in a region each device on its own rows, stage after stage.
 
   Args:

@@ -15,7 +15,7 @@ from mesh.region import region_for
 
 from .attention import Rows, bucket_table, layer_mask
 from .block import Block
-from .cache import KVCache, empty_cache, num_slots
+from .cache import KVCache, LinearState, empty_cache, empty_state, num_slots
 from .context import Method, mask_reach, zigzag
 from .embedding import Embedding
 from .kernels.cross_entropy import CrossEntropy
@@ -25,11 +25,11 @@ from .moe import MoeStats
 from .norms import Norm
 from .params import declare, kernel_init, unbox
 from .router import updated_bias
-from .spec import BucketedSpec, ModelSpec, MoeSpec, Segment
+from .spec import BucketedSpec, LinearAttentionSpec, ModelSpec, MoeSpec, Segment
 from .stack import run_segment
 
 # One entry a segment, one a layer of its group, arrays stacked over repeats.
-Caches = tuple[tuple[KVCache, ...], ...]
+Caches = tuple[tuple[KVCache | LinearState, ...], ...]
 
 
 class LMOutput(NamedTuple):
@@ -226,16 +226,19 @@ class TransformerLM(nn.Module):
 
 
 def init_caches(spec: ModelSpec, batch: int, length: int, dtype=jnp.float32) -> Caches:
-  """Empty KV caches of every layer for rows of `length`, as long as its mask sees back."""
+  """Empty caches of every layer: for as many of `length` positions as its mask sees, or a state."""
 
   def segment_caches(segment):
     stack = lambda x: jnp.zeros((segment.repeats, *x.shape), x.dtype)
     caches = []
     for layer in segment.layers:
-      key, value = layer.attention.cached
-      before, _ = mask_reach(layer_mask(layer.attention))
-      slots = num_slots(length, before)
-      caches.append(jax.tree.map(stack, empty_cache(batch, slots, key, value, dtype)))
+      if isinstance(layer.attention, LinearAttentionSpec):
+        cache = empty_state(batch, layer.attention.state)
+      else:
+        before, _ = mask_reach(layer_mask(layer.attention))
+        key, value = layer.attention.cached
+        cache = empty_cache(batch, num_slots(length, before), key, value, dtype)
+      caches.append(jax.tree.map(stack, cache))
     return tuple(caches)
 
   return tuple(segment_caches(segment) for segment in spec.segments)

@@ -25,6 +25,7 @@ SMALL = {
   "--config=moe_tiny": "--config=debug",
   "--config=dense_1b": "--config=debug --workdir=runs/shards",
   "--config=moe_small": "--config=debug",
+  "--config=hybrid_tiny": "--config=hybrid_tiny --config.train.steps=2 --config.data.row_length=64",
   "runs/moe_tiny": "runs/debug",
   "--config.train.steps=800": "--config.train.steps=22",
 }

@@ -24,7 +24,7 @@ from experiments.training.step import make_train_step
 from mesh.constrain import use_mesh
 
 GOLDEN = Path(__file__).parent / "golden"
-STEPS = {"debug": 20, "moe_tiny": 8, "dense_tiny": 8}
+STEPS = {"debug": 20, "moe_tiny": 8, "dense_tiny": 8, "hybrid_tiny": 4}
 
 
 def losses(name: str) -> list[float]:
@@ -52,6 +52,12 @@ def test_golden_loss_curve(name):
   recorded = json.loads((GOLDEN / f"{name}.json").read_text())
   # Rounding differs between compilers, and a router near a tie then sends a token elsewhere.
   np.testing.assert_allclose(losses(name), recorded["losses"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_recorded_losses_fall(name):
+  recorded = json.loads((GOLDEN / f"{name}.json").read_text())["losses"]
+  assert len(recorded) == STEPS[name] and recorded[-1] < 0.9 * recorded[0]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from layers.attention import layer_mask
 from layers.context import mask_reach
-from layers.spec import AttentionSpec, MoeSpec, TransformerXLSpec
+from layers.spec import AttentionSpec, LinearAttentionSpec, MoeSpec, TransformerXLSpec
 from layers.stack import remat_policy
 from layers.transformer import TransformerLM
 from mesh.axes import MESH_AXES
@@ -149,6 +149,11 @@ def _check_parallel(config: Config, mesh: Mesh) -> None:
   method = config.mesh.context_method
   half = length // context // 2
   for layer in config.model.layers:
+    if isinstance(layer.attention, LinearAttentionSpec):
+      raise ConfigError(
+        f"linear attention hands a state from token to token, so it does not work with "
+        f"context={context}"
+      )
     if isinstance(layer.attention, AttentionSpec) and isinstance(
       layer.attention.position, TransformerXLSpec
     ):

@@ -105,6 +105,9 @@ MISTAKES = {
     ],
     ["context_method=halo", "window", "use auto"],
   ),
+  "states across devices": (
+    ["--config=hybrid_tiny", "--config.mesh.context=8"], ["linear attention", "context=8"],
+  ),
   "groups across devices": (["--config.mesh.context=8"], ["group_size", "divisor of 4"]),
   "impossible mesh rules": ([ONE, "--config.mesh.rules=every"], ["mesh.rules", "fsdp"]),
   # data

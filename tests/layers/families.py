@@ -11,6 +11,7 @@ from layers.spec import (
   LatentAttentionSpec,
   LayerSpec,
   LearnedPositionSpec,
+  LinearAttentionSpec,
   LinearScaling,
   Llama3Scaling,
   MlpSpec,
@@ -266,3 +267,21 @@ def deepseek_v3(
   )  # fmt: skip
   first, then = LayerSpec(attention, MlpSpec(ff)), LayerSpec(attention, moe)
   return ModelSpec(vocab, d, (Segment((first,), dense), Segment((then,), count - dense)))
+
+
+def hybrid(count, d, heads, head_dim, ff, *kinds, vocab=32_000, every=4, position=None):
+  """Linear layers of these kinds in turn; each `every`-th layer is softmax attention."""
+  norm, mlp = NormSpec(), MlpSpec(ff)
+  softmax = LayerSpec(AttentionSpec(heads, head_dim, position=RotarySpec()), mlp, norm)
+  linear = [
+    LayerSpec(
+      LinearAttentionSpec(
+        kind, heads, head_dim, head_dim + 2, position if kind == "retention" else None
+      ),
+      mlp,
+      norm,
+    )
+    for kind in kinds
+  ]
+  layers = (*(linear[i % len(linear)] for i in range(every - 1)), softmax)
+  return ModelSpec(vocab, d, repeated(*layers, count=count))

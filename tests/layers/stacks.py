@@ -16,6 +16,7 @@ from layers.spec import (
   LatentAttentionSpec,
   LayerSpec,
   LearnedPositionSpec,
+  LinearAttentionSpec,
   MlpSpec,
   ModelSpec,
   MoeSpec,
@@ -33,8 +34,8 @@ D, T, V = 16, 12, 32
 _MLP = MlpSpec(24)
 _HEADS = AttentionSpec(num_heads=2, head_dim=8)
 
-# Every way to know a position, and experts with a slot for every choice. Sizes divide over eight
-# devices.
+# Every way to know a position, experts with a slot for every choice, every linear attention. Sizes
+# divide over eight devices.
 POSITIONS = ModelSpec(
   vocab_size=V,
   embed_dim=D,
@@ -58,6 +59,14 @@ POSITIONS = ModelSpec(
         LayerSpec(LatentAttentionSpec(2, 12, 6, 4, 5), _MLP),
       ),
       repeats=2,
+    ),
+    Segment(
+      (
+        LayerSpec(LinearAttentionSpec("elu", 2, 4), _MLP),
+        LayerSpec(LinearAttentionSpec("retention", 2, 4, position=RotarySpec()), _MLP),
+        LayerSpec(LinearAttentionSpec("gla", 2, 4, 6), _MLP),
+        LayerSpec(LinearAttentionSpec("delta", 2, 4, 6), _MLP),
+      ),
     ),
   ),
 )

@@ -140,5 +140,8 @@ def test_flops_of_attention():
   assert attention(one(window=10), 100) == 3 * 12 * 2 * 8 * 10
   assert attention(one(chunk=20, window=30), 100) == 3 * 12 * 2 * 8 * 20
   assert attention(one(window=500), 100) == 3 * 12 * 2 * 8 * 100
+  # Written and read: 4 FLOPs for each number of a state and direction, three directions.
+  linear = f.hybrid(3, 16, 2, 8, 16, "gla", "delta")
+  assert attention(linear, 100) == attention(linear, 10**6) == (12 + 18 + 12) * 2 * 8 * 10
   latent = f.deepseek_v3(2, 16, 2, 8, 8, 4, 2, dense=1, kv_lora=4, nope=6, rope=4, value=8)
   assert attention(latent, 100) == 2 * 6 * 2 * (6 + 4 + 8) * 100

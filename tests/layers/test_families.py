@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers.spec import LinearScaling, YarnScaling
+from layers.spec import LinearScaling, RotarySpec, YarnScaling
 from layers.transformer import TransformerLM
 from tests.layers import families
 from tests.layers.stacks import quick_jit, random_params
@@ -46,6 +46,8 @@ FAMILIES = {
   "deepseek_v2_lite": families.deepseek_v3(
     2, D, 2, 24, 12, 4, 2, vocab=V, dense=1, q_lora=None, kv_lora=10, nope=6, rope=4, value=8,
   ),
+  "retention": families.hybrid(1, D, 2, 6, 24, "retention", vocab=V, position=RotarySpec()),
+  "hybrid": families.hybrid(4, D, 2, 6, 24, "elu", "gla", "delta", vocab=V),
 }  # fmt: skip
 
 

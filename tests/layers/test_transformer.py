@@ -182,7 +182,9 @@ def test_noise_follows_its_row_and_needs_a_key():
 
 def test_bfloat16_is_near_float64_and_reaches_every_weight_in_float32():
   """Without experts: where a token goes may hang on the last bit."""
-  kinds = (POSITIONS.layers[i] for i in (0, 3, 5))  # rotary and sinks, Transformer-XL, latents
+  kinds = (
+    POSITIONS.layers[i] for i in (0, 3, 5, 12)
+  )  # rotary and sinks, Transformer-XL, latents, delta
   layers = tuple(replace(layer, mlp=MlpSpec(24)) for layer in kinds)
   spec = replace(POSITIONS, segments=(Segment(layers, 2),))
   params, tokens, targets = random_params(spec), random_tokens(2, T), random_tokens(2, T, seed=2)
@@ -294,7 +296,9 @@ def test_an_unknown_policy_is_refused_with_the_known_ones():
 )
 def test_eight_devices_compute_the_same(explicit):
   """Loss, gradients and a cached decoding step, also when shardings are part of types."""
-  spec = replace(POSITIONS, segments=(Segment(POSITIONS.segments[1].layers[1:]),))
+  spec = replace(
+    POSITIONS, segments=(Segment((*POSITIONS.segments[1].layers[1:], POSITIONS.layers[-1])),)
+  )
   model, boxed = TransformerLM(spec, unroll=1), abstract_params(spec)
   params, tokens = random_params(spec), random_tokens(8, T)
   keys = jax.random.split(jax.random.key(0), 8)

@@ -12,6 +12,7 @@ from layers.spec import (
   AlibiSpec,
   BucketedSpec,
   LatentAttentionSpec,
+  LinearAttentionSpec,
   LinearScaling,
   Llama3Scaling,
   MoeSpec,
@@ -22,6 +23,7 @@ from tests.oracles import masks as mask_oracle
 from tests.oracles import moe as moe_oracle
 from tests.oracles import positions as position_oracle
 from tests.oracles.attention import attention as attend
+from tests.oracles.linear_attention import recurrent
 from tests.oracles.mlp import mlp
 from tests.oracles.norms import layer_norm, rms_norm
 
@@ -151,6 +153,36 @@ def latent_attention(spec, w, x, positions, segments):
   return np.einsum("btnh,nhd->btd", o, w["out"])
 
 
+def linear_attention(spec, w, x, positions, segments):
+  """Katharopoulos et al., RetNet, GLA and the gated delta rule, token by token."""
+  N, H = spec.num_heads, spec.head_dim
+  project = lambda name: np.einsum("btd,dnh->btnh", x, w[name])
+  sigmoid = lambda y: 1 / (1 + np.exp(-y))
+  silu = lambda y: y * sigmoid(y)
+  length = lambda y: y / np.sqrt((y * y).sum(-1, keepdims=True) + 1e-6)
+  q, k, v = project("query"), project("key"), project("value")
+  more = {"scale": 1 / math.sqrt(H)}
+  if spec.kind == "elu":
+    feature = lambda y: np.where(y > 0, y + 1, np.exp(y))
+    q, k, more = feature(q), feature(k), {"normalize": True}
+  elif spec.kind == "retention":
+    gamma = [1 - 2.0 ** (-5 - h) for h in range(N)]
+    more["decay"] = np.broadcast_to(np.log(gamma), x.shape[:2] + (N,))
+    if spec.position is not None:
+      q, k = rotate(spec.position, q, positions), rotate(spec.position, k, positions)
+  elif spec.kind == "gla":
+    logits = np.einsum("btr,rnh->btnh", x @ w["decay_down"], w["decay_up"]) + w["decay_bias"]
+    more["decay"] = np.log(sigmoid(logits) ** (1 / 16))
+  else:
+    q, k, v = length(silu(q)), length(silu(k)), silu(v)
+    step = np.log(1 + np.exp(x @ w["decay"] + w["decay_bias"]))
+    more |= {"decay": -np.exp(w["decay_rate"]) * step, "beta": sigmoid(x @ w["beta"])}
+  o, _ = recurrent(q, k, v, segments=segments, **more)
+  if spec.kind != "elu":
+    o = norm(spec.norm, w["out_norm"], o) * silu(project("gate"))
+  return np.einsum("btnh,nhd->btd", o, w["out"])
+
+
 def feed_forward(spec, w, x):
   clamp = math.inf if spec.clamp is None else spec.clamp
   return mlp(x, w, spec.activation, clamp, spec.up_offset)
@@ -198,6 +230,8 @@ def mixture(spec, w, x, valid, train):
 def layer(spec, w, x, positions, segments, shared_table, train):
   if isinstance(spec.attention, LatentAttentionSpec):
     attend_to = lambda h: latent_attention(spec.attention, w["attention"], h, positions, segments)
+  elif isinstance(spec.attention, LinearAttentionSpec):
+    attend_to = lambda h: linear_attention(spec.attention, w["attention"], h, positions, segments)
   else:
     attend_to = lambda h: attention(
       spec.attention, w["attention"], h, positions, segments, shared_table

@@ -16,6 +16,7 @@ from layers.spec import (
   EmbeddingSpec,
   LayerSpec,
   LearnedPositionSpec,
+  LinearAttentionSpec,
   MlpSpec,
   ModelSpec,
   MoeSpec,
@@ -55,8 +56,13 @@ SPECS = {
     layer(None), layer(AlibiSpec(), window=6), table=LearnedPositionSpec(CONTEXT, offset=2)
   ),
   "buckets, routing groups": spec(layer(BucketedSpec(8, 20), experts(2, group_size=12)), repeats=2),
+  "states beside a cache": spec(
+    LayerSpec(LinearAttentionSpec("elu", 2, 8), DENSE),
+    LayerSpec(LinearAttentionSpec("delta", 2, 8), DENSE),
+    layer(RotarySpec()),
+  ),
 }
-FIRST, SECOND, _ = SPECS
+FIRST, SECOND, *_ = SPECS
 
 
 @cache

@@ -16,9 +16,11 @@ from layers.spec import (
   AttentionSpec,
   InitSpec,
   LayerSpec,
+  LinearAttentionSpec,
   MlpSpec,
   ModelSpec,
   MoeSpec,
+  NormSpec,
   RotarySpec,
   Segment,
 )
@@ -27,8 +29,9 @@ from mesh.constrain import use_mesh
 pytestmark = pytest.mark.xdist_group("devices")
 
 B, T, V = 16, 64, 64
-# Among so many choices rounding changes one sooner or later.
-STEPS = {"dense": 5, "moe": 5, "routers": 2}
+# Among so many choices rounding changes one sooner or later, and normalised queries and keys of
+# embeddings that start near zero magnify it with each step.
+STEPS = {"dense": 5, "moe": 5, "routers": 2, "linear": 1}
 ATTENTION = AttentionSpec(num_heads=8, num_kv_heads=8, head_dim=8, position=RotarySpec())
 # Groups of 4 tokens: the largest that lie on one device when a row lies on eight, in zigzag.
 SLOTS = MoeSpec(
@@ -61,6 +64,11 @@ MODELS = {
   "routers": (
     Segment((LayerSpec(ATTENTION, MlpSpec(hidden=64)),), 8),
     *(Segment((LayerSpec(ATTENTION, moe),)) for moe in ROUTERS.values()),
+  ),
+  # With a small eps results near zero, where little has been written, would be only rounding.
+  "linear": tuple(
+    Segment((LayerSpec(LinearAttentionSpec(kind, 8, 8, norm=NormSpec(eps=0.1)), MlpSpec(64)),))
+    for kind in ("delta", "gla")
   ),
 }
 MESHES = {
@@ -96,13 +104,15 @@ ROUTER_MESHES = (
   "expert", "tensor", "fsdp expert tensor", "stage fsdp expert", "expert context tensor",
   "explicit fsdp expert tensor",
 )  # fmt: skip
+LINEAR_MESHES = ("fsdp expert tensor", "stage fsdp expert", "explicit fsdp expert tensor")
+# Of linear attention `tests/layers/test_transformer.py` has a case on eight devices.
 IN_DEFAULT_SUITE = {("moe", "stage fsdp expert"), ("dense", "data context tensor")}
 CASES = [
   pytest.param(
     model, name, id=f"{model}: {name}", marks=() if case in IN_DEFAULT_SUITE else pytest.mark.full
   )
   for model in MODELS
-  for name in (ROUTER_MESHES if model == "routers" else MESHES)
+  for name in {"routers": ROUTER_MESHES, "linear": LINEAR_MESHES}.get(model, MESHES)
   for case in [(model, name)]
 ]
 

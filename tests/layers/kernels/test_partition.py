@@ -11,6 +11,7 @@ from layers.kernels.attention import Bucketed, attention
 from layers.kernels.attention import xla as attention_xla
 from layers.kernels.cross_entropy import cross_entropy
 from layers.kernels.cross_entropy import xla as cross_entropy_xla
+from layers.kernels.linear_attention import linear_attention
 
 
 def normal(*shape):
@@ -19,6 +20,11 @@ def normal(*shape):
 
 def attend(q, k, v, table, sink):
   return jnp.sum(attention(q, k, v, bias=Bucketed(table, max_distance=20), sink_N=sink) ** 2)
+
+
+def attend_linearly(q, k, v, decay):
+  decay = -jnp.abs(decay)[None, None]
+  return jnp.sum(linear_attention(q, k, v, decay=decay, chunk=16)[0] ** 2)
 
 
 def predict(x, w, targets, weights):
@@ -30,6 +36,11 @@ CASES = {
     attend,
     (normal(4, 40, 4, 8), normal(4, 40, 2, 8), normal(4, 40, 2, 4), normal(8, 4), normal(4)),
     (P("data"), P("data"), P("data"), P(), P()),
+  ),
+  "linear attention": (
+    attend_linearly,
+    (normal(4, 40, 4, 8), normal(4, 40, 2, 8) / 3, normal(4, 40, 2, 4), normal(4, 8)),
+    (P("data"), P("data"), P("data"), P()),
   ),
   "cross_entropy": (
     predict,

@@ -9,8 +9,8 @@ from layers.count import count_params
 from tests.experiments.programs import PROGRAMS, call
 
 CONFIGS = (
-  "debug", "deepseek:v3", "dense_1b", "dense_tiny", "hybrid_tiny", "mixtral:8x22b", "mixtral:8x7b",
-  "moe_70b", "moe_8x1b", "moe_small", "moe_tiny",
+  "debug", "deepseek:v3", "dense_1b", "dense_tiny", "gemma3:4b", "gpt3:175b", "gpt_neo:1.3b",
+  "hybrid_tiny", "mixtral:8x22b", "mixtral:8x7b", "moe_70b", "moe_8x1b", "moe_small", "moe_tiny",
 )  # fmt: skip
 
 

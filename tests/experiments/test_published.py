@@ -1,0 +1,62 @@
+"""Published models as configs: their counts, and the family that the oracles test."""
+
+from dataclasses import replace
+
+import pytest
+
+from experiments import cli
+from layers.count import count_params
+from layers.spec import Segment
+from tests.layers import families
+
+# Published counts (those of Hugging Face's checkpoints, or of the papers' tables).
+COUNTS = {
+  "gpt3:125m": 125_226_240, "gpt3:350m": 355_871_744, "gpt3:760m": 760_300_032,
+  "gpt3:1.3b": 1_315_723_264, "gpt3:2.7b": 2_651_553_280, "gpt3:6.7b": 6_658_404_352,
+  "gpt3:13b": 12_853_386_240, "gpt3:175b": 174_604_259_328,
+  "gpt_neo:125m": 125_198_592, "gpt_neo:1.3b": 1_315_575_808, "gpt_neo:2.7b": 2_651_307_520,
+  "gemma3:270m": 268_098_176, "gemma3:1b": 999_885_952, "gemma3:4b": 3_880_263_168,
+  "gemma3:12b": 11_766_034_176, "gemma3:27b": 27_009_346_304,
+  "mixtral:8x7b": 46_702_792_704, "mixtral:8x22b": 140_630_071_296,
+  "deepseek:v3": 671_026_404_352,
+}  # fmt: skip
+
+
+def test_every_family_is_here():
+  assert {name for name in cli.config_names() if ":" in name} == COUNTS.keys()
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameters_are_the_published_ones(name):
+  assert count_params(cli.named_config(name).model).total == COUNTS[name]
+
+
+def layers_of(spec):
+  """Without the choices that change no function of the weights."""
+  return replace(spec, segments=(Segment(spec.layers),), init=families.gpt(1, 8, 2).init)
+
+
+@pytest.mark.parametrize(
+  ("name", "family"),
+  [
+    ("gpt3:1.3b", families.gpt_sparse(24, 2048, 16, None, length=2048)),
+    ("gpt_neo:2.7b", families.gpt_neo(32, 2560, 20)),
+    ("gemma3:27b", families.gemma3(62, 5376, 32, 16, 128, 21504, scale=168**-0.5)),
+    ("gemma3:4b", families.gemma3(34, 2560, 8, 4, 256, 10240, scale=256**-0.5)),
+  ],
+  ids=str,
+)
+def test_configs_are_the_families_that_oracles_test(name, family):
+  model = layers_of(cli.named_config(name).model)
+  family = layers_of(replace(family, max_length=model.max_length))
+  if name.startswith("gpt3"):  # every second layer has a band, and GELU is exact
+    assert [layer.attention.window for layer in model.layers[:4]] == [None, 256, None, 256]
+    plain = lambda layer: replace(
+      layer,
+      attention=replace(layer.attention, window=None),
+      mlp=replace(layer.mlp, activation="gelu"),
+    )
+    model, family = (
+      replace(m, segments=(Segment(tuple(map(plain, m.layers))),)) for m in (model, family)
+    )
+  assert model == family

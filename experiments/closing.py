@@ -4,6 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
 from rich.console import Console
 from rich.table import Table
 
@@ -57,7 +59,7 @@ def print_sample(outcome: Outcome, tokenizer: Tokenizer, *, show: bool = True) -
   draw = Draw(tokenizer.vocab_size, settings.temperature)
   chunks = generate(
     setup.model,
-    outcome.state.params,
+    jax.tree.map(_placed_by_the_compiler, outcome.state.params),
     [prompt],
     num_tokens=min(settings.sample_tokens, room),
     draw=draw,
@@ -70,6 +72,17 @@ def print_sample(outcome: Outcome, tokenizer: Tokenizer, *, show: bool = True) -
   print(f"\nSample (temperature {settings.temperature})\n")
   text = harmless(settings.sample_prompt + tokenizer.decode(tokens))
   print("\n".join("  | " + line for line in text.splitlines()))
+
+
+def _placed_by_the_compiler(x: jax.Array) -> jax.Array:
+  """The same array where it is; what is computed from it needs no sharding in its type."""
+  if not isinstance(x.sharding, NamedSharding):
+    return x
+  mesh = x.sharding.mesh
+  automatic = Mesh(
+    mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names)
+  )
+  return jax.device_put(x, NamedSharding(automatic, x.sharding.spec))
 
 
 def harmless(text: str) -> str:

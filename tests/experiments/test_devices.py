@@ -53,3 +53,11 @@ def test_a_run_goes_on_with_another_mesh_and_generates_on_all(meshed, trained):
   one_device = call("generate", *arguments, "--config.mesh.data=1")
   assert all_devices.code == 0, all_devices.err
   assert all_devices.out == one_device.out and len(all_devices.out) > 20
+
+
+def test_a_run_with_explicit_axes_ends_with_a_sample(tmp_path):
+  mesh = ("--config.mesh.fsdp=4", "--config.mesh.tensor=2", "--config.mesh.axis_types=explicit")
+  short = ("--config.train.steps=2", "--config.optimizer.warmup_steps=1")
+  result = call("run", "--config=debug", *mesh, *short, f"--workdir={tmp_path / 'run'}")
+  assert result.code == 0, result.err
+  assert "Sample (temperature" in result.out

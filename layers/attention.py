@@ -103,8 +103,9 @@ def cached_keys(
     valid_BT = jnp.ones_like(rows.positions_BT, bool)
   new = jnp.where(valid_BT, rows.positions_BT, -1)
   positions_BS = jnp.concatenate([slot_positions(start_B - 1, S), new], 1)
+  place = lambda x: constrain(x, "cache_batch", None, "cache_heads", None)
   old_and_new = zip(as_new(cache), (key_BTKH, value_BTKH), strict=True)
-  k, v = (jnp.concatenate(pair, 1) for pair in old_and_new)
+  k, v = (jnp.concatenate([place(x) for x in pair], 1) for pair in old_and_new)
   return roll_cache(cache, key_BTKH, value_BTKH, start_B, valid_BT.sum(1)), k, v, positions_BS
 
 

@@ -45,9 +45,8 @@ def attention(
       shows every key. Blocks in which nothing is visible cost nothing.
     q_positions_BT: position of each query; None is 0..T-1.
     kv_positions_BS: position of each key. None: the keys are the queries' own row, so T == S, and
-      inside a segment (the whole row, if there are none) positions are consecutive. Of masks that
-      are not `relative` blocks are then skipped by their reach only, unless `q_positions_BT` is
-      None too. Given (a cache, cross-attention): nothing is skipped.
+      inside a segment (the whole row, if there are none) positions are consecutive. Key lengths
+      and offsets of queries are said by segments and positions.
     q_segments_BT, kv_segments_BS: a key is visible only in the query's own segment; segment 0 is
       padding, sees nothing, is seen by nothing, and what it holds (NaN too) is ignored. The keys'
       are the queries' if `kv_positions_BS` is None.
@@ -55,8 +54,8 @@ def attention(
     softcap: c gives c * tanh(logit / c), before bias and mask (Gemma 2, arXiv 2408.00118).
     bias: `Alibi`, `Bucketed` or `RelativeKeys`.
     sink_N: a logit a head that takes part in the denominator only (gpt-oss, arXiv 2508.10925).
-    implementation: "pallas_tpu" or "pallas_gpu" (no `kv_positions_BS`, of the biases `Alibi`
-      alone), "cudnn" (GPU; all keys or a causal window, and nothing else of this list), "xla"
+    implementation: "pallas_tpu" or "pallas_gpu" (of the biases `Alibi` alone; the latter without
+      `kv_positions_BS`), "cudnn" (GPU; all keys or a causal window, and nothing else of this list), "xla"
       (blockwise: memory linear in T and S; reverse-mode derivatives only when T * S exceeds one
       block, 256 x 256 on CPU, else 512 x 512) or "reference"; None is the first that can run,
       "cudnn" before "pallas_gpu".

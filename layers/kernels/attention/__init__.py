@@ -55,9 +55,9 @@ def attention(
     bias: `Alibi`, `Bucketed` or `RelativeKeys`.
     sink_N: a logit a head that takes part in the denominator only (gpt-oss, arXiv 2508.10925).
     implementation: "pallas_tpu" or "pallas_gpu" (of the biases `Alibi` alone; the latter without
-      `kv_positions_BS`), "cudnn" (GPU; all keys or a causal window, and nothing else of this list), "xla"
-      (blockwise: memory linear in T and S; reverse-mode derivatives only when T * S exceeds one
-      block, 256 x 256 on CPU, else 512 x 512) or "reference"; None is the first that can run,
+      `kv_positions_BS`), "cudnn" (GPU; all keys or a causal window, and nothing else of this list),
+      "xla" (blockwise: memory linear in T and S; reverse-mode derivatives only when T * S exceeds
+      one block, 256 x 256 on CPU, else 512 x 512) or "reference"; None is the first that can run,
       "cudnn" before "pallas_gpu".
 
   Logits and softmax are float32; probabilities are cast to the dtype of v. A query that sees no

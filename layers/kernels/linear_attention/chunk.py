@@ -122,9 +122,8 @@ def _summed(which: Sum, C: int) -> jax.Array:
     return column <= row
   if which == "after":
     return column > row
-  odd = (
-    row >> which
-  ) & 1 == 1  # from the border before an odd block, up to that behind an even one
+  # From the border before an odd block, up to that behind an even one.
+  odd = (row >> which) & 1 == 1
   return (row >> which == column >> which) & ((odd & (column <= row)) | (~odd & (column > row)))
 
 

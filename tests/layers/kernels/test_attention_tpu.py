@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -79,6 +80,39 @@ def test_what_sees_nothing_is_exactly_zero(interpreted):
 def test_bfloat16(name, interpreted):
   """Probabilities and their gradients are rounded before they meet values, keys and queries."""
   close(run(pallas_tpu, name, jnp.bfloat16), expected(name, jnp.bfloat16), 2e-2)
+
+
+def one_block_of_results(**specs):
+  """All rows and heads write to one place, on two cores."""
+  out = [(spec.block_shape, len(spec.block_shape)) for spec in specs["out_specs"]]
+  specs["out_specs"] = [pl.BlockSpec(shape, lambda *_, n=n: (0,) * n) for shape, n in out]
+  return pltpu.PrefetchScalarGridSpec(**specs)
+
+
+@pytest.mark.parametrize("seeded", [False, True], ids=["as it is", "seeded"])
+def test_races(seeded, monkeypatch, capfd):
+  """Forward and backward on two cores, with memory that is NaN until written."""
+  monkeypatch.setattr(pallas_tpu, "BLOCK", 256)
+  if seeded:
+    names = vars(pltpu) | {"PrefetchScalarGridSpec": one_block_of_results}
+    monkeypatch.setattr(pallas_tpu, "pltpu", SimpleNamespace(**names))
+  masks = PerHead((Local(9), BigBird(4, 64)))
+  case = Case(masks, documents=((60, 80, 60), (130, 50, 20)), sink=True, alibi=True, length=200)
+  parameters = pltpu.InterpretParams(
+    detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2
+  )
+  found = ""
+  with pltpu.force_tpu_interpret_mode(parameters):
+    try:
+      got = jax.block_until_ready(attention_cases.run(pallas_tpu, case))
+    except jax.errors.JaxRuntimeError as error:  # newer versions raise, older ones print
+      found = str(error)
+  found += "".join(capfd.readouterr())
+  assert ("RACE DETECTED" in found) == seeded
+  if not seeded:  # but for slopes, of which the float32 reference itself is off by 5e-5
+    (*grads, _), o = got
+    (*want, _), want_o = attention_cases.run(reference, case)
+    close((grads, o), (want, want_o), 1e-5)
 
 
 SIZES = {

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..partition import vary_with, varying_shape
-from ..select import current_platform
+from ..tpu import fast_memory
 from .bias import Alibi
 from .blocks import (
   COLUMN,
@@ -98,14 +98,6 @@ def block_size(length: int) -> int:
   tiles = -(-length // LANES)
   blocks = -(-tiles // (most // LANES))
   return -(-tiles // blocks) * LANES
-
-
-def fast_memory() -> int:
-  """Bytes that a kernel may use of a core's fast memory; v4's if this is not a TPU."""
-  capacity = 16 * 2**20
-  if current_platform() == "tpu":
-    capacity = pltpu.get_tpu_info().vmem_capacity_bytes
-  return capacity * 7 // 8
 
 
 def attention(

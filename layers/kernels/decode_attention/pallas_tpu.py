@@ -25,8 +25,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..attention.pallas_tpu import LANES, LOG2E, MASKED, fast_memory
+from ..attention.tiles import LOG2E, MASKED
 from ..partition import vary_with, varying_shape
+from ..tpu import fast_memory
 from .inputs import Inputs, Static, bounds, needed_pages, visible
 
 STEP_BYTES = 2**20  # of keys, and of values, that a step reads; more than hides its start
@@ -35,6 +36,7 @@ COLUMNS = 1024  # in work at a time
 LOGITS = 2**18  # in work at a time
 CHUNKS = 4  # of them in a step of a cache that is one piece; more takes long to compile
 ROWS = 2048  # T * N at most
+LANES = 128
 
 f32 = jnp.float32
 

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..partition import vary_with, varying_shape
-from ..select import current_platform
+from ..tpu import fast_memory
 from .xla import Tokens, chunks_of, one_chunk, runs_of, unchunked
 
 # Tokens a step of the grid: many small steps would cost more than the products in them.
@@ -47,14 +47,6 @@ def supports(q_BTNH, k_BTNH, v_BTNU, chunk: int) -> str | None:
   if q_BTNH.shape[1] < SUBLANES:
     return f"rows must hold {SUBLANES} tokens or more, not {q_BTNH.shape[1]}"
   return None
-
-
-def fast_memory() -> int:
-  """Bytes that a kernel may use of a core's fast memory; v4's if this is not a TPU."""
-  capacity = 16 * 2**20
-  if current_platform() == "tpu":
-    capacity = pltpu.get_tpu_info().vmem_capacity_bytes
-  return capacity * 7 // 8
 
 
 def linear_attention(

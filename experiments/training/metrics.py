@@ -3,15 +3,16 @@
 import json
 import math
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
 
 from ..config import ConfigError
 from .step import StepMetrics
@@ -69,8 +70,11 @@ class MetricsWriter:
     self._file = self.path.open("a")
     board = folder / "tensorboard"
     board.mkdir(exist_ok=True)
-    self._board = EventsWriter(str(board / "events"), f".{resume_step}.{os.getpid()}")
+    name = [str(x) for x in (int(time.time()), socket.gethostname(), resume_step, os.getpid())]
+    # Not `EventsWriter`, which leaves its file open when the disk is full.
+    self._board = RecordWriter(str(board / ".".join(["events.out.tfevents", *name])))
     self._flushed = time.monotonic()
+    self._event(0, file_version="brain.Event:2")
     if resume_step:  # TensorBoard then hides what an earlier process wrote from this step on
       start = SessionLog(status=SessionLog.START)
       self._event(resume_step + 1, session_log=start)
@@ -88,11 +92,14 @@ class MetricsWriter:
       self._flushed = time.monotonic()
 
   def _event(self, step: int, **what: Any) -> None:
-    self._board.write_event(Event(wall_time=time.time(), step=step, **what))
+    event = Event(wall_time=time.time(), step=step, **what)
+    self._board.write(event.SerializeToString())
 
   def close(self) -> None:
-    self._file.close()
-    self._board.close()
+    try:
+      self._file.close()
+    finally:
+      self._board.close()
 
 
 def _finite(value: Any) -> Any:

@@ -1,8 +1,11 @@
 """What a run logs: means over an interval, JSON lines, TensorBoard events."""
 
+import gc
 import json
 import math
+import resource
 import struct
+import warnings
 
 import numpy as np
 import pytest
@@ -125,3 +128,21 @@ def test_a_last_line_cut_off_by_a_crash_is_left_out(tmp_path):
 
 def test_no_file_no_rows(tmp_path):
   assert read_metrics(tmp_path) == []
+
+
+def test_a_full_disk_leaves_no_file_open(tmp_path):
+  """Events still to be written when the run ends are lost with an error, the files are closed."""
+  writer = MetricsWriter(tmp_path)
+  writer.write(1, {"loss": 2.0})
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+  try:
+    with pytest.raises(OSError, match="File too large"):
+      writer.close()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  with warnings.catch_warnings(record=True) as warned:
+    warnings.simplefilter("always")
+    del writer
+    gc.collect()
+  assert not warned

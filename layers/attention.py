@@ -15,8 +15,9 @@ from jax.ad_checkpoint import checkpoint_name
 from mesh.constrain import constrain, shard_counts
 
 from .cache import KVCache, roll_cache, slot_positions, update_cache
-from .context import Method, mask_reach, row_attention
+from .context import Method, row_attention
 from .kernels.attention import Alibi, Bucketed, RelativeKeys, attention
+from .kernels.attention.blocks import reach_of
 from .kernels.decode_attention import decode_attention
 from .linear import dense
 from .masks import BlockLocal, Causal, Local, Mask, PerHead, parse_mask
@@ -91,12 +92,9 @@ def cached_keys(
   """
   start_B, (T, S) = rows.positions_BT[:, 0], (key_BTKH.shape[1], cache.key_BSKH.shape[1])
   as_new = lambda cache: tuple(x.astype(key_BTKH.dtype) for x in cache)
-  if before is None:
+  if before is None or T == 1:
     cache = update_cache(cache, key_BTKH, value_BTKH, start_B)
-    return cache, *as_new(cache), None
-  if T == 1:
-    cache = update_cache(cache, key_BTKH, value_BTKH, start_B)
-    return cache, *as_new(cache), slot_positions(start_B, S)
+    return cache, *as_new(cache), None if before is None else slot_positions(start_B, S)
   # New positions may take the places of those that the first of them still see.
   valid_BT = rows.valid_BT
   if valid_BT is None:
@@ -188,7 +186,7 @@ class Attention(nn.Module):
       where = {"q_segments_BT": rows.segments_BT, "method": self.context_method}
       attend = partial(row_attention, **where)
     else:
-      before, _ = mask_reach(layer_mask(spec))
+      before, _ = reach_of(layer_mask(spec))
       cache, k_BTKH, v_BTKH, kv_positions = cached_keys(cache, k_BTKH, v_BTKH, rows, before)
       attend = partial(cache_attention, kv_positions_BS=kv_positions)
     q_BTNH, bias = self._bias(q_BTNH, rows, k_BTKH.shape[1])

@@ -26,6 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mesh.collectives import manual_size, ring_shift
 
 from .kernels.attention import RelativeKeys, attention, xla
+from .kernels.attention.blocks import reach_of
 from .kernels.partition import vary_with
 from .masks import PerHead
 
@@ -63,7 +64,6 @@ def row_attention(
   method: Method = "auto",
   mask: Any,
   q_positions_BT: jax.Array | None,
-  kv_positions_BS: jax.Array | None = None,
   q_segments_BT: jax.Array | None = None,
   scale: float | None = None,
   softcap: float | None = None,
@@ -76,7 +76,6 @@ def row_attention(
   Args:
     q_positions_BT, q_segments_BT: of this device's tokens, in the order `zigzag` gives if positions
       are spread over devices, where positions may not be None.
-    kv_positions_BS: of a cache, which holds whole rows.
     method: how positions that are spread meet. "auto" is a halo where that is the least to travel,
       else a ring, unless the mask differs by head or the implementation has none.
 
@@ -84,14 +83,14 @@ def row_attention(
     NotImplementedError: positions that are spread, with Transformer-XL's relative keys, a ring
       with an implementation other than "xla" or a mask a head, or a halo of an unbounded mask.
   """
-  if manual_size(AXIS) > 1 and kv_positions_BS is None:
+  if manual_size(AXIS) > 1:
     ids = (q_positions_BT, q_segments_BT)
     return _spread(
       method, q_BTNH, k_BSKH, v_BSKH, ids, mask, scale, softcap, bias, sink_N, implementation
     )
   return attention(
     q_BTNH, k_BSKH, v_BSKH, mask=mask, q_positions_BT=q_positions_BT,
-    kv_positions_BS=kv_positions_BS, q_segments_BT=q_segments_BT, scale=scale, softcap=softcap,
+    q_segments_BT=q_segments_BT, scale=scale, softcap=softcap,
     bias=bias, sink_N=sink_N, implementation=implementation,
   )  # fmt: skip
 
@@ -104,7 +103,6 @@ def _spread(
     raise NotImplementedError(
       "Transformer-XL's relative keys do not work on a mesh with context > 1"
     )
-  reach = mask_reach(mask)
   if method == "auto":
     method = choose_method(q_BTNH.shape[1], manual_size(AXIS), mask, implementation)
   options = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias, "sink_N": sink_N}
@@ -116,6 +114,7 @@ def _spread(
       q_segments_BT=ids[1], kv_segments_BS=kv_segments, implementation=implementation, **options,
     )  # fmt: skip
   if method == "halo":
+    reach = reach_of(mask)
     if None in reach:
       raise NotImplementedError(
         f"a halo needs a mask that sees so far and no further, not {mask}: use a ring"
@@ -134,18 +133,9 @@ def _spread(
   return _ring(static, *vary_with(arguments, arguments))
 
 
-def mask_reach(mask: Any) -> tuple[int | None, int | None]:
-  """How far before and after a query any head sees, see `Mask.reach`."""
-  if mask is None:
-    return None, None
-  before, after = zip(*(m.reach for m in mask.distinct), strict=True)
-  farthest = lambda side: None if None in side else max(side)
-  return farthest(before), farthest(after)
-
-
 def choose_method(length: int, devices: int, mask: Any, implementation: str | None) -> Method:
   """What "auto" is for so many positions a device."""
-  before, after = mask_reach(mask)
+  before, after = reach_of(mask)
   if before is not None and after is not None and 2 * (before + after) < (devices - 1) * length:
     return "halo"
   ring = not isinstance(mask, PerHead) and implementation in (None, "xla")

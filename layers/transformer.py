@@ -16,8 +16,9 @@ from mesh.region import region_for
 from .attention import Rows, bucket_table, layer_mask
 from .block import Block
 from .cache import KVCache, LinearState, empty_cache, empty_state, num_slots
-from .context import Method, mask_reach, zigzag
+from .context import Method, zigzag
 from .embedding import Embedding
+from .kernels.attention.blocks import reach_of
 from .kernels.cross_entropy import CrossEntropy
 from .linear import dense, take
 from .losses import token_loss
@@ -235,7 +236,7 @@ def init_caches(spec: ModelSpec, batch: int, length: int, dtype=jnp.float32) -> 
       if isinstance(layer.attention, LinearAttentionSpec):
         cache = empty_state(batch, layer.attention.state)
       else:
-        before, _ = mask_reach(layer_mask(layer.attention))
+        before, _ = reach_of(layer_mask(layer.attention))
         key, value = layer.attention.cached
         cache = empty_cache(batch, num_slots(length, before), key, value, dtype)
       caches.append(jax.tree.map(stack, cache))

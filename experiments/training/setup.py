@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from layers.attention import layer_mask
-from layers.context import mask_reach
+from layers.kernels.attention.blocks import reach_of
 from layers.spec import AttentionSpec, LinearAttentionSpec, MoeSpec, TransformerXLSpec
 from layers.stack import remat_policy
 from layers.transformer import TransformerLM
@@ -158,7 +158,7 @@ def _check_parallel(config: Config, mesh: Mesh) -> None:
       layer.attention.position, TransformerXLSpec
     ):
       raise ConfigError(f"Transformer-XL's relative positions do not work with context={context}")
-    if method == "halo" and None in mask_reach(layer_mask(layer.attention)):
+    if method == "halo" and None in reach_of(layer_mask(layer.attention)):
       raise ConfigError(
         "mesh.context_method=halo is for masks of a bounded reach (model...attention.window): a "
         "layer sees the whole row, use auto"

@@ -12,8 +12,8 @@ from jax.experimental import pallas as pl
 
 from layers.attention import Attention, Rows, layer_mask
 from layers.cache import KVCache, empty_cache, num_slots, roll_cache, slot_positions, update_cache
-from layers.context import mask_reach
 from layers.kernels import decode_attention
+from layers.kernels.attention.blocks import reach_of
 from layers.kernels.decode_attention import pallas_tpu
 from layers.kernels.decode_attention import xla as decode_xla
 from layers.params import unbox
@@ -152,7 +152,7 @@ def test_a_cache_that_goes_round_gives_whole_rows(name, steps):
   step = quick_jit(
     lambda x, at, segments, cache: layer.apply({"params": weights}, x, Rows(at, segments), cache)
   )
-  before, _ = mask_reach(layer_mask(spec))
+  before, _ = reach_of(layer_mask(spec))
   cache = empty_cache(2, num_slots(LENGTH, before), *spec.cached, jnp.float32)
   assert cache.key_BSKH.shape[1] < sum(steps)
   rows, done = jnp.arange(2)[:, None], np.array([[0], [0]])

@@ -73,6 +73,28 @@ def by_position(mask: Any, order: Order) -> bool:
   return mask is not None and order != "index" and not (order == "document" and mask.relative)
 
 
+def masks_of(mask: Any) -> tuple[Any, ...]:
+  """The distinct masks of all heads; None shows all."""
+  return (None,) if mask is None else mask.distinct
+
+
+def reach_of(mask: Any) -> tuple[int | None, int | None]:
+  """How far before and after a query any head sees, as `Mask.reach`; None is unbounded."""
+  if mask is None:
+    return None, None
+  before, after = zip(*(each.reach for each in mask.distinct), strict=True)
+  farthest = lambda side: None if None in side else max(side)
+  return farthest(before), farthest(after)
+
+
+def shown(masks: tuple[Any, ...], which: Any, i: Any, j: Any) -> Any:
+  """What the masks show of position ids and the number of each head's mask, which broadcast."""
+  seen = masks[0].visible(i, j)
+  for n, mask in enumerate(masks[1:], 1):
+    seen = (seen & (which != n)) | (mask.visible(i, j) & (which == n))
+  return seen
+
+
 # ---- when the program runs ----
 
 

@@ -35,6 +35,7 @@ from .blocks import (
   by_position,
   for_all,
   kinds_at_run_time,
+  masks_of,
   ranges,
   unpack,
   walk,
@@ -66,7 +67,7 @@ class _Static(NamedTuple):
 
   @property
   def masks(self) -> tuple[Any, ...]:
-    return (None,) if self.mask is None else self.mask.distinct
+    return masks_of(self.mask)
 
 
 class _Plan(NamedTuple):
@@ -134,8 +135,8 @@ def _padded(x, block):
 
 
 def _kinds(mask, order: Order, T: int, S: int) -> list[np.ndarray]:
-  masks = (None,) if mask is None else mask.distinct
-  return [block_kinds(m, T, S, block_size(T), block_size(S), order) for m in masks]
+  sizes = (T, S, block_size(T), block_size(S))
+  return [block_kinds(each, *sizes, order) for each in masks_of(mask)]
 
 
 def _plan(static: _Static, order: Order, q_ids, kv_ids, T: int) -> tuple[_Plan, bool]:

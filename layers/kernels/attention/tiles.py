@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .blocks import Order, by_position
+from .blocks import Order, by_position, shown
 
 MASKED = -0.7 * float(np.finfo(np.float32).max)  # finite: differences of it are not NaN
 LOG2E = math.log2(math.e)
@@ -66,13 +66,7 @@ def visible(masks, which, i, j, q_segment, kv_segment, in_row) -> Any:
     masks: those of all heads, None shows all; `which` of them is a number.
     in_row: where the keys' places are keys at all, or None.
   """
-  seen = None
-  each = [mask.visible(i, j) for mask in masks if mask is not None]
-  if each:
-    seen = each[0]
-    for n, other in enumerate(each[1:], 1):
-      seen = (seen & (which != n)) | (other & (which == n))
-  parts = [] if seen is None else [seen]
+  parts = [] if masks in ((), (None,)) else [shown(masks, which, i, j)]
   if q_segment is not None:
     parts.append((q_segment == kv_segment) & (q_segment > 0))
   if in_row is not None:

@@ -29,7 +29,9 @@ from .blocks import (
   by_position,
   for_all,
   kinds_at_run_time,
+  masks_of,
   ranges,
+  shown,
   visits,
 )
 
@@ -58,7 +60,7 @@ class _Static(NamedTuple):
 
   @property
   def masks(self) -> tuple[Any, ...]:
-    return (None,) if self.mask is None else self.mask.distinct
+    return masks_of(self.mask)
 
   def at_run_time(self, segments: jax.Array | None) -> bool:
     """Whether the program finds out which blocks to visit, by positions and segments.
@@ -191,10 +193,7 @@ def _visible(static, q_ids, kv_ids, heads, *, cut=True, kv_valid_S=None):
 def _masked(static, q_positions_BT, kv_positions_BS, heads):
   """What the mask shows, [B or 1, K or 1, G or 1, T, S]."""
   ids = (q_positions_BT[:, None, None, :, None], kv_positions_BS[:, None, None, None, :])
-  each = [mask.visible(*ids) for mask in static.mask.distinct]
-  if heads.mask_N is None:
-    return each[0]
-  return jnp.select([heads.mask_N == n for n in range(len(each))], each)
+  return shown(static.masks, heads.mask_N, *ids)
 
 
 def _dot(spec, x, y):

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ..attention.blocks import reach_of
+
 
 class Static(NamedTuple):
   mask: Any
@@ -35,12 +37,10 @@ def bounds(mask: Any, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
   """
   first_B, end_B = jnp.zeros_like(inputs.lengths_B), inputs.lengths_B
   if mask is not None and inputs.kv_positions_BS is None:
-    reaches = [each.reach for each in mask.distinct]
-    if all(before is not None for before, _ in reaches):
-      before = max(before for before, _ in reaches)
+    before, after = reach_of(mask)
+    if before is not None:
       first_B = jnp.maximum(jnp.min(inputs.q_positions_BT, axis=1) - before, 0)
-    if all(after is not None for _, after in reaches):
-      after = max(after for _, after in reaches)
+    if after is not None:
       end_B = jnp.minimum(end_B, jnp.max(inputs.q_positions_BT, axis=1) + after + 1)
   some_B = first_B < end_B
   return jnp.where(some_B, first_B, 0), jnp.where(some_B, end_B, 0)
@@ -53,12 +53,3 @@ def needed_pages(
   start_1J = (page * jnp.arange(page_table_BJ.shape[1], dtype=jnp.int32))[None]
   needed_BJ = (start_1J < end_B[:, None]) & (start_1J + page > first_B[:, None])
   return jnp.where(needed_BJ, page_table_BJ, 0)
-
-
-def visible(masks: tuple[Any, ...], which: Any, i: Any, j: Any) -> Any:
-  """What the masks show of position ids and the number of each head's mask, which broadcast."""
-  seen = masks[0].visible(i, j)
-  for n, mask in enumerate(masks[1:], 1):
-    other = mask.visible(i, j)
-    seen = (seen & (which != n)) | (other & (which == n))
-  return seen

@@ -18,8 +18,9 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from ..attention.blocks import shown
 from ..partition import vary_with, varying_shape
-from .inputs import Inputs, Static, bounds, needed_pages, visible
+from .inputs import Inputs, Static, bounds, needed_pages
 
 POSITIONS = 64
 PROGRAMS = 2 * 132  # enough that each multiprocessor of an H100 has two
@@ -134,7 +135,7 @@ def _kernel(
     s = _logits(static, _dot(q, load(k_ref), trans_b=True), position, j[None], slope)
     seen = kept[None]
     if static.mask is not None:
-      seen = seen & visible(static.mask.distinct, which, position, j[None])
+      seen = seen & shown(static.mask.distinct, which, position, j[None])
     s = jnp.where(seen, s, MASKED)
     m_next = jnp.maximum(m, jnp.max(s, axis=1))
     # Where nothing was visible yet, MASKED less anything but itself is 0 in powers of two.

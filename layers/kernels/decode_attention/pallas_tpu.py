@@ -25,10 +25,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..attention.blocks import shown
 from ..attention.tiles import LOG2E, MASKED
 from ..partition import vary_with, varying_shape
 from ..tpu import fast_memory
-from .inputs import Inputs, Static, bounds, needed_pages, visible
+from .inputs import Inputs, Static, bounds, needed_pages
 
 STEP_BYTES = 2**20  # of keys, and of values, that a step reads; more than hides its start
 PAGES = 16  # read in a step at most, if they have 8 positions or more
@@ -335,7 +336,7 @@ def _logits(static, blocks, rows, columns, q, k, base, start: int) -> Any:
     seen.append(rows.head[...] == columns.head[...])
   if static.mask is not None:
     which = None if rows.which is None else rows.which[...]
-    seen.append(visible(static.mask.distinct, which, i, j))
+    seen.append(shown(static.mask.distinct, which, i, j))
   for each in seen[1:]:
     seen[0] = seen[0] & each
   return jnp.where(seen[0], s, MASKED) if seen else s

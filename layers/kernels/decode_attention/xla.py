@@ -18,8 +18,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ..attention.blocks import shown
 from ..partition import vary_with
-from .inputs import Inputs, Static, bounds, needed_pages, visible
+from .inputs import Inputs, Static, bounds, needed_pages
 
 BLOCK = 512  # positions a step
 
@@ -97,7 +98,7 @@ def _step(static, q_BKGTH, q_positions_BT, need, begin_B, block: _Block, carry, 
     logits -= slopes * (i - j).astype(f32)
   seen = kept_BS[:, None, None, None]
   if static.mask is not None:
-    seen = seen & visible(static.mask.distinct, which, i, j)
+    seen = seen & shown(static.mask.distinct, which, i, j)
   m = jnp.maximum(m_before, jnp.max(jnp.where(seen, logits, MASKED), axis=-1, keepdims=True))
   p = jnp.where(seen, jnp.exp(logits - m), 0)
   decay = jnp.exp(m_before - m)

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-import socket
+import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class MetricsWriter:
     self._file = self.path.open("a")
     board = folder / "tensorboard"
     board.mkdir(exist_ok=True)
-    name = [str(x) for x in (int(time.time()), socket.gethostname(), resume_step, os.getpid())]
+    name = [str(x) for x in (int(time.time()), platform.node(), resume_step, os.getpid())]
     # Not `EventsWriter`, which leaves its file open when the disk is full.
     self._board = RecordWriter(str(board / ".".join(["events.out.tfevents", *name])))
     self._flushed = time.monotonic()

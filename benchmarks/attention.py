@@ -4,14 +4,17 @@ python benchmarks/attention.py cpu     sparse masks beside dense attention, forw
 python benchmarks/attention.py torch   dense causal attention beside PyTorch's, one after the other
 python benchmarks/attention.py gpu     on a GPU: speed beside cuDNN and PyTorch, time beside density
 python benchmarks/attention.py tpu [CHIP ...]   cycles of the TPU kernels for each visited block
+python benchmarks/attention.py memory  compiles a layer with 131,072 tokens for a v5p, mask by mask
 
-Estimates: the body of a visit that cuts nothing is compiled without its branches, in grids of two
-lengths; the difference is the visits between. A body behind a data-dependent branch would be
-under-weighted. The bound is the matrix unit's peak, of one core.
+Estimates: the body of a visit is compiled without its branches, in grids of two lengths; the
+difference is the visits between. A body behind a data-dependent branch would be under-weighted. The
+bound is the matrix unit's peak, of one core. jax's splash attention is compiled in the same way.
 """
 
+import dataclasses
 import functools
 import importlib.util
+import itertools
 import os
 import re
 import sys
@@ -35,12 +38,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+  splash_attention_kernel as splash_kernel,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from experiments.configs import moe_70b
 from experiments.planning.program import compile_with_text
+from layers.attention import Rows, layer_mask
+from layers.block import Block
 from layers.kernels.attention import attention, pallas_tpu, tiles
-from layers.kernels.attention.blocks import FULL, block_kinds, walk
-from layers.masks import BigBird, Causal, Local, Longformer, Mask, MistralWindow, SparseTransformer
+from layers.kernels.attention.blocks import FULL, PARTIAL, block_kinds, walk
+from layers.masks import (
+  BigBird,
+  Causal,
+  Local,
+  Longformer,
+  Mask,
+  MistralWindow,
+  SparseTransformer,
+)
+from layers.params import unbox
 from mesh.topology import describe_devices
 
 ROUNDS = 3
@@ -238,60 +257,149 @@ KERNELS = {"forward": 2, "dq": 3, "dkv": 4}  # products of a visit
 HEADS = 16  # enough that arrays do not fit into fast memory
 
 
-def cycles(text: str) -> int:
-  calls = [line for line in text.splitlines() if "tpu_custom_call" in line]
-  (found,) = re.findall(r'bundle_analysis_data":\{"estimated_cycles":"(\d+)"', "".join(calls))
-  return int(found)
+def cycles(text: str) -> dict[str, int]:
+  """Of each kernel of a program, by its name."""
+  call = r'%([a-z_]+)[.\d]* = [^\n]*"tpu_custom_call".*?"estimated_cycles":"(\d+)"'
+  return {name: int(count) for name, count in re.findall(call, text, re.DOTALL)}
 
 
-def estimate(chip: str, kernel: str, visits: int, H: int) -> int:
-  """Cycles of `visits` full blocks in a row (or column) of each head."""
-  one = NamedSharding(
-    Mesh(np.array(describe_devices(TOPOLOGIES[chip])[:1]), ("d",)), PartitionSpec()
-  )
-  block, N, turned = pallas_tpu.BLOCK, HEADS, kernel == "dkv"
-  short, long = block, block * visits
-  T, S = (long, short) if turned else (short, long)
-  array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=one)
-  q, k, row = array(1, N, T, H), array(1, N, S, H), array(1, N, 1, T, dtype=jnp.float32)
-  static = pallas_tpu._Static(None, H**-0.5, None, "index", S, block, block)
-  heads, ids = tiles.Heads(None, None), tiles.Ids(None, None)
-  rest, backward = (heads, ids, ids), (q, k, k, q, row, row)
-  call, operands = {
-    "forward": (pallas_tpu._forward, (q, k, k)),
-    "dq": (lambda *a: pallas_tpu._backward_queries(*a)[0], backward),
-    "dkv": (pallas_tpu._backward_keys, backward),
-  }[kernel]
-  whole = walk(np.full((1, visits), FULL, np.int8))[None]
-  # What stands in branches: the start of a row, the cut body, the whole body, the end of a row.
-  turn = iter([False, False, True, False])
-  old = pallas_tpu.pl, pallas_tpu._plan
-  pallas_tpu.pl = SimpleNamespace(
-    **vars(pl) | {"when": lambda condition: lambda f: f() if next(turn) else None}
-  )
-  pallas_tpu._plan = lambda *args, **keywords: whole
+def cycles_of(chip: str, module, branches: list[bool], f, *operands) -> dict[str, int]:
+  """With only those bodies of `module`'s kernels that `branches` names, without branches."""
+  turn = itertools.cycle(branches)
+  when = lambda condition: lambda body: body() if next(turn) else None
+  old = module.pl
+  devices = np.array(describe_devices(TOPOLOGIES[chip])[:1])
+  one = NamedSharding(Mesh(devices, ("d",)), PartitionSpec())
+  placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one) for x in operands]
+  module.pl = SimpleNamespace(**vars(pl) | {"when": when})
   try:
     with jax.sharding.use_abstract_mesh(one.mesh.abstract_mesh):
-      f = lambda mask_N, *operands: call(static, *operands, *rest, mask_N)
-      mask_N = array(N, dtype=jnp.int32)
-      return cycles(compile_with_text(jax.jit(f).lower(mask_N, *operands))[1])
+      return cycles(compile_with_text(jax.jit(f).lower(*placed))[1])
   finally:
-    pallas_tpu.pl, pallas_tpu._plan = old
+    module.pl = old
+
+
+def array(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def ours(chip: str, mask: Mask | None, H: int, T: int, S: int) -> dict[str, int]:
+  """All blocks of T queries and S keys, as partial ones if there is a mask, in three kernels."""
+  block, N = pallas_tpu.BLOCK, HEADS
+  q, k, row = array(1, N, T, H), array(1, N, S, H), array(1, N, 1, T, dtype=jnp.float32)
+  static = pallas_tpu._Static(mask, H**-0.5, None, S, block, block, each_row=False)
+  heads, ids = tiles.Heads(None, None), tiles.Ids(None, None)
+  kinds = np.full((T // block, S // block), PARTIAL if mask else FULL, np.int8)
+  plan = pallas_tpu._Plan(*(jnp.asarray(walk(k))[None] for k in (kinds, kinds.T)))
+
+  def f(kernel, mask_N, q, k, v, do, row):
+    rest = (plan, heads, ids, ids, mask_N)
+    if kernel == "forward":
+      return pallas_tpu._forward(static, q, k, v, *rest)
+    backward = (static, q, k, v, do, row, row, *rest, None)
+    if kernel == "dq":
+      return pallas_tpu._backward_queries(*backward)[0]
+    return pallas_tpu._backward_keys(*backward)
+
+  # What stands in branches: the start of a row, the cut body, the whole body, the end of a row.
+  branches = [False, mask is not None, mask is None, False]
+  operands = (array(N, dtype=jnp.int32), q, k, k, q, row)
+  found = {}
+  for kernel in ("dkv",) if T > S else ("forward", "dq"):
+    run = functools.partial(f, kernel)
+    (found[kernel],) = cycles_of(chip, pallas_tpu, branches, run, *operands).values()
+  return found
+
+
+def splash(chip: str, mask: Mask | None, H: int, T: int, S: int) -> dict[str, int]:
+  """The same in jax's kernels with blocks and steps as ours; a causal mask cuts all blocks."""
+  block, N = pallas_tpu.BLOCK, HEADS
+  one = splash_mask.FullMask((T, S)) if mask is None else splash_mask.CausalMask((T, S), S)
+  back = pallas_tpu.BACKWARD_STEP
+  sizes = splash_kernel.BlockSizes(
+    block_q=block, block_kv=block, block_kv_compute=back, block_q_dkv=block, block_kv_dkv=block,
+    block_kv_dkv_compute=back, block_q_dq=block, block_kv_dq=block,
+  )  # fmt: skip
+  kernel = splash_kernel.make_splash_mha(
+    splash_mask.MultiHeadMask([one] * N), block_sizes=sizes, head_shards=1, q_seq_shards=1
+  )
+  f = lambda q, k, v, do: jax.vjp(kernel, q, k, v)[1](do)
+  branches = [False, True, False]  # the start of a row, the body, the end
+  found = cycles_of(chip, splash_kernel, branches, f, *[array(N, n, H) for n in (T, S, S, T)])
+  part = lambda name: next(x for x in ("fwd", "dq", "dkv") if x in name)
+  return {part(name).replace("fwd", "forward"): count for name, count in found.items()}
 
 
 def tpu() -> None:
   jax.config.update("jax_enable_compilation_cache", False)  # nothing here can read it back
-  print("| chip | head size | kernel | cycles a visit | of the bound |")
+  print("| chip | head size | blocks | kernel | cycles a visit | of the bound | splash |")
+  print("|---|---|---|---|---|---|---|")
+  block, (few, many) = pallas_tpu.BLOCK, (2, 6)
+  for chip, H, (name, mask) in itertools.product(
+    sys.argv[2:] or TOPOLOGIES, (128, 256), {"full": None, "causal": Causal()}.items()
+  ):
+    of = {}
+    for side, f in (("ours", ours), ("splash", splash)):
+      run = functools.partial(f, chip, mask, H)
+      rows = run(block, many * block), run(block, few * block)  # more keys
+      columns = run(many * block, block), run(few * block, block)  # more queries
+      for kernel in KERNELS:
+        more, less = columns if kernel == "dkv" else rows
+        of[side, kernel] = (more[kernel] - less[kernel]) / (many - few) / HEADS
+    for kernel, products in KERNELS.items():
+      each, theirs = of["ours", kernel], of["splash", kernel]
+      bound = 2 * products * block**2 * H / FLOP_PER_CYCLE[chip]
+      cells = (chip, H, name, kernel, f"{each:,.0f}", f"{bound / each:.0%}")
+      print(
+        "|", " | ".join(map(str, cells)), f"| {theirs:,.0f}, {theirs / each:.2f}x |", flush=True
+      )
+
+
+# ---- memory ----
+
+LONG_CONTEXT = (  # each also causal
+  "Causal()", "MistralWindow(4096)", "GemmaLocal(1024)", "GPT3Banded(256)", "Chunked(8192)",
+  "SparseTransformer(1024, 'strided')", "SparseTransformer(1024, 'fixed')",
+  "Longformer(4096, 64)", "BigBird(1024)",
+)  # fmt: skip
+
+
+def memory() -> None:
+  """Forward and backward of a layer of moe_70b with experts, a row of 131,072 tokens, one v5p."""
+  jax.config.update("jax_enable_compilation_cache", False)
+  T, spec = 131_072, moe_70b.model()
+  one = NamedSharding(Mesh(np.array(describe_devices("v5p:2x2x1")[:1]), ("d",)), PartitionSpec())
+  placed = functools.partial(
+    jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one)
+  )
+  print("| mask | density | seconds to compile | arguments GB | temporary GB |")
   print("|---|---|---|---|---|")
-  few, many = 2, 6
-  for chip in sys.argv[2:] or TOPOLOGIES:
-    for H in (128, 256):
-      for kernel, products in KERNELS.items():
-        run = functools.partial(estimate, chip, kernel, H=H)
-        each = (run(many) - run(few)) / (many - few) / HEADS
-        bound = 2 * products * pallas_tpu.BLOCK**2 * H / FLOP_PER_CYCLE[chip]
-        print(f"| {chip} | {H} | {kernel} | {each:,.0f} | {bound / each:.0%} |", flush=True)
+  for text in LONG_CONTEXT:
+    layer = spec.segments[0].layers[1]
+    layer = dataclasses.replace(layer, attention=dataclasses.replace(layer.attention, mask=text))
+    block = Block(layer, spec.embed_dim)
+    x, ids = array(1, T, spec.embed_dim), array(1, T, dtype=jnp.int32)
+
+    def loss(params, x, positions, segments, block=block):
+      y, stats, _ = block.apply({"params": params}, x, Rows(positions, segments))
+      return jnp.sum(y.astype(jnp.float32) ** 2) + jnp.sum(stats.aux_loss)
+
+    rows = Rows(jnp.zeros((1, 64), jnp.int32), jnp.ones((1, 64), jnp.int32))
+    make = lambda key, rows=rows, block=block: unbox(
+      block.init(key, jnp.zeros((1, 64, spec.embed_dim), jnp.bfloat16), rows)["params"]
+    )
+    params = jax.tree.map(lambda p: array(*p.shape), jax.eval_shape(make, jax.random.key(0)))
+    began = time.perf_counter()
+    with jax.sharding.use_abstract_mesh(one.mesh.abstract_mesh):
+      lowered = jax.jit(jax.grad(loss, (0, 1))).lower(*placed((params, x, ids, ids)))
+      program, text_of = compile_with_text(lowered)
+    took = time.perf_counter() - began
+    assert all(f"attention_{kernel}" in text_of for kernel in KERNELS)
+    needed = program.memory_analysis()
+    cells = (f"{layer_mask(layer.attention).density(T):.4f}", f"{took:.0f}")
+    sizes = (needed.argument_size_in_bytes, needed.temp_size_in_bytes)
+    print("|", " | ".join((text, *cells, *(f"{n / 1e9:.1f}" for n in sizes))), "|", flush=True)
 
 
 if __name__ == "__main__":
-  {"cpu": cpu, "torch": torch, "gpu": gpu, "tpu": tpu}[sys.argv[1]]()
+  {"cpu": cpu, "torch": torch, "gpu": gpu, "tpu": tpu, "memory": memory}[sys.argv[1]]()

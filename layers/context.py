@@ -14,6 +14,7 @@ ways:
 Letters: B batch, T positions of a device, N query heads, K key/value heads, H head size.
 """
 
+import math
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -22,12 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
 from mesh.collectives import manual_size, ring_shift
+from mesh.constrain import free_axes
 
-from .kernels.attention import RelativeKeys, attention, xla
+from .kernels.attention import RelativeKeys, attention, select_partial
 from .kernels.attention.blocks import reach_of
-from .kernels.partition import vary_with
+from .kernels.partition import cut_further, vary_with
 from .masks import PerHead
 
 AXIS = "context"
@@ -54,6 +57,7 @@ class _Static(NamedTuple):
   scale: float
   softcap: float | None
   causal: bool
+  kernel: Any  # module
 
 
 def row_attention(
@@ -81,37 +85,57 @@ def row_attention(
 
   Raises:
     NotImplementedError: positions that are spread, with Transformer-XL's relative keys, a ring
-      with an implementation other than "xla" or a mask a head, or a halo of an unbounded mask.
+      with an implementation that has none or a mask a head, or a halo of an unbounded mask.
   """
-  if manual_size(AXIS) > 1:
-    ids = (q_positions_BT, q_segments_BT)
-    return _spread(
-      method, q_BTNH, k_BSKH, v_BSKH, ids, mask, scale, softcap, bias, sink_N, implementation
-    )
-  return attention(
-    q_BTNH, k_BSKH, v_BSKH, mask=mask, q_positions_BT=q_positions_BT,
-    q_segments_BT=q_segments_BT, scale=scale, softcap=softcap,
-    bias=bias, sink_N=sink_N, implementation=implementation,
-  )  # fmt: skip
-
-
-def _spread(
-  method, q_BTNH, k_BTKH, v_BTKH, ids, mask, scale, softcap, bias, sink_N, implementation
-):
   scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
+  static = {"mask": mask, "scale": scale, "softcap": softcap, "implementation": implementation}
+
+  def attend(q_BTNH, k_BSKH, v_BSKH, bias, sink_N, ids):
+    options = {"bias": bias, "sink_N": sink_N, **static}
+    if manual_size(AXIS) > 1:
+      return _spread(method, q_BTNH, k_BSKH, v_BSKH, ids, options)
+    ids = {"q_positions_BT": ids[0], "q_segments_BT": ids[1]}
+    return attention(q_BTNH, k_BSKH, v_BSKH, **ids, **options)
+
+  arrays = (q_BTNH, k_BSKH, v_BSKH, bias, sink_N, (q_positions_BT, q_segments_BT))
+  axes = None if isinstance(mask, PerHead) else free_axes("act_heads")
+  return attend(*arrays) if axes is None else _by_heads(attend, axes[0], *arrays)
+
+
+def _by_heads(attend, axes: tuple[str, ...], q_BTNH, k_BSKH, v_BSKH, bias, sink_N, ids):
+  """`attend` in a `shard_map` that gives each device its heads; the compiler can't split kernels.
+
+  Key/value heads fewer than devices are repeated.
+  """
+  devices = math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in axes)
+  N, K = q_BTNH.shape[2], k_BSKH.shape[2]
+  if N % devices or (K % devices and devices % K):
+    return attend(q_BTNH, k_BSKH, v_BSKH, bias, sink_N, ids)
+  if devices > K:
+    k_BSKH, v_BSKH = (jnp.repeat(x, devices // K, axis=2) for x in (k_BSKH, v_BSKH))
+  heads = P(None, None, axes)
+  # Of heads, in arrays [N], [U, N], [P, N, H] and [B, T, N, H].
+  dim = (0, 0, 1, 1, 2)
+  of_bias = jax.tree.map(lambda x: P(*[None] * dim[x.ndim], axes), bias)
+  arrays = (q_BTNH, k_BSKH, v_BSKH, bias, sink_N)
+  specs = (heads, heads, heads, of_bias, None if sink_N is None else P(axes))
+  return cut_further(attend, axes, specs, heads, arrays, ids)
+
+
+def _spread(method, q_BTNH, k_BTKH, v_BTKH, ids, options):
+  mask, bias, implementation = options["mask"], options["bias"], options["implementation"]
   if isinstance(bias, RelativeKeys):
     raise NotImplementedError(
       "Transformer-XL's relative keys do not work on a mesh with context > 1"
     )
   if method == "auto":
     method = choose_method(q_BTNH.shape[1], manual_size(AXIS), mask, implementation)
-  options = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias, "sink_N": sink_N}
   if method == "all_gather":
     whole = lambda x: lax.all_gather(x, AXIS, axis=1, tiled=True)
     k, v, (kv_positions, kv_segments) = jax.tree.map(whole, (k_BTKH, v_BTKH, ids))
     return attention(
       q_BTNH, k, v, q_positions_BT=ids[0], kv_positions_BS=kv_positions,
-      q_segments_BT=ids[1], kv_segments_BS=kv_segments, implementation=implementation, **options,
+      q_segments_BT=ids[1], kv_segments_BS=kv_segments, **options,
     )  # fmt: skip
   if method == "halo":
     reach = reach_of(mask)
@@ -119,17 +143,15 @@ def _spread(
       raise NotImplementedError(
         f"a halo needs a mask that sees so far and no further, not {mask}: use a ring"
       )
-    return _halo(q_BTNH, (k_BTKH, v_BTKH), ids, reach, implementation, options)
+    return _halo(q_BTNH, (k_BTKH, v_BTKH), ids, reach, options)
   if isinstance(mask, PerHead):
     raise NotImplementedError(
       "a mask a head does not pass round a ring: gather the keys (context_method=all_gather)"
     )
-  if implementation not in (None, "xla"):
-    raise NotImplementedError(
-      f'attention implementation {implementation!r} has no ring: use "xla", or gather the keys'
-    )
-  static = _Static(mask, scale, softcap, mask is not None and mask.reach[1] == 0)
-  arguments = (q_BTNH, k_BTKH, v_BTKH, bias, sink_N, ids)
+  kernel = select_partial(implementation, q_BTNH, k_BTKH, v_BTKH, mask, bias)
+  causal = mask is not None and mask.reach[1] == 0
+  static = _Static(mask, options["scale"], options["softcap"], causal, kernel)
+  arguments = (q_BTNH, k_BTKH, v_BTKH, bias, options["sink_N"], ids)
   return _ring(static, *vary_with(arguments, arguments))
 
 
@@ -138,14 +160,14 @@ def choose_method(length: int, devices: int, mask: Any, implementation: str | No
   before, after = reach_of(mask)
   if before is not None and after is not None and 2 * (before + after) < (devices - 1) * length:
     return "halo"
-  ring = not isinstance(mask, PerHead) and implementation in (None, "xla")
+  ring = not isinstance(mask, PerHead) and implementation in (None, "xla", "pallas_tpu")
   return "ring" if ring else "all_gather"
 
 
 # ---- halo ----
 
 
-def _halo(q_BTNH, kv, ids, reach, implementation, options):
+def _halo(q_BTNH, kv, ids, reach, options):
   """Each of the two chunks with keys of its own and, at both sides, as many as the mask reaches.
 
   The chunks are two rows to `attention`. What would lie outside of the row is padding.
@@ -167,7 +189,7 @@ def _halo(q_BTNH, kv, ids, reach, implementation, options):
   q, (q_positions, q_segments) = jax.tree.map(rows, *_halves((q_BTNH, ids)))
   o = attention(
     q, k, v, q_positions_BT=q_positions, kv_positions_BS=kv_positions, q_segments_BT=q_segments,
-    kv_segments_BS=kv_segments, implementation=implementation, **options,
+    kv_segments_BS=kv_segments, **options,
   )  # fmt: skip
   return jnp.concatenate(jnp.split(o, 2), 1)
 
@@ -222,10 +244,7 @@ def _ring_forward(static, q, k, v, bias, sink_N, ids):
 
   def part(q, q_ids, kv, sink_N=None, own_row=False):
     k, v, kv_ids = kv
-    o, lse = xla.forward(
-      q, k, v, bias, xla.Heads(sink_N), q_ids, kv_ids, own_row=own_row, **options
-    )
-    return o, jnp.where(xla.unseen(lse), -jnp.inf, lse)
+    return static.kernel.forward(q, k, v, bias, sink_N, q_ids, kv_ids, own_row=own_row, **options)
 
   def from_before(kv):
     return part(q, ids, _halves(kv)[0])
@@ -250,7 +269,7 @@ def _ring_forward(static, q, k, v, bias, sink_N, ids):
   o, lse = part(q, ids, kv, sink_N, own_row=bias is None)
   (_, o, lse), _ = lax.scan(step, (kv, o, lse), jnp.arange(1, size))
   o = checkpoint_name(o.astype(q.dtype), "attention_out")
-  lse = checkpoint_name(jnp.where(jnp.isneginf(lse), -xla.MASKED, lse), "attention_lse")
+  lse = checkpoint_name(lse, "attention_lse")
   return o, (q, k, v, bias, sink_N, ids, o, lse)
 
 
@@ -273,10 +292,10 @@ def _ring_backward(static, residuals, do):
 
   def part(queries, kv, sink_N=None, own_row=False):
     (q, q_ids, o, lse, do), (k, v, kv_ids) = queries, kv
-    dq, dk, dv, dbias, dheads = xla.backward(
-      q, k, v, bias, xla.Heads(sink_N), q_ids, kv_ids, o, lse, do, own_row=own_row, **options
+    dq, dk, dv, dbias, dsink_N = static.kernel.backward(
+      q, k, v, bias, sink_N, q_ids, kv_ids, o, lse, do, own_row=own_row, **options
     )
-    return f32((dq, (dk, dv), dbias, dheads.sink_N))
+    return f32((dq, (dk, dv), dbias, dsink_N))
 
   queries = (q, ids, o, lse, do)
 

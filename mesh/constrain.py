@@ -77,6 +77,22 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec)
 
 
+def free_axes(*logical: str | None) -> list[tuple[str, ...]] | None:
+  """The mesh axes that shard each dim, of those that no enclosing `shard_map` has cut.
+
+  None if there are other such axes, or Explicit ones, which are not to be cut by hand.
+  """
+  rules, mesh = active()
+  if rules is None or mesh.empty:
+    return None
+  kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+  sizes = {a: n for a, n in mesh.shape.items() if n > 1 and kinds[a] is not AxisType.Manual}
+  found = assign(logical, rules, sizes)
+  if not sizes or set(sizes) - {a for axes in found for a in axes}:
+    return None
+  return None if any(kinds[a] is AxisType.Explicit for a in sizes) else found
+
+
 def shard_counts(*logical: str, shape: tuple[int, ...]) -> tuple[int, ...]:
   """How many ways `constrain` splits each dim of an array of this shape; 1 where it does not."""
   rules, mesh = active()

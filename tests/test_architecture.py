@@ -103,7 +103,7 @@ NETWORK = {
 }  # fmt: skip
 
 MODULES_TO_TRAIN = 99
-LINES_TO_TRAIN = 15_500
+LINES_TO_TRAIN = 16_000
 
 
 class Import(NamedTuple):

@@ -74,8 +74,11 @@ def run(command: str, folder: Path) -> None:
   while re.fullmatch(r"[A-Z_]+=.*", words[0]):
     name, _, value = words.pop(0).partition("=")
     environment[name] = value
-  if "XLA_FLAGS" in command and RUN + "run " in command:  # fewer programs to compile
+  if RUN + "run " in command and "--config=" in command and "--workdir=" in command:
+    # Fewer programs to compile; one run of the page, without --workdir, has them all.
     words += ["--config.eval.sample_prompt=", "--config.eval.batches=1"]
+    if "XLA_FLAGS" in command:
+      words.append("--config.train.steps=6")
   if "train_tokenizer" in command:
     words.append("--vocab_size=300")
   words[0] = sys.executable

@@ -1,6 +1,7 @@
 """Kernels under a mesh with explicit axes and inside `shard_map`."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -43,6 +44,52 @@ def vary_with(arrays: Any, tree: Any) -> Any:
   return jax.tree.map(one, tree)
 
 
+def cut_further(
+  function: Callable, axes: tuple[str, ...], in_specs: Any, out_spec: PartitionSpec, arrays: tuple,
+  ids: Any,
+) -> jax.Array:  # fmt: skip
+  """`function(*arrays, ids)` in a `shard_map` over `axes`, which may lie inside another one.
+
+  `arrays` are cut as `in_specs` says and have gradients; integers `ids` are whole everywhere.
+  Forward and backward are a `shard_map` each: jax (0.10, 0.12) can't differentiate one that lies
+  inside another, since what its forward pass keeps would be cut over the outer one's axes again.
+  """
+  cut = partial(jax.shard_map, axis_names=set(axes), check_vma=False)
+  each = PartitionSpec(axes)  # what the forward pass keeps, stacked
+  # Inside, what varies over which axes is not tracked: results of any operation have no such type.
+  untyped = partial(jax.tree.map, lambda x: x[None][0])
+  kept = []
+
+  def forward(arrays, ids):
+    def local(arrays, ids):
+      out, pull = jax.vjp(lambda *arrays: function(*arrays, ids), *untyped(arrays))
+      leaves, tree = jax.tree.flatten(pull)
+      kept.append(tree)
+      return out, [x[None] for x in leaves]
+
+    specs = (in_specs, PartitionSpec())
+    out, leaves = cut(local, in_specs=specs, out_specs=(out_spec, each))(arrays, ids)
+    return vary_with(arrays, out), (arrays, leaves)
+
+  def backward(saved, dout):
+    arrays, leaves = saved
+
+    def local(leaves, dout):
+      return jax.tree.unflatten(kept[-1], [x[0] for x in leaves])(untyped(dout))
+
+    darrays = cut(local, in_specs=(each, out_spec), out_specs=in_specs)(leaves, dout)
+    return vary_with(arrays, darrays), None
+
+  @jax.custom_vjp
+  def run(arrays, ids):
+    local = lambda arrays, ids: function(*arrays, ids)
+    specs = (in_specs, PartitionSpec())
+    return vary_with(arrays, cut(local, in_specs=specs, out_specs=out_spec)(arrays, ids))
+
+  run.defvjp(forward, backward)
+  return run(vary_with(arrays, arrays), vary_with(arrays, ids))
+
+
 def varying_shape(shape: tuple[int, ...], dtype: Any, operand: jax.Array) -> jax.ShapeDtypeStruct:
   """Of a kernel's result, which varies over the manual mesh axes that its operand does."""
   return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(operand).manual_axis_type)
@@ -57,6 +104,11 @@ def free_axes() -> list[str]:
 
 def sharding_like(x: jax.Array) -> NamedSharding:
   return jax.typeof(x).sharding
+
+
+def without_last(sharding: NamedSharding) -> NamedSharding:
+  """Of an array that lacks the last dim."""
+  return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:-1]))
 
 
 def replicated_like(x: jax.Array) -> NamedSharding:

@@ -1,8 +1,20 @@
-"""What kernels for TPUs need to know of the chip."""
+"""What kernels for TPUs have in common."""
 
+import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from .select import current_platform
+
+LANES = 128  # the last dim of a register
+
+
+def dot(a: jax.Array, b: jax.Array, contract: tuple[tuple[int], tuple[int]]) -> jax.Array:
+  """In float32; by default a TPU would round float32 operands to bfloat16."""
+  precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+  return jax.lax.dot_general(
+    a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
+  )
 
 
 def fast_memory() -> int:

@@ -1,17 +1,23 @@
 """Attention over a row spread over devices, against the reference on the whole row."""
 
+import functools
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from layers import context
 from layers.attention import causal_mask
 from layers.context import choose_method, row_attention, zigzag
-from layers.kernels.attention import Alibi, attention, xla
+from layers.kernels.attention import Alibi, attention, pallas_tpu, xla
 from layers.masks import BigBird, Causal, Chunked, Local, PerHead
+from mesh.constrain import use_mesh
 from mesh.topology import make_mesh
 
 pytestmark = pytest.mark.xdist_group("devices")
@@ -61,7 +67,7 @@ def run(function, options, arrays, place, extras):
   return [np.asarray(x)[:, back] for x in (o, *grads[:3])], grads[3]
 
 
-def spread(method):
+def spread(method, check_vma=True):
   """The same over C devices; extras are whole everywhere."""
 
   def function(q, k, v, positions, segments, sink_N=None, bias=None, **flags):
@@ -72,7 +78,8 @@ def spread(method):
       )  # fmt: skip
 
     rows = P(None, "context")
-    local = jax.shard_map(local, in_specs=(rows,) * 5 + (P(), P()), out_specs=rows)
+    specs = {"in_specs": (rows,) * 5 + (P(), P()), "out_specs": rows}
+    local = jax.shard_map(local, check_vma=check_vma, **specs)
     return local(q, k, v, positions, segments, sink_N, bias)
 
   return function
@@ -84,12 +91,12 @@ def whole(q, k, v, positions, segments, **flags):
   )
 
 
-def assert_spread_is_whole(options, method):
+def assert_spread_is_whole(options, method, **checks):
   extras = {name: jnp.asarray(x, jnp.float32) for name, x in EXTRAS.items()}
   arrays = (Q, KEYS, VALUES)
   wanted, wanted_extras = run(whole, options, arrays, np.arange(T), extras)
   with jax.set_mesh(make_mesh({"context": C}, jax.devices()[:C])):
-    found, found_extras = run(spread(method), options, arrays, zigzag(T, C), extras)
+    found, found_extras = run(spread(method, **checks), options, arrays, zigzag(T, C), extras)
   for a, b in zip(found, wanted, strict=True):
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
   for name in extras:
@@ -103,9 +110,81 @@ def test_row_spread_over_devices(case, method):
   assert_spread_is_whole(CASES[case], method)
 
 
+BY_KERNELS = {
+  "window, cap, sink": {"mask": causal_mask(window=20), "softcap": 5.0, "sink_N": True},
+  "alibi": CASES["alibi"],
+}
+
+
+@pytest.mark.parametrize("case", BY_KERNELS)
+def test_kernels_for_tpus_pass_round_a_ring(case, monkeypatch):
+  call = functools.partial(pl.pallas_call, interpret=True)
+  monkeypatch.setattr(pallas_tpu, "pl", SimpleNamespace(**vars(pl) | {"pallas_call": call}))
+  monkeypatch.setattr(context, "select_partial", lambda *_: pallas_tpu)
+  # Interpreted kernels read scalars that vary by counters that do not.
+  assert_spread_is_whole(BY_KERNELS[case], "ring", check_vma=False)
+
+
+def test_a_ring_on_tpus_runs_kernels():
+  """Own keys, keys from before, keys from after: each a kernel forward and two backward."""
+  device = jax.sharding.AbstractDevice(device_kind="TPU v5", num_cores=2, platform="tpu")
+  mesh = jax.sharding.AbstractMesh((C,), ("context",), (AxisType.Auto,), abstract_device=device)
+  rows = P(None, "context")
+
+  def local(q, k, v, positions):
+    return row_attention(q, k, v, mask=Causal(), q_positions_BT=positions, method="ring")
+
+  spread = jax.shard_map(local, mesh=mesh, in_specs=(rows,) * 4, out_specs=rows)
+  loss = lambda *x: jnp.sum(spread(*x).astype(jnp.float32))
+  s = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+  arrays = s(1, 4096, 4, 128), s(1, 4096, 2, 128), s(1, 4096, 2, 128), s(1, 4096, dtype=jnp.int32)
+  with jax.sharding.use_abstract_mesh(mesh):
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*arrays).lower(lowering_platforms=("tpu",))
+  assert text.as_text().count("tpu_custom_call") == 3 * 3
+
+
 @pytest.mark.parametrize("case", NEAR)
 def test_neighbours_send_what_a_local_mask_reaches(case):
   assert_spread_is_whole(NEAR[case], "halo")
+
+
+@pytest.mark.parametrize(("kv_heads", "context", "names"), [(1, 2, ()), (4, 1, ("attention_out",))])
+def test_heads_are_cut_within_a_region(kv_heads, context, names):
+  """Over `tensor`, inside a shard_map over the other axes, recomputed: one key/value head that
+  both devices need, round a ring too, and gradients of what devices share."""
+  q, do = jnp.asarray(Q), jnp.asarray(DO)
+  k, v = (jnp.asarray(np.repeat(x[:, :, :1], kv_heads, 2)) for x in (KEYS, VALUES))
+  extras = tuple(jnp.asarray(x, jnp.float32) for x in EXTRAS.values())
+  segments, positions = jnp.asarray(SEGMENTS), jnp.asarray(POSITIONS)
+  place = zigzag(T, context) if context > 1 else np.arange(T)
+
+  def one(q, k, v, sink_N, slopes_N, positions, segments):
+    return row_attention(
+      q, k, v, q_positions_BT=positions, q_segments_BT=segments, mask=causal_mask(), softcap=5.0,
+      sink_N=sink_N, bias=Alibi(slopes_N),
+    )  # fmt: skip
+
+  def cut(*arrays):
+    rows = P("fsdp", "context")
+    specs = (rows, rows, rows, P(), P(), rows, rows)
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    local = jax.shard_map(
+      jax.checkpoint(one, policy=policy), in_specs=specs, out_specs=rows,
+      axis_names={"fsdp", "context"},
+    )  # fmt: skip
+    sorted_rows = lambda x: x[:, place] if x.ndim > 1 else x
+    return local(*map(sorted_rows, arrays))[:, np.argsort(place)]
+
+  def gradients(function):
+    loss = lambda *x: jnp.sum(function(*x, positions, segments) * do)
+    return jax.jit(jax.value_and_grad(loss, tuple(range(5))))(q, k, v, *extras)
+
+  wanted = gradients(one)
+  axes = {"fsdp": 2, "context": context, "tensor": 2}
+  with use_mesh(make_mesh(axes, jax.devices()[: 4 * context]), "all"):
+    found = gradients(cut)
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * float(jnp.abs(b).max()))
 
 
 def test_a_halo_is_all_that_travels():

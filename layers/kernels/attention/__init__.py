@@ -3,19 +3,18 @@
 Letters: B batch, T query positions, S key positions, N query heads, K key/value heads, H head size.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ..partition import auto_partitioned, free_axes, sharding_like
+from ..partition import auto_partitioned, free_axes, sharding_like, without_last
 from ..select import Supports, anywhere, current_platform, select
 from . import reference, xla
 from .bias import Alibi, Bias, Bucketed, RelativeKeys, bucket, num_heads
 from .blocks import Order
 
-__all__ = ["Alibi", "Bias", "Bucketed", "RelativeKeys", "attention", "bucket"]
+__all__ = ["Alibi", "Bias", "Bucketed", "RelativeKeys", "attention", "bucket", "select_partial"]
 
 GPU = ("gpu", "cuda")  # names of one platform, the first of devices, the second of compilers
 
@@ -34,8 +33,9 @@ def attention(
   softcap: float | None = None,
   bias: Bias | None = None,
   sink_N: jax.Array | None = None,
+  return_lse: bool = False,
   implementation: str | None = None,
-) -> jax.Array:
+) -> Any:
   """softmax(softcap(scale * q . k) + bias) v over the visible keys, [B, T, N, H of v], as q.
 
   Args:
@@ -54,6 +54,9 @@ def attention(
     softcap: c gives c * tanh(logit / c), before bias and mask (Gemma 2, arXiv 2408.00118).
     bias: `Alibi`, `Bucketed` or `RelativeKeys`.
     sink_N: a logit a head that takes part in the denominator only (gpt-oss, arXiv 2508.10925).
+    return_lse: the result is a pair: also the log-sum-exp of each query's logits (and sink),
+      float32 [B, T, N], of no logits -inf. With it attentions over parts of the keys can be put
+      together; gradients pass through both. Not by cuDNN.
     implementation: "pallas_tpu" or "pallas_gpu" (of the biases `Alibi` alone; the latter without
       `kv_positions_BS`), "cudnn" (GPU; all keys or a causal window, and nothing else of this list),
       "xla" (blockwise: memory linear in T and S; reverse-mode derivatives only when T * S exceeds
@@ -78,14 +81,8 @@ def attention(
     kv_segments_BS = q_segments_BT
   if (q_segments_BT is None) != (kv_segments_BS is None):
     raise ValueError("give segments for both queries and keys, or for neither")
-  for name, array, shape in (
-    ("q_positions_BT", q_positions_BT, (B, T)),
-    ("kv_positions_BS", kv_positions_BS, (B, S)),
-    ("q_segments_BT", q_segments_BT, (B, T)),
-    ("kv_segments_BS", kv_segments_BS, (B, S)),
-  ):
-    if array is not None and array.shape != shape:
-      raise ValueError(f"{name} needs the shape {shape}, got {array.shape}")
+  _check_ids(B, T, q_positions_BT=q_positions_BT, q_segments_BT=q_segments_BT)
+  _check_ids(B, S, kv_positions_BS=kv_positions_BS, kv_segments_BS=kv_segments_BS)
   order: Order = "document" if own_row else "any"
   if own_row and q_positions_BT is None:
     order = "index"
@@ -97,18 +94,42 @@ def attention(
     v_BSKH = jnp.where((kv_segments_BS > 0)[..., None, None], v_BSKH, 0)
 
   extras = {"softcap": softcap, "bias": bias, "sinks": sink_N, "segments": q_segments_BT}
+  extras["log-sum-exp"] = True if return_lse else None
   module = _select(implementation, (q_BTNH, k_BSKH, v_BSKH), mask, extras, order)
   scale = H**-0.5 if scale is None else scale
-  run = partial(module.attention, mask=mask, scale=scale, softcap=softcap, order=order)
+  q_sharding = sharding_like(q_BTNH)
+
+  def run(*arrays):
+    pair = module.attention(*arrays, mask=mask, scale=scale, softcap=softcap, order=order)
+    return pair if return_lse else pair[0]
+
   mask_N = None
   if mask is not None and mask.by_head is not None:
     mask_N = jnp.array(mask.by_head, jnp.int32)
   return auto_partitioned(
     run,
-    sharding_like(q_BTNH),
+    (q_sharding, without_last(q_sharding)) if return_lse else q_sharding,
     q_BTNH, k_BSKH, v_BSKH, q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS,
     bias, sink_N, mask_N,
   )  # fmt: skip
+
+
+def select_partial(
+  implementation: str | None, q_BTNH, k_BSKH, v_BSKH, mask: Any, bias: Bias | None
+) -> Any:
+  """The module whose `forward` and `backward` compute part of an attention here, see `xla`.
+
+  Raises:
+    NotImplementedError: a named implementation that has no such parts, or cannot run here.
+  """
+  if implementation not in (None, "xla", "pallas_tpu"):
+    raise NotImplementedError(
+      f"attention implementation {implementation!r} has no ring: use xla or pallas_tpu, or gather "
+      "the keys (context_method=all_gather)"
+    )
+  arrays = (q_BTNH, k_BSKH, v_BSKH)
+  candidates = {"pallas_tpu": _pallas("pallas_tpu", ("tpu",), arrays, bias, mask, "any")}
+  return _module(select(implementation, current_platform(), candidates | {"xla": anywhere}))
 
 
 def _select(
@@ -116,29 +137,30 @@ def _select(
 ) -> Any:
   """The module that computes these arguments here."""
 
-  def pallas(name: str, platforms: tuple[str, ...]) -> Supports:
-    def supports(platform: str) -> str | None:
-      if platform not in platforms:
-        return f"the kernel is for {platforms[0].upper()}s, not for {platform}"
-      if free := free_axes():
-        return f"no compiler spreads it over {', '.join(free)}: call it in a shard_map"
-      return _module(name).supports(*arrays, extras["bias"], mask, order)
-
-    return supports
-
   def cudnn(platform: str) -> str | None:
     if platform not in GPU:
       return f"cuDNN is for GPUs, not for {platform}"
     return _module("cudnn").supports(*arrays, mask, extras, order)
 
   candidates = {
-    "pallas_tpu": pallas("pallas_tpu", ("tpu",)),
+    "pallas_tpu": _pallas("pallas_tpu", ("tpu",), arrays, extras["bias"], mask, order),
     "cudnn": cudnn,
-    "pallas_gpu": pallas("pallas_gpu", GPU),
+    "pallas_gpu": _pallas("pallas_gpu", GPU, arrays, extras["bias"], mask, order),
     "xla": anywhere,
     "reference": anywhere,
   }
   return _module(select(implementation, current_platform(), candidates))
+
+
+def _pallas(name, platforms: tuple[str, ...], arrays, bias, mask, order: Order) -> Supports:
+  def supports(platform: str) -> str | None:
+    if platform not in platforms:
+      return f"the kernel is for {platforms[0].upper()}s, not for {platform}"
+    if free := free_axes():
+      return f"no compiler spreads it over {', '.join(free)}: call it in a shard_map"
+    return _module(name).supports(*arrays, bias, mask, order)
+
+  return supports
 
 
 def _module(name: str) -> Any:
@@ -158,6 +180,12 @@ def _module(name: str) -> Any:
 
     return cudnn
   return {"xla": xla, "reference": reference}[name]
+
+
+def _check_ids(*shape: int, **ids: jax.Array | None) -> None:
+  for name, array in ids.items():
+    if array is not None and array.shape != shape:
+      raise ValueError(f"{name} needs the shape {shape}, got {array.shape}")
 
 
 def _check(q_BTNH, k_BSKH, v_BSKH, bias, sink_N, softcap, mask) -> None:

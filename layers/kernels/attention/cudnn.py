@@ -65,8 +65,8 @@ def window(mask: Any, length: int) -> dict[str, Any] | None:
 def attention(
   q_BTNH, k_BSKH, v_BSKH, q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS, bias,
   sink_N, mask_N, *, mask, scale, softcap, order,
-) -> jax.Array:  # fmt: skip
-  """Arguments as in the package, where None stands for a default; see there."""
+) -> tuple[jax.Array, None]:  # fmt: skip
+  """Arguments as in the package, where None stands for a default; see there. No log-sum-exp."""
   # Such masks ask for distances alone, and those of positions are those of indices.
   del q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS, bias, sink_N, mask_N
   del softcap, order
@@ -75,4 +75,4 @@ def attention(
   o_BTNH = jax.nn.dot_product_attention(
     q_BTNH, k_BSKH, v_BSKH, scale=scale, implementation="cudnn", **shown
   )
-  return checkpoint_name(o_BTNH, "attention_out")
+  return checkpoint_name(o_BTNH, "attention_out"), None

@@ -26,7 +26,17 @@ from jax.experimental.pallas import triton as plgpu
 from ..partition import vary_with, varying_shape
 from .bias import Alibi
 from .blocks import FULL, PARTIAL, Order, block_kinds, visits
-from .tiles import LOG2E, MASKED, Heads, Ids, logits, needs_positions, sink_gradient, visible
+from .tiles import (
+  LOG2E,
+  MASKED,
+  Heads,
+  Ids,
+  logits,
+  natural,
+  needs_positions,
+  sink_gradient,
+  visible,
+)
 
 PART = 16  # the smallest side of a product of blocks
 
@@ -89,7 +99,7 @@ def supports(q_BTNH, k_BSKH, v_BSKU, bias, mask, order: Order) -> str | None:
 def attention(
   q_BTNH, k_BSKH, v_BSKU, q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS, bias,
   sink_N, mask_N, *, mask, scale, softcap, order,
-) -> jax.Array:  # fmt: skip
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
   """Arguments as in the package, where None stands for a default; see there."""
   del kv_positions_BS
   B, T, N, _ = q_BTNH.shape
@@ -101,23 +111,25 @@ def attention(
   as_f32 = lambda x: None if x is None else x.astype(f32)
   heads = Heads(as_f32(sink_N), None if bias is None else as_f32(bias.slopes_N))
   mask_N = jnp.zeros(N, i32) if mask_N is None else mask_N
-  return _attend(static, q_BTNH, k_BSKH, v_BSKU, heads, q_ids, kv_ids, mask_N)
+  o_BTNU, lse_BNT = _attend(static, q_BTNH, k_BSKH, v_BSKU, heads, q_ids, kv_ids, mask_N)
+  return o_BTNU, natural(lse_BNT).swapaxes(1, 2)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(static, q, k, v, heads, q_ids, kv_ids, mask_N):
-  return _forward(static, (q, k, v), heads, q_ids, kv_ids, mask_N)[0]
+  return _forward(static, (q, k, v), heads, q_ids, kv_ids, mask_N)
 
 
 def _attend_fwd(static, q, k, v, heads, q_ids, kv_ids, mask_N):
   o, lse = _forward(static, (q, k, v), heads, q_ids, kv_ids, mask_N)
   o, lse = checkpoint_name(o, "attention_out"), checkpoint_name(lse, "attention_lse")
-  return o, (q, k, v, heads, q_ids, kv_ids, mask_N, o, lse)
+  return (o, lse), (q, k, v, heads, q_ids, kv_ids, mask_N, o, lse)
 
 
-def _attend_bwd(static, saved, do):
+def _attend_bwd(static, saved, given):
+  do, dlse = given
   q, k, v, heads, q_ids, kv_ids, mask_N, o, lse = saved
-  delta = jnp.sum(do.astype(f32) * o.astype(f32), axis=-1).swapaxes(1, 2)  # [B, N, T], as lse
+  delta = jnp.sum(do.astype(f32) * o.astype(f32), axis=-1).swapaxes(1, 2) - LOG2E * dlse
   arrays = (q, k, v, do, lse, delta)
   dq, drow = _backward_queries(static, arrays, heads, q_ids, kv_ids, mask_N)
   dk, dv = _backward_keys(static, arrays, heads, q_ids, kv_ids, mask_N)

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..partition import vary_with, varying_shape
-from ..tpu import fast_memory
+from ..tpu import LANES, dot, fast_memory
 from .bias import Alibi
 from .blocks import (
   COLUMN,
@@ -42,9 +42,18 @@ from .blocks import (
   walk_at_run_time,
   walks,
 )
-from .tiles import LOG2E, MASKED, Heads, Ids, logits, needs_positions, sink_gradient, visible
+from .tiles import (
+  LOG2E,
+  MASKED,
+  Heads,
+  Ids,
+  logits,
+  natural,
+  needs_positions,
+  sink_gradient,
+  visible,
+)
 
-LANES = 128
 # Positions of a block, and of those the keys (or queries, for the gradients by keys) whose logits
 # are in work at a time. Estimated on v5p at head size 128 as shares of the matrix unit's bound:
 # forward 79 / 81 / 60 % with steps of 512 / 256 / 128, dq 92 / 90, dkv 94 / 91 with 512 / 256.
@@ -104,29 +113,66 @@ def block_size(length: int) -> int:
 def attention(
   q_BTNH, k_BSKH, v_BSKU, q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS, bias,
   sink_N, mask_N, *, mask, scale, softcap, order,
-) -> jax.Array:  # fmt: skip
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
   """Arguments as in the package, where None stands for a default; see there."""
+  kv_positions_BS = q_positions_BT if kv_positions_BS is None else kv_positions_BS
+  ids = (q_positions_BT, q_segments_BT), (kv_positions_BS, kv_segments_BS)
+  static = (mask, scale, softcap, order)
+  arguments = _arguments(q_BTNH, k_BSKH, v_BSKU, bias, sink_N, mask_N, *ids, *static)
+  return _cut(q_BTNH.shape[1], *_attend(*arguments))
+
+
+def forward(
+  q_BTNH, k_BSKH, v_BSKU, bias, sink_N, q_ids, kv_ids, *, mask, scale, softcap, own_row=False
+) -> tuple[jax.Array, jax.Array]:
+  """As of `xla`."""
+  static = (mask, scale, softcap, "gaps" if own_row else "any")
+  arguments = _arguments(q_BTNH, k_BSKH, v_BSKU, bias, sink_N, None, q_ids, kv_ids, *static)
+  return _cut(q_BTNH.shape[1], *_forward(*arguments, dtype=f32))
+
+
+def backward(
+  q_BTNH, k_BSKH, v_BSKU, bias, sink_N, q_ids, kv_ids, o_BTNU, lse_BTN, do_BTNU, *,
+  mask, scale, softcap, own_row=False,
+) -> tuple[Any, ...]:  # fmt: skip
+  """As of `xla`."""
+  static = (mask, scale, softcap, "gaps" if own_row else "any")
+  static, *rest = _arguments(q_BTNH, k_BSKH, v_BSKU, bias, sink_N, None, q_ids, kv_ids, *static)
+  ahead = lambda x: _padded(x, static.q_block).swapaxes(1, 2)
+  lse_BTN = jnp.where(jnp.isneginf(lse_BTN), -MASKED, LOG2E * lse_BTN)
+  saved = (*rest, ahead(o_BTNU), ahead(lse_BTN)[:, :, None])
+  dq, dk, dv, _, dheads, *_ = _backward(static, saved, (ahead(do_BTNU), 0.0), dtype=f32)
+  back = lambda dx, x: dx[:, :, : x.shape[1]].swapaxes(1, 2)
+  dsink_N, dslope_N = jax.tree.map(lambda d_1N: d_1N[0], dheads)
+  dbias = None if bias is None else Alibi(dslope_N)
+  return back(dq, q_BTNH), back(dk, k_BSKH), back(dv, v_BSKU), dbias, dsink_N
+
+
+def _cut(T: int, o_BNTU, lse_BN1T):
+  """(o, log-sum-exp) as callers know them."""
+  return o_BNTU[:, :, :T].swapaxes(1, 2), natural(lse_BN1T[:, :, 0, :T]).swapaxes(1, 2)
+
+
+def _arguments(
+  q_BTNH, k_BSKH, v_BSKU, bias, sink_N, mask_N, q_ids, kv_ids, mask, scale, softcap, order
+) -> tuple[Any, ...]:
+  """Those of `_attend`; ids are (positions, segments)."""
   (B, T, N, _), S = q_BTNH.shape, k_BSKH.shape[1]
   q_block, kv_block = block_size(T), block_size(S)
-  kv_positions_BS = q_positions_BT if kv_positions_BS is None else kv_positions_BS
-  given = (q_positions_BT, q_segments_BT), (kv_positions_BS, kv_segments_BS)
   static = _Static(mask, scale, softcap, S, q_block, kv_block, each_row=False)
-  plan, each_row = _plan(static, order, *given, T)
+  plan, each_row = _plan(static, order, q_ids, kv_ids, T)
   static = static._replace(each_row=each_row)
   absolute = needs_positions(static.masks, order)
   row = lambda x, block: None if x is None else _padded(x, block)[:, None]
   of_row = lambda x: jnp.broadcast_to(x, (B, x.shape[1])) if absolute else None
-  q_ids = Ids(row(of_row(q_positions_BT), q_block), row(q_segments_BT, q_block))
-  kv_ids = Ids(row(of_row(kv_positions_BS), kv_block), row(kv_segments_BS, kv_block))
+  q_ids = Ids(row(of_row(q_ids[0]), q_block), row(q_ids[1], q_block))
+  kv_ids = Ids(row(of_row(kv_ids[0]), kv_block), row(kv_ids[1], kv_block))
   to_1N = lambda x: None if x is None else x.astype(f32)[None]
   heads = Heads(to_1N(sink_N), None if bias is None else to_1N(bias.slopes_N))
   mask_N = jnp.zeros(N, jnp.int32) if mask_N is None else mask_N
   ahead = lambda x, block: _padded(x, block).swapaxes(1, 2)
-  o_BNTU = _attend(
-    static, ahead(q_BTNH, q_block), ahead(k_BSKH, kv_block), ahead(v_BSKU, kv_block), plan, heads,
-    q_ids, kv_ids, mask_N,
-  )  # fmt: skip
-  return o_BNTU[:, :, :T].swapaxes(1, 2)
+  q, k, v = ahead(q_BTNH, q_block), ahead(k_BSKH, kv_block), ahead(v_BSKU, kv_block)
+  return static, q, k, v, plan, heads, q_ids, kv_ids, mask_N
 
 
 def _padded(x, block):
@@ -165,21 +211,22 @@ def _plan(static: _Static, order: Order, q_ids, kv_ids, T: int) -> tuple[_Plan, 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(static, q, k, v, plan, heads, q_ids, kv_ids, mask_N):
-  return _forward(static, q, k, v, plan, heads, q_ids, kv_ids, mask_N)[0]
+  return _forward(static, q, k, v, plan, heads, q_ids, kv_ids, mask_N)
 
 
 def _attend_fwd(static, q, k, v, plan, heads, q_ids, kv_ids, mask_N):
   o, lse = _forward(static, q, k, v, plan, heads, q_ids, kv_ids, mask_N)
   o, lse = checkpoint_name(o, "attention_out"), checkpoint_name(lse, "attention_lse")
-  return o, (q, k, v, plan, heads, q_ids, kv_ids, mask_N, o, lse)
+  return (o, lse), (q, k, v, plan, heads, q_ids, kv_ids, mask_N, o, lse)
 
 
-def _attend_bwd(static, saved, do):
+def _backward(static, saved, given, dtype=None):
+  do, dlse = given
   q, k, v, plan, heads, q_ids, kv_ids, mask_N, o, lse = saved
-  delta = jnp.sum(do.astype(f32) * o.astype(f32), axis=-1)[:, :, None]  # [B, N, 1, T], as lse
+  delta = jnp.sum(do.astype(f32) * o.astype(f32), axis=-1)[:, :, None] - LOG2E * dlse
   arrays = (q, k, v, do, lse, delta, plan, heads, q_ids, kv_ids, mask_N)
-  dq, drow = _backward_queries(static, *arrays)
-  dk, dv = _backward_keys(static, *arrays)
+  dq, drow = _backward_queries(static, *arrays, dtype=dtype)
+  dk, dv = _backward_keys(static, *arrays, dtype=dtype)
   dsink = None
   if heads.sink is not None:
     dsink = sink_gradient(heads.sink[0], lse[:, :, 0], delta[:, :, 0])[None]
@@ -187,7 +234,7 @@ def _attend_bwd(static, saved, do):
   return dq, dk, dv, None, Heads(dsink, dslope), None, None, None
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd)
+_attend.defvjp(_attend_fwd, _backward)
 
 
 # ---- the kernels ----
@@ -204,7 +251,7 @@ def _list(static: _Static, b, which, *, turned: bool):
 def _logits(static, heads, n, q, k, distance):
   """(base-2 logits, their tanh if capped): q k^T, or k q^T, whichever comes first."""
   slope = None if heads.slope is None else heads.slope[0, n]
-  return logits(_dot(q, k, ((1,), (1,))), static.scale, static.softcap, slope, distance)
+  return logits(dot(q, k, ((1,), (1,))), static.scale, static.softcap, slope, distance)
 
 
 def _visible(static, which, tile) -> Any:
@@ -217,14 +264,6 @@ def _visible(static, which, tile) -> Any:
 def _column(row):
   """[1, n] -> [n, 1]."""
   return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
-
-
-def _dot(a, b, contract):
-  """[m, n] in float32; float32 operands are not rounded first."""
-  precision = jax.lax.Precision.HIGHEST if a.dtype == f32 else None
-  return jax.lax.dot_general(
-    a, b, ((contract[0], contract[1]), ((), ())), precision=precision, preferred_element_type=f32
-  )
 
 
 class _Tile(NamedTuple):
@@ -305,7 +344,7 @@ def _forward_kernel(
       decay = jnp.exp2(m - top)
       total = total * decay + jnp.sum(p, axis=1, keepdims=True)
       v = v_ref[0, 0, keys]
-      acc = acc * _fit(decay, acc.shape[1]) + _dot(p.astype(v.dtype), v, ((1,), (0,)))
+      acc = acc * _fit(decay, acc.shape[1]) + dot(p.astype(v.dtype), v, ((1,), (0,)))
       m = m_next
     m_ref[...], total_ref[...], acc_ref[...] = m, total, acc
 
@@ -356,13 +395,13 @@ def _dq_kernel(
       if cut:
         s = jnp.where(_visible(static, which_N[n], tile), s, MASKED)
       p = jnp.exp2(s - _wide(lse_acc[...], width))
-      ds = p * (_dot(do, v_ref[0, 0, keys], ((1,), (1,))) - _wide(delta_acc[...], width))
+      ds = p * (dot(do, v_ref[0, 0, keys], ((1,), (1,))) - _wide(delta_acc[...], width))
       if drow_acc is not None:
         lost = jnp.sum(ds * tile.distance.astype(f32), axis=1, keepdims=True)
         drow_acc[...] -= jnp.broadcast_to(lost, drow_acc.shape)
       if t is not None:
         ds = ds * (1 - t * t)
-      dq = dq + _dot(ds.astype(k.dtype), k, ((1,), (0,)))
+      dq = dq + dot(ds.astype(k.dtype), k, ((1,), (0,)))
     dq_acc[...] = dq
 
   _bodies(visit, body)
@@ -401,11 +440,11 @@ def _dkv_kernel(
       if cut:
         s = jnp.where(_visible(static, which_N[n], tile), s, MASKED)
       p = jnp.exp2(s - lse_ref[0, 0, :, queries])
-      dv = dv + _dot(p.astype(do.dtype), do, ((1,), (0,)))
-      ds = p * (_dot(v, do, ((1,), (1,))) - delta_ref[0, 0, :, queries])
+      dv = dv + dot(p.astype(do.dtype), do, ((1,), (0,)))
+      ds = p * (dot(v, do, ((1,), (1,))) - delta_ref[0, 0, :, queries])
       if t is not None:
         ds = ds * (1 - t * t)
-      dk = dk + _dot(ds.astype(q.dtype), q, ((1,), (0,)))
+      dk = dk + dot(ds.astype(q.dtype), q, ((1,), (0,)))
     dk_acc[...], dv_acc[...] = dk, dv
 
   _bodies(visit, body)
@@ -510,15 +549,15 @@ def _call(kernel, name, specs, words, arrays, results, scratch, *, flops):
   return call(words, mask_N, heads, q_ids, kv_ids, q, k, v, *by_query)
 
 
-def _forward(static, q, k, v, plan, heads, q_ids, kv_ids, mask_N):
-  """(o [B, N, T, U], log2-sum-exp [B, N, 1, T])."""
+def _forward(static, q, k, v, plan, heads, q_ids, kv_ids, mask_N, dtype=None):
+  """(o [B, N, T, U] in `dtype` or that of v, log2-sum-exp [B, N, 1, T])."""
   arrays = ((q, k, v), heads, q_ids, kv_ids, mask_N)
   arrays, plan = vary_with((arrays, plan), (arrays, plan))
   q = arrays[0][0]
   (B, N, T, H), U = q.shape, v.shape[-1]
   specs = _Specs(static, N // k.shape[1], turned=False)
   results = (
-    (varying_shape((B, N, T, U), v.dtype, q), specs.block("q", U)),
+    (varying_shape((B, N, T, U), dtype or v.dtype, q), specs.block("q", U)),
     (varying_shape((B, N, 1, T), f32, q), specs.row("q")),
   )
   return _call(
@@ -527,14 +566,14 @@ def _forward(static, q, k, v, plan, heads, q_ids, kv_ids, mask_N):
   )  # fmt: skip
 
 
-def _backward_queries(static, q, k, v, do, lse, delta, plan, heads, q_ids, kv_ids, mask_N):
+def _backward_queries(static, q, k, v, do, lse, delta, plan, heads, q_ids, kv_ids, mask_N, dtype):
   """(dq [B, N, T, H], what the slope gains from each query [B, N, 1, T] or None)."""
   arrays = ((q, k, v, do, lse, delta), heads, q_ids, kv_ids, mask_N)
   arrays, plan = vary_with((arrays, plan), (arrays, plan))
   q = arrays[0][0]
   (B, N, T, H), U = q.shape, v.shape[-1]
   specs = _Specs(static, N // k.shape[1], turned=False)
-  results = [(varying_shape(q.shape, q.dtype, q), specs.block("q", H))]
+  results = [(varying_shape(q.shape, dtype or q.dtype, q), specs.block("q", H))]
   scratch = [LANES, LANES, H]
   if heads.slope is not None:
     results.append((varying_shape((B, N, 1, T), f32, q), specs.row("q")))
@@ -546,14 +585,15 @@ def _backward_queries(static, q, k, v, do, lse, delta, plan, heads, q_ids, kv_id
   return (*out, None)[:2]
 
 
-def _backward_keys(static, q, k, v, do, lse, delta, plan, heads, q_ids, kv_ids, mask_N):
+def _backward_keys(static, q, k, v, do, lse, delta, plan, heads, q_ids, kv_ids, mask_N, dtype):
   """(dk [B, K, S, H], dv [B, K, S, U])."""
   arrays = ((q, k, v, do, lse, delta), heads, q_ids, kv_ids, mask_N)
   arrays, plan = vary_with((arrays, plan), (arrays, plan))
   q, k, v = arrays[0][:3]
   N, H, U = q.shape[1], q.shape[3], v.shape[-1]
   specs = _Specs(static, N // k.shape[1], turned=True)
-  results = [(varying_shape(x.shape, x.dtype, q), specs.block("kv", x.shape[-1])) for x in (k, v)]
+  of = lambda x: varying_shape(x.shape, dtype or x.dtype, q)
+  results = [(of(x), specs.block("kv", x.shape[-1])) for x in (k, v)]
   return _call(
     _dkv_kernel, "attention_dkv", specs, plan.columns, arrays, results,
     (H, U), flops=4 * (H + U),

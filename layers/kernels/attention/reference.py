@@ -15,7 +15,7 @@ f32 = jnp.float32
 def attention(
   q_BTNH, k_BSKH, v_BSKH, q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS, bias,
   sink_N, mask_N, *, mask, scale, softcap, order,
-) -> jax.Array:  # fmt: skip
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
   """Arguments as in the package, where None stands for a default; see there."""
   (B, T, N, H), K, S = q_BTNH.shape, k_BSKH.shape[2], k_BSKH.shape[1]
   if kv_positions_BS is None:
@@ -46,7 +46,9 @@ def attention(
   sink = jnp.broadcast_to(sink[None, :, None, None], (B, N, T, 1))
   empty = ~jnp.any(visible, -1, keepdims=True)
   logits = jnp.where(visible, logits, jnp.where(empty, 0.0, -jnp.inf))  # no softmax of all -inf
-  p = jax.nn.softmax(jnp.concatenate([logits, sink], -1), axis=-1)[..., :-1]
+  logits = jnp.concatenate([logits, sink], -1)
+  lse = jnp.where(empty[..., 0], sink[..., 0], jax.nn.logsumexp(logits, axis=-1))
+  p = jax.nn.softmax(logits, axis=-1)[..., :-1]
   p = jnp.where(empty, 0.0, p).reshape(B, K, N // K, T, S)
   o = jnp.einsum("bkgts,bskh->btkgh", p, v_BSKH.astype(f32), precision="highest")
-  return o.reshape(B, T, N, -1).astype(q_BTNH.dtype)
+  return o.reshape(B, T, N, -1).astype(q_BTNH.dtype), lse.swapaxes(1, 2)

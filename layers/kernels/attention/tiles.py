@@ -76,6 +76,11 @@ def visible(masks, which, i, j, q_segment, kv_segment, in_row) -> Any:
   return parts[0] if parts else None
 
 
+def natural(lse: jax.Array) -> jax.Array:
+  """The log-sum-exp of a kernel to base e; -inf, not -MASKED, where nothing is seen."""
+  return jnp.where(lse > -MASKED / 2, -jnp.inf, lse / LOG2E)
+
+
 def sink_gradient(sink_N: jax.Array, lse_BNT: jax.Array, delta_BNT: jax.Array) -> jax.Array:
   weight_BNT = jnp.exp2(LOG2E * sink_N[None, :, None] - lse_BNT)
   return -jnp.sum(weight_BNT * delta_BNT, axis=(0, 2))

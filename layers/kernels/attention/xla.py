@@ -74,7 +74,7 @@ class _Static(NamedTuple):
 def attention(
   q_BTNH, k_BSKH, v_BSKH, q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS, bias,
   sink_N, mask_N, *, mask, scale, softcap, order,
-) -> jax.Array:  # fmt: skip
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
   """Arguments as in the package, where None stands for a default; see there."""
   T, S = q_BTNH.shape[1], k_BSKH.shape[1]
   own_row = kv_positions_BS is None
@@ -82,43 +82,49 @@ def attention(
     kv_positions_BS = q_positions_BT
   static = _static(q_BTNH, k_BSKH, mask, scale, softcap, own_row, order)
   q_ids, kv_ids = (q_positions_BT, q_segments_BT), (kv_positions_BS, kv_segments_BS)
-  run = _dense if block_size() ** 2 >= T * S else _blockwise
-  return run(static, q_BTNH, k_BSKH, v_BSKH, bias, Heads(sink_N, mask_N), q_ids, kv_ids)
+  arguments = (q_BTNH, k_BSKH, v_BSKH, bias, Heads(sink_N, mask_N), q_ids, kv_ids)
+  if block_size() ** 2 >= T * S:
+    return _dense(static, *arguments)
+  o_BTNH, lse_BTN = _blockwise(static, *arguments)
+  return o_BTNH, _as_infinity(lse_BTN)
 
 
 def forward(
-  q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids, *, mask, scale, softcap, own_row=False
+  q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids, *, mask, scale, softcap, own_row=False
 ) -> tuple[jax.Array, jax.Array]:
   """Part of an attention over more keys than these: o in float32 and log-sum-exp [B, T, N].
+
+  Every implementation with a `forward` and a `backward` can pass round a ring.
 
   Args:
     q_ids, kv_ids: (positions, segments or None).
     own_row: the keys are the queries' own row, in the order of positions.
   """
   static = _static(q_BTNH, k_BSKH, mask, scale, softcap, own_row)
-  o_BTNH, lse = _forward_blocks(
-    static, q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids, dtype=f32
+  o_BTNH, lse_BTN = _forward_blocks(
+    static, q_BTNH, k_BSKH, v_BSKH, bias, Heads(sink_N), q_ids, kv_ids, dtype=f32
   )
-  return o_BTNH, _unblocks(lse[..., None], q_BTNH.shape[1])[..., 0]
+  return o_BTNH, _as_infinity(lse_BTN)
 
 
 def backward(
-  q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids, o_BTNH, lse_BTN, do_BTNH, *,
+  q_BTNH, k_BSKH, v_BSKH, bias, sink_N, q_ids, kv_ids, o_BTNH, lse_BTN, do_BTNH, *,
   mask, scale, softcap, own_row=False,
 ) -> tuple[Any, ...]:  # fmt: skip
-  """What these keys contribute to the gradients by q, k, v, bias and sinks, in their dtypes.
+  """What these keys contribute to the gradients by q, k, v, bias and sinks.
 
   `o_BTNH` and `lse_BTN` are those over all keys.
   """
   static = _static(q_BTNH, k_BSKH, mask, scale, softcap, own_row)
-  lse = _blocks(lse_BTN[..., None], static.q_block, k_BSKH.shape[2])[..., 0]
-  residuals = (q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids, o_BTNH, lse)
-  return _backward(static, residuals, do_BTNH)[:5]
+  lse_BTN = jnp.where(jnp.isneginf(lse_BTN), -MASKED, lse_BTN)
+  residuals = (q_BTNH, k_BSKH, v_BSKH, bias, Heads(sink_N), q_ids, kv_ids, o_BTNH, lse_BTN)
+  *gradients, dheads = _backward(static, residuals, (do_BTNH, jnp.zeros_like(lse_BTN)))[:5]
+  return *gradients, dheads.sink_N
 
 
-def unseen(lse: jax.Array) -> jax.Array:
-  """Where a query saw no key, by its log-sum-exp."""
-  return lse > -MASKED / 2
+def _as_infinity(lse: jax.Array) -> jax.Array:
+  """-inf where a query saw no key, which is -MASKED inside."""
+  return jnp.where(lse > -MASKED / 2, -jnp.inf, lse)
 
 
 def _static(q_BTNH, k_BSKH, mask, scale, softcap, own_row, order: Order = "gaps") -> "_Static":
@@ -231,10 +237,14 @@ def _dense(static, q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids):
   if heads.sink_N is not None:
     sum_BKGT1 = sum_BKGT1 + jnp.exp(heads.sink_N - max_BKGT1)
   o_BKGTH = _mix(p, v_BKSH) / sum_BKGT1
+  lse_BKGT1 = max_BKGT1 + jnp.log(sum_BKGT1)
   if visible is not None:
-    o_BKGTH = jnp.where(jnp.any(visible, axis=-1, keepdims=True), o_BKGTH, 0)
-  o_BTNH = o_BKGTH.astype(q_BTNH.dtype).transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
-  return checkpoint_name(o_BTNH, "attention_out")
+    seen = jnp.any(visible, axis=-1, keepdims=True)
+    o_BKGTH = jnp.where(seen, o_BKGTH, 0)
+    lse_BKGT1 = jnp.where(seen, lse_BKGT1, -jnp.inf if heads.sink_N is None else heads.sink_N)
+  flat = lambda x: x.transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
+  o_BTNH = checkpoint_name(flat(o_BKGTH.astype(q_BTNH.dtype)), "attention_out")
+  return o_BTNH, flat(lse_BKGT1)[..., 0]
 
 
 def _blocks(x, block, heads=None):
@@ -336,18 +346,18 @@ def _keys(static, k_BSKH, v_BSKH, kv_ids):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _blockwise(static, q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids):
-  return _forward_blocks(static, q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids)[0]
+  return _forward_blocks(static, q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids)
 
 
 def _forward(static, q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids):
   o_BTNH, lse = _forward_blocks(static, q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids)
   o_BTNH = checkpoint_name(o_BTNH, "attention_out")
   lse = checkpoint_name(lse, "attention_lse")
-  return o_BTNH, (q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids, o_BTNH, lse)
+  return (o_BTNH, lse), (q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids, o_BTNH, lse)
 
 
 def _forward_blocks(static, q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids, dtype=None):
-  """(o in `dtype` or that of q, log-sum-exp [blocks, B, K, G, T])."""
+  """(o in `dtype` or that of q, log-sum-exp [B, T, N])."""
   K = k_BSKH.shape[2]
   keys, heads = _keys(static, k_BSKH, v_BSKH, kv_ids), _grouped(heads, K)
   plan = _plan(static, q_ids, kv_ids)
@@ -381,12 +391,12 @@ def _forward_blocks(static, q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids, 
     seen = total > 0
     total = jnp.where(seen, total, 1)
     # Rows that see nothing get a huge log-sum-exp: exp(logit - lse) is 0 in the backward pass.
-    lse = jnp.where(seen, m + jnp.log(total), -MASKED)[..., 0]
+    lse = jnp.where(seen, m + jnp.log(total), -MASKED)
     return None, ((acc / total).astype(dtype or q.dtype), lse)
 
   inputs = _query_inputs(static, K, q_BTNH, rows, q_ids)
   _, (o, lse) = jax.lax.scan(query_block, None, inputs)
-  return _unblocks(o, q_BTNH.shape[1]), lse
+  return _unblocks(o, q_BTNH.shape[1]), _unblocks(lse, q_BTNH.shape[1])[..., 0]
 
 
 def _add_at(blocks, j, x):
@@ -400,8 +410,9 @@ def _query_inputs(static, K, q_BTNH, rows_BTNH, q_ids):
   return jnp.arange(q.shape[0]), q, rows, q_ids
 
 
-def _backward(static, residuals, do_BTNH):
-  q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids, o_BTNH, lse = residuals
+def _backward(static, residuals, given):
+  q_BTNH, k_BSKH, v_BSKH, bias, heads, q_ids, kv_ids, o_BTNH, lse_BTN = residuals
+  do_BTNH, dlse_BTN = given
   (B, T, N, _), S, K = q_BTNH.shape, k_BSKH.shape[1], k_BSKH.shape[2]
   keys, each_head = _keys(static, k_BSKH, v_BSKH, kv_ids), _grouped(heads, K)
   plan = _plan(static, q_ids, kv_ids)
@@ -410,7 +421,7 @@ def _backward(static, residuals, do_BTNH):
   zeros = lambda tree: vary_with(q_BTNH, jax.tree.map(lambda x: jnp.zeros(x.shape, f32), tree))
   # A copy for each row of the batch, and float32, which its gradient is summed in over blocks.
   shared = jax.tree.map(lambda x: jnp.broadcast_to(x.astype(f32), (B, *x.shape)), shared)
-  delta_BTN1 = jnp.sum(do_BTNH.astype(f32) * o_BTNH.astype(f32), axis=-1, keepdims=True)
+  delta_BTN = jnp.sum(do_BTNH.astype(f32) * o_BTNH.astype(f32), axis=-1) - dlse_BTN
 
   def query_block(sums, inputs):
     (i, q, rows, q_ids), do, lse, delta = inputs
@@ -437,8 +448,8 @@ def _backward(static, residuals, do_BTNH):
     dq, drows, sums = _visit_each(plan, i, step, (zeros(q), zeros(rows), sums))
     return sums, (dq.astype(q.dtype), drows)
 
-  do, delta = (_blocks(x, static.q_block, K) for x in (do_BTNH, delta_BTN1))
-  lse = lse[..., None]
+  by_query = (do_BTNH, delta_BTN[..., None], lse_BTN[..., None])
+  do, delta, lse = (_blocks(x, static.q_block, K) for x in by_query)
   inputs = (_query_inputs(static, K, q_BTNH, rows, q_ids), do, lse, delta)
   sums = zeros((keys.k, keys.v, shared))
   (dk, dv, dshared), (dq, drows) = jax.lax.scan(query_block, sums, inputs)

@@ -28,7 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 from ..attention.blocks import shown
 from ..attention.tiles import LOG2E, MASKED
 from ..partition import vary_with, varying_shape
-from ..tpu import fast_memory
+from ..tpu import LANES, dot, fast_memory
 from .inputs import Inputs, Static, bounds, needed_pages
 
 STEP_BYTES = 2**20  # of keys, and of values, that a step reads; more than hides its start
@@ -37,7 +37,6 @@ COLUMNS = 1024  # in work at a time
 LOGITS = 2**18  # in work at a time
 CHUNKS = 4  # of them in a step of a cache that is one piece; more takes long to compile
 ROWS = 2048  # T * N at most
-LANES = 128
 
 f32 = jnp.float32
 
@@ -280,7 +279,7 @@ def _kernel(static, blocks, paged, first_B, end_B, *refs):
       p = jnp.exp2(s - top)
       decay = jnp.exp2(m - top)
       total = total * decay + jnp.sum(p, axis=1, keepdims=True)
-      acc = acc * decay + _dot(p.astype(v.dtype), v, ((1,), (0,)))
+      acc = acc * decay + dot(p.astype(v.dtype), v, ((1,), (0,)))
       m = m_next
     m_ref[...] = jnp.broadcast_to(m, m_ref.shape)
     total_ref[...] = jnp.broadcast_to(total, total_ref.shape)
@@ -320,7 +319,7 @@ def _read(blocks: _Blocks, refs, start: int, need=None):
 
 def _logits(static, blocks, rows, columns, q, k, base, start: int) -> Any:
   """Base-2 logits [M, chunk], MASKED where nothing is to be seen."""
-  s = _dot(q, k, ((1,), (1,)))
+  s = dot(q, k, ((1,), (1,)))
   if static.softcap is not None:
     s = jnp.tanh(s * (static.scale / static.softcap)) * (static.softcap * LOG2E)
   else:
@@ -340,11 +339,3 @@ def _logits(static, blocks, rows, columns, q, k, base, start: int) -> Any:
   for each in seen[1:]:
     seen[0] = seen[0] & each
   return jnp.where(seen[0], s, MASKED) if seen else s
-
-
-def _dot(a, b, contract):
-  """[m, n] in float32; float32 operands are not rounded first."""
-  precision = jax.lax.Precision.HIGHEST if a.dtype == f32 else None
-  return jax.lax.dot_general(
-    a, b, (contract, ((), ())), precision=precision, preferred_element_type=f32
-  )

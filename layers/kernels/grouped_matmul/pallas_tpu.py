@@ -21,9 +21,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..partition import vary_with, varying_shape
 from ..select import current_platform
+from ..tpu import LANES, dot
 from .visits import ALIGN, usual, visit, visits, windows
-
-LANES = 128
 
 # Heights of windows. Below 64 rows a product takes as long as with 64: loading the weights into
 # the matrix unit bounds it. More heights waste fewer rows and compile longer; higher ones use a
@@ -299,7 +298,7 @@ def row_window(x_ref, w_refs, out_refs, step, transposed, finish, first, height,
     sums = []
     for w_ref in w_refs:
       w = w_ref[at, :] if transposed else w_ref[:, at]
-      sums.append(_dot(x_ref[rows, :], w, ((1,), (1 if transposed else 0,))))
+      sums.append(dot(x_ref[rows, :], w, ((1,), (1 if transposed else 0,))))
     row = first + jax.lax.broadcasted_iota(jnp.int32, (height, width), 0)
     keep = (row >= low) & (row < high)
     for out_ref, value in zip(out_refs, finish(*sums), strict=True):
@@ -352,20 +351,12 @@ def outer_window(x_ref, dy_ref, out_ref, *args):
     # Both: zero times the NaN of a row that belongs to no group would be NaN.
     x = jnp.where(keep, x_ref[rows, at], 0).astype(x_ref.dtype)
     dy = jnp.where(keep, dy_ref[rows, :], 0).astype(dy_ref.dtype)
-    total = jnp.where(fresh, 0, sum_ref[at, :]) + _dot(x, dy, ((0,), (0,)))
+    total = jnp.where(fresh, 0, sum_ref[at, :]) + dot(x, dy, ((0,), (0,)))
     sum_ref[at, :] = total
     if sum_refs:
       out_ref[at, :] = total.astype(out_ref.dtype)
 
   _each_step(out_ref.shape[0], step, part)
-
-
-def _dot(a, b, contract):
-  # By default a TPU rounds float32 operands to bfloat16.
-  precision = "highest" if a.dtype == f32 else None
-  return jax.lax.dot_general(
-    a, b, (contract, ((), ())), precision=precision, preferred_element_type=f32
-  )
 
 
 def product_heights(rows: int, groups: int, tile: int) -> tuple[int, ...]:

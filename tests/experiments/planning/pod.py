@@ -35,6 +35,7 @@ class Program(NamedTuple):
   setup: Setup
   found: list[Collective]
   memory: object  # XLA's analysis, bytes a device
+  text: str
 
 
 @functools.cache
@@ -58,7 +59,7 @@ def compiled(kind: str, topology: str, **mesh) -> Program:
   jax.config.update("jax_enable_compilation_cache", False)  # nothing here can read it back
   program, text = compile_with_text(lower_step(setup))
   jax.config.update("jax_enable_compilation_cache", cached)
-  return Program(setup, collectives(text, setup.mesh), program.memory_analysis())
+  return Program(setup, collectives(text, setup.mesh), program.memory_analysis(), text)
 
 
 def received(program: Program, *kinds: str, axis: str, dtype: str | None = None) -> float:

@@ -119,6 +119,9 @@ def test_tensor_parallelism_gathers_and_scatters_between_blocks():
   assert not whole
   assert received(program, SCATTER, axis="tensor") >= 4 * LAYERS * activation * BF16 * part(4)
   assert_sums_in_float32(program)
+  # Each device runs the kernels with its own heads.
+  for kernel in ("attention_forward", "attention_dq", "attention_dkv"):
+    assert kernel in program.text
 
 
 @pytest.mark.full

@@ -45,8 +45,8 @@ class Case:
   others: bool = False  # 140 queries somewhere among the keys, which lie in no order
 
 
-def run(module, case: Case, dtype=jnp.float32):
-  """(gradients by q, k, v, sinks, slopes; output)."""
+def run(module, case: Case, dtype=jnp.float32, with_lse=True):
+  """(gradients by q, k, v, sinks, slopes; output, log-sum-exps, where they are finite)."""
   rng = np.random.default_rng(0)
   (N, K), (H, U), T, S = case.heads, case.sizes, case.length, case.length
   normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
@@ -65,17 +65,21 @@ def run(module, case: Case, dtype=jnp.float32):
     place = np.arange(S).reshape(2, 6, -1)[:, ::-1].reshape(1, S)  # runs, the later ones first
     T, order, kv_ids = 140, "any", (jnp.asarray(place, jnp.int32), segments)
     q_ids = jax.tree.map(lambda x: x[:, 60:200], (positions, segments))
-  q, do = normal(B, T, N, H), normal(B, T, N, U)
+  q, do, dlse = normal(B, T, N, H), normal(B, T, N, U), normal(B, T, N)
   mask_N = None
   if isinstance(case.mask, PerHead):
     mask_N = jnp.array(case.mask.by_head, jnp.int32)
 
   def loss(q, k, v, sink, slopes):
-    o = module.attention(
+    o, lse = module.attention(
       q, k, v, q_ids[0], kv_ids[0], q_ids[1], kv_ids[1], None if slopes is None else Alibi(slopes),
       sink, mask_N, mask=case.mask, scale=0.2, softcap=case.softcap, order=order,
     )  # fmt: skip
-    return jnp.sum((o * do).astype(jnp.float32)), o
+    if not with_lse:
+      return jnp.sum((o * do).astype(jnp.float32)), o
+    seen = jnp.isfinite(lse)
+    lse = jnp.where(seen, lse, 0)
+    return jnp.sum((o * do).astype(jnp.float32)) + jnp.sum(lse * dlse), (o, lse, seen)
 
   return jax.jit(jax.grad(loss, (0, 1, 2, 3, 4), has_aux=True))(q, k, v, sink, slopes)
 

@@ -211,6 +211,43 @@ def test_queries_that_see_nothing(implementation, monkeypatch):
     assert pad.any() and not np.asarray(x)[pad].any()
 
 
+@pytest.mark.parametrize("implementation", ["reference", "dense", "blocks"])
+def test_parts_of_the_keys_make_a_whole(implementation, monkeypatch):
+  """By their log-sum-exps: values and gradients, where a part shows a query nothing too."""
+  if implementation == "blocks":
+    in_blocks(monkeypatch)
+  name = "reference" if implementation == "reference" else "xla"
+  arrays, keywords, cotangent = make("sink")
+  q, k, v, sink = (arrays[n] for n in ("q", "k", "v", "sink"))
+  T, half = q.shape[1], k.shape[1] // 2
+  places = jnp.arange(k.shape[1], dtype=jnp.int32)[None].repeat(B, 0)
+
+  def whole(q, k, v, sink):
+    o, lse = attention(
+      q, k, v, sink_N=sink, return_lse=True, implementation="reference", **keywords
+    )
+    return jnp.sum(o * cotangent) + jnp.sum(jnp.sin(lse)), (o, lse)
+
+  def parts(q, k, v, sink):
+    def one(keys, sink=None):
+      return attention(
+        q, k[:, keys], v[:, keys], kv_positions_BS=places[:, keys], q_positions_BT=places[:, :T],
+        sink_N=sink, return_lse=True, implementation=name, **keywords,
+      )  # fmt: skip
+
+    (o, lse), (late, late_lse) = one(slice(half), sink), one(slice(half, None))
+    total = jnp.logaddexp(lse, late_lse)
+    share = lambda x: jnp.exp(x - total)[..., None]
+    o = o * share(lse) + late * share(late_lse)
+    assert total.shape == q.shape[:3] and total.dtype == jnp.float32
+    return jnp.sum(o * cotangent) + jnp.sum(jnp.sin(total)), (o, total)
+
+  got, want = (
+    jax.jit(jax.grad(f, (0, 1, 2, 3), has_aux=True))(q, k, v, sink) for f in (parts, whole)
+  )
+  close(got, want, 1e-5)
+
+
 @pytest.mark.parametrize("blocks", [False, True], ids=["dense", "blocks"])
 def test_masked_keys_change_nothing(blocks, monkeypatch):
   """Bitwise; and blocks of keys beyond the reach are not even read, so NaN there is harmless."""

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mesh.constrain import constrain, shard_counts
 
-from .cache import KVCache, roll_cache, slot_positions, update_cache
+from .cache import KVCache, roll_cache, slot_positions, take_layer, update_cache
 from .context import Method, row_attention
 from .kernels.attention import Alibi, Bucketed, RelativeKeys, attention
 from .kernels.attention.blocks import reach_of
@@ -81,20 +81,20 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, spec: RotarySpec) -> jax.
 
 def cached_keys(
   cache: KVCache, key_BTKH: jax.Array, value_BTKH: jax.Array, rows: Rows, before: int | None = None
-) -> tuple[KVCache, jax.Array, jax.Array, jax.Array | None]:
+) -> tuple[KVCache, KVCache, jax.Array | None]:
   """The cache with new positions in it, and keys and values to attend to with their positions.
 
   Args:
     before: how far back the mask sees; None: all the way.
 
   Returns:
-    Positions [B, S] are -1 of what is no key, and None where position s stands at index s.
+    What to attend to is the cache itself where it holds all of that. Positions [B, S] are -1 of
+    what is no key, and None where position s stands at index s.
   """
-  start_B, (T, S) = rows.positions_BT[:, 0], (key_BTKH.shape[1], cache.key_BSKH.shape[1])
-  as_new = lambda cache: tuple(x.astype(key_BTKH.dtype) for x in cache)
+  start_B, (T, S) = rows.positions_BT[:, 0], (key_BTKH.shape[1], cache.slots)
   if before is None or T == 1:
     cache = update_cache(cache, key_BTKH, value_BTKH, start_B)
-    return cache, *as_new(cache), None if before is None else slot_positions(start_B, S)
+    return cache, cache, None if before is None else slot_positions(start_B, S)
   # New positions may take the places of those that the first of them still see.
   valid_BT = rows.valid_BT
   if valid_BT is None:
@@ -102,9 +102,10 @@ def cached_keys(
   new = jnp.where(valid_BT, rows.positions_BT, -1)
   positions_BS = jnp.concatenate([slot_positions(start_B - 1, S), new], 1)
   place = lambda x: constrain(x, "cache_batch", None, "cache_heads", None)
-  old_and_new = zip(as_new(cache), (key_BTKH, value_BTKH), strict=True)
-  k, v = (jnp.concatenate([place(x) for x in pair], 1) for pair in old_and_new)
-  return roll_cache(cache, key_BTKH, value_BTKH, start_B, valid_BT.sum(1)), k, v, positions_BS
+  join = lambda old, new: jnp.concatenate([place(old.astype(new.dtype)), place(new)], 1)
+  old_key_BSKH, old_value_BSKH, _ = take_layer(cache)
+  seen = KVCache(join(old_key_BSKH, key_BTKH), join(old_value_BSKH, value_BTKH))
+  return roll_cache(cache, key_BTKH, value_BTKH, start_B, valid_BT.sum(1)), seen, positions_BS
 
 
 FEW_TOKENS = 16  # a row at most for `decode_attention`
@@ -112,8 +113,7 @@ FEW_TOKENS = 16  # a row at most for `decode_attention`
 
 def cache_attention(
   q_BTNH: jax.Array,
-  k_BSKH: jax.Array,
-  v_BSKH: jax.Array,
+  cache: KVCache,
   *,
   q_positions_BT: jax.Array,
   kv_positions_BS: jax.Array | None,
@@ -125,7 +125,7 @@ def cache_attention(
   By `decode_attention` where tokens are few and the bias allows it, whose time follows the keys
   that rows can see. `options` are those that it shares with `attention`.
   """
-  (B, T), S = q_positions_BT.shape, k_BSKH.shape[1]
+  (B, T), S = q_positions_BT.shape, cache.slots
   if T > FEW_TOKENS or not (bias is None or isinstance(bias, Alibi)):
     ids = {"q_positions_BT": q_positions_BT, "kv_positions_BS": kv_positions_BS}
     if kv_positions_BS is None:
@@ -133,13 +133,16 @@ def cache_attention(
     else:
       ids["q_segments_BT"] = jnp.ones_like(q_positions_BT)
       ids["kv_segments_BS"] = (kv_positions_BS >= 0).astype(jnp.int32)
+    k_BSKH, v_BSKH = (x.astype(q_BTNH.dtype) for x in take_layer(cache)[:2])
     return attention(q_BTNH, k_BSKH, v_BSKH, bias=bias, **ids, **options)
-  shards = shard_counts("cache_batch", "cache_seq", "cache_heads", shape=k_BSKH.shape[:3])
+  k, v, layer = cache
+  shards = shard_counts("cache_batch", "cache_seq", "cache_heads", shape=k.shape[-4:-1])
   whole = jnp.full_like(q_positions_BT[:, 0], S)
   return decode_attention(
     q_BTNH,
-    k_BSKH,
-    v_BSKH,
+    k,
+    v,
+    layer=layer,
     q_positions_BT=q_positions_BT,
     kv_positions_BS=kv_positions_BS,
     lengths_B=q_positions_BT[:, 0] + T if kv_positions_BS is None else whole,
@@ -184,19 +187,19 @@ class Attention(nn.Module):
     v_BTKH = checkpoint_name(v_BTKH, "value")
     if cache is None:
       where = {"q_segments_BT": rows.segments_BT, "method": self.context_method}
-      attend = partial(row_attention, **where)
+      length = k_BTKH.shape[1]
+      attend = lambda q_BTNH, **more: row_attention(q_BTNH, k_BTKH, v_BTKH, **where, **more)
     else:
       before, _ = reach_of(layer_mask(spec))
-      cache, k_BTKH, v_BTKH, kv_positions = cached_keys(cache, k_BTKH, v_BTKH, rows, before)
-      attend = partial(cache_attention, kv_positions_BS=kv_positions)
-    q_BTNH, bias = self._bias(q_BTNH, rows, k_BTKH.shape[1])
+      cache, seen, kv_positions = cached_keys(cache, k_BTKH, v_BTKH, rows, before)
+      length = seen.slots
+      attend = partial(cache_attention, cache=seen, kv_positions_BS=kv_positions)
+    q_BTNH, bias = self._bias(q_BTNH, rows, length)
     sink_N = None
     if spec.sink:
       sink_N = declare(self, "sink", (spec.num_heads,), ("heads",), nn.initializers.zeros)
     o_BTNH = attend(
       q_BTNH,
-      k_BTKH,
-      v_BTKH,
       mask=layer_mask(spec),
       q_positions_BT=rows.positions_BT,
       scale=spec.scale,

@@ -6,7 +6,8 @@ more than W positions back, W slots hold all that it can still see.
 B batch, S cached positions, K key/value heads, N heads, H head size, U size of values.
 """
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,18 @@ from mesh.constrain import constrain
 class KVCache(NamedTuple):
   """Keys (already rotated) and values.
 
-  The two may differ in heads and size (see `cached` of the attention specs).
+  The two may differ in heads and size (see `cached` of the attention specs). With `layer` both are
+  stacks [L, B, S, K, H] of the caches of several layers, of which this is one: it is written in
+  place.
   """
 
   key_BSKH: jax.Array
   value_BSKH: jax.Array
+  layer: jax.Array | None = None
+
+  @property
+  def slots(self) -> int:
+    return self.key_BSKH.shape[-3]
 
 
 def num_slots(length: int, before: int | None) -> int:
@@ -42,6 +50,9 @@ def empty_cache(
   return KVCache(*(jnp.zeros((batch, length, *shape), dtype) for shape in (key, value)))
 
 
+FEW_POSITIONS = 16  # written one by one into a stack
+
+
 def update_cache(
   cache: KVCache, key_BTKH: jax.Array, value_BTKH: jax.Array, start_B: jax.Array
 ) -> KVCache:
@@ -53,18 +64,32 @@ def update_cache(
   Raises:
     ValueError: more positions than slots.
   """
-  T, S = key_BTKH.shape[1], cache.key_BSKH.shape[1]
+  T, S = key_BTKH.shape[1], cache.slots
   if T > S:
     raise ValueError(f"{T} new positions do not fit a cache of {S}")
+  slot_B = constrain(start_B % S, "cache_batch")
+  if cache.layer is not None and T <= FEW_POSITIONS:
+    at = partial(_put_each, layer=cache.layer, slot_B=slot_B)
+    return KVCache(at(cache.key_BSKH, key_BTKH), at(cache.value_BSKH, value_BTKH), cache.layer)
   write = jax.vmap(lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, 0))
   place = lambda x, seq: constrain(x, "cache_batch", seq, "cache_heads", None)
-  slot_B = constrain(start_B % S, "cache_batch")
 
   def put(old, new):
     new = place(new.astype(old.dtype), None)
     return place(write(place(old, "cache_seq"), new, slot_B), "cache_seq")
 
-  return KVCache(put(cache.key_BSKH, key_BTKH), put(cache.value_BSKH, value_BTKH))
+  old = take_layer(cache)
+  return _put_layer(cache, put(old.key_BSKH, key_BTKH), put(old.value_BSKH, value_BTKH))
+
+
+def _put_each(stack_LBSKH, new_BTKH, *, layer, slot_B):
+  """In place, where slices of a row each would have the compiler turn and copy the stack."""
+  axes = (None, "cache_batch", "cache_seq", "cache_heads", None)
+  new_BTKH = constrain(new_BTKH.astype(stack_LBSKH.dtype), "cache_batch", None, *axes[3:])
+  B, T = new_BTKH.shape[:2]
+  row_B1, slot_BT = jnp.arange(B)[:, None], slot_B[:, None] + jnp.arange(T)[None]
+  at = constrain(stack_LBSKH, *axes).at[layer, row_B1, slot_BT]
+  return constrain(at.set(new_BTKH, mode="drop", unique_indices=True), *axes)
 
 
 def roll_cache(
@@ -74,7 +99,7 @@ def roll_cache(
 
   Of those that share a slot the last one stays. All of the cache is written.
   """
-  T, S = key_BTKH.shape[1], cache.key_BSKH.shape[1]
+  T, S = key_BTKH.shape[1], cache.slots
   nth_BS = slot_positions(start_B + count_B - 1, S) - jnp.expand_dims(start_B, 1)
   nth_BS11 = jnp.expand_dims(nth_BS, (2, 3))
 
@@ -84,7 +109,29 @@ def roll_cache(
       jnp.where(nth_BS11 >= 0, new, old), "cache_batch", "cache_seq", "cache_heads", None
     )
 
-  return KVCache(put(cache.key_BSKH, key_BTKH), put(cache.value_BSKH, value_BTKH))
+  old = take_layer(cache)
+  return _put_layer(cache, put(old.key_BSKH, key_BTKH), put(old.value_BSKH, value_BTKH))
+
+
+def take_layer(cache: KVCache) -> KVCache:
+  """A copy of the layer's own keys and values, [B, S, K, H]."""
+  if cache.layer is None:
+    return cache
+  at = lambda x: jax.lax.dynamic_index_in_dim(x, cache.layer, keepdims=False)
+  return KVCache(at(cache.key_BSKH), at(cache.value_BSKH))
+
+
+def _put_layer(cache: KVCache, key_BSKH: jax.Array, value_BSKH: jax.Array) -> KVCache:
+  """The cache with all of a layer's keys and values."""
+  if cache.layer is None:
+    return KVCache(key_BSKH, value_BSKH)
+  new = KVCache(key_BSKH, value_BSKH)
+  return _put(cache._replace(layer=None), new, cache.layer)._replace(layer=cache.layer)
+
+
+def _put(stacks: Any, arrays: Any, layer: jax.Array) -> Any:
+  put = lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, layer, 0)
+  return jax.tree.map(put, stacks, arrays)
 
 
 class LinearState(NamedTuple):
@@ -96,3 +143,17 @@ class LinearState(NamedTuple):
 def empty_state(batch: int, shape: tuple[int, int, int]) -> LinearState:
   """Of a row that starts; float32 whatever the activations are, since it sums over positions."""
   return LinearState(jnp.zeros((batch, *shape), jnp.float32))
+
+
+def of_layer(stack: KVCache | LinearState, layer: jax.Array) -> KVCache | LinearState:
+  """One of stacked caches, as its layer takes it."""
+  if isinstance(stack, KVCache):
+    return stack._replace(layer=layer)
+  return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), stack)
+
+
+def into_stack(stack: Any, cache: KVCache | LinearState, layer: jax.Array) -> Any:
+  """The stack with what the layer gave back."""
+  if isinstance(cache, KVCache):
+    return cache._replace(layer=None)
+  return _put(stack, cache, layer)

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mesh.constrain import constrain
 
 from .attention import Rows, cache_attention, cached_keys, rotate
-from .cache import KVCache
+from .cache import KVCache, take_layer
 from .context import Method, row_attention
 from .linear import dense
 from .masks import Causal
@@ -72,7 +72,9 @@ def latent_attention(
   if not cached:
     ids = {"q_positions_BT": q_positions_BT, "q_segments_BT": segments_BT}
     return row_attention(q, k, v, method=context_method, **ids, **options)
-  o = cache_attention(q, k, v, q_positions_BT=q_positions_BT, kv_positions_BS=None, **options)
+  o = cache_attention(
+    q, KVCache(k, v), q_positions_BT=q_positions_BT, kv_positions_BS=None, **options
+  )
   o_BTNW = jnp.einsum("btnz,znw->btnw", o, w_value_ZNW, preferred_element_type=jnp.float32)
   return o_BTNW.astype(dtype)
 
@@ -111,8 +113,8 @@ class LatentAttention(nn.Module):
     cached = cache is not None
     if cached:
       new = key_BTP[:, :, None], latent_BTZ[:, :, None]
-      cache, key, latent, _ = cached_keys(cache, *new, rows)
-      key_BTP, latent_BTZ = key[:, :, 0], latent[:, :, 0]
+      cache, seen, _ = cached_keys(cache, *new, rows)
+      key_BTP, latent_BTZ = (x.astype(x_BTD.dtype)[:, :, 0] for x in take_layer(seen)[:2])
     o_BTNW = latent_attention(
       q[..., :H],
       q_BTNP,

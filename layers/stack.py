@@ -17,7 +17,7 @@ from mesh.region import Region, gather
 
 from .attention import Rows
 from .block import Block
-from .cache import KVCache, LinearState
+from .cache import KVCache, LinearState, into_stack, of_layer
 from .linear import take
 from .moe import MoeStats
 from .noise import fold
@@ -84,7 +84,7 @@ def apply_segment(
   Args:
     blocks: one shell a layer of the group.
     layers_L: for each repeat the index of its first layer, for the noise of each layer.
-    caches: one cache a layer of the group, stacked over repeats.
+    caches: one cache a layer of the group, stacked over repeats; written in place.
     remat: see `remat_policy`.
     unroll: repeats a loop iteration; None is all of them on CPU up to eight, else 1.
     gather: makes the weights of one group whole; None where they are.
@@ -93,23 +93,24 @@ def apply_segment(
   if unroll is None:
     unroll = repeats if jax.default_backend() == "cpu" and repeats <= _CPU_UNROLL else 1
 
-  def group(x_BTD, scanned):
-    layer, group_params, group_caches = scanned
+  def group(carry, scanned):
+    (x_BTD, stacks), (repeat, layer, group_params) = carry, scanned
     if gather is not None:
       group_params = gather(group_params)
-    stats, new_caches = [], []
+    stats = []
     for j, block in enumerate(blocks):
       here = rows
       if rows.key_B is not None:
         here = rows._replace(key_B=fold(rows.key_B, layer + j))
-      cache = None if group_caches is None else group_caches[j]
+      cache = None if stacks is None else of_layer(stacks[j], repeat)
       variables = {"params": group_params[f"layer_{j}"]}
       result: Any = block.apply(variables, x_BTD, here, cache, train=train)
       x_BTD, layer_stats, cache = result
       if layer_stats is not None:
         stats.append(layer_stats)
-      new_caches.append(cache)
-    return x_BTD, (tuple(stats), None if group_caches is None else tuple(new_caches))
+      if stacks is not None:
+        stacks = (*stacks[:j], into_stack(stacks[j], cache, repeat), *stacks[j + 1 :])
+    return (x_BTD, stacks), tuple(stats)
 
   policy = remat_policy(remat)
   if policy is None and gather is not None:
@@ -118,8 +119,8 @@ def apply_segment(
     # Inside a loop the compiler cannot merge the recomputation away; unrolled, it could.
     group = jax.checkpoint(group, policy=policy, prevent_cse=unroll == repeats)
   x_BTD = constrain(x_BTD, "act_batch", "act_norm_seq", "act_embed")  # placed as blocks leave it
-  xs = (layers_L, params, caches)
-  x_BTD, (stats, caches) = jax.lax.scan(group, x_BTD, xs, length=repeats, unroll=unroll)
+  xs = (jnp.arange(repeats, dtype=jnp.int32), layers_L, params)
+  (x_BTD, caches), stats = jax.lax.scan(group, (x_BTD, caches), xs, length=repeats, unroll=unroll)
   return x_BTD, stats, caches
 
 

@@ -33,6 +33,7 @@ def decode_attention(
   softcap: float | None = None,
   sink_N: jax.Array | None = None,
   alibi_slopes_N: jax.Array | None = None,
+  layer: jax.Array | None = None,
   seq_sharded: bool = False,
   implementation: str | None = None,
 ) -> jax.Array:
@@ -56,6 +57,7 @@ def decode_attention(
     softcap: c gives c * tanh(logit / c), before ALiBi and mask (Gemma 2, arXiv 2408.00118).
     sink_N: a logit a head that takes part in the denominator only (gpt-oss, arXiv 2508.10925).
     alibi_slopes_N: arXiv 2108.12409.
+    layer: k and v are stacks [L, B, S, K, .] of which this one is read, without a copy of it.
     seq_sharded: whether the cache is cut along S over devices by a compiler. "xla" then reads all
       of it, each device its own part, and no part travels.
     implementation: "pallas_tpu", "xla" (a loop over blocks), "pallas_gpu" (Triton, never timed so
@@ -67,14 +69,22 @@ def decode_attention(
     ValueError: shapes that do not fit, or an unknown implementation.
     NotImplementedError: a named implementation that cannot run here.
   """
+  B, row_B = q_BTNH.shape[0], None
+  if layer is not None and (free_axes() or implementation == "reference"):
+    at = lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+    k_BSKH, v_BSKU = at(k_BSKH), at(v_BSKU)
+  elif layer is not None:
+    row_B = layer * B + jnp.arange(B, dtype=i32)
+    k_BSKH, v_BSKU = (x.reshape(-1, *x.shape[2:]) for x in (k_BSKH, v_BSKU))
   _check(q_BTNH, k_BSKH, v_BSKU, q_positions_BT, lengths_B, mask, sink_N, alibi_slopes_N, softcap)
-  (B, _, _, H), S = q_BTNH.shape, k_BSKH.shape[1]
-  if k_BSKH.shape[0] != B:
+  S, H = k_BSKH.shape[1], k_BSKH.shape[3]
+  if k_BSKH.shape[0] % B or (row_B is None and k_BSKH.shape[0] != B):
     raise ValueError(f"{B} rows of queries and {k_BSKH.shape[0]} of keys")
   if kv_positions_BS is not None and kv_positions_BS.shape != (B, S):
     raise ValueError(f"kv_positions_BS needs the shape {(B, S)}, got {kv_positions_BS.shape}")
+  lengths_B = jnp.minimum(lengths_B, S)
   inputs = _inputs(
-    q_positions_BT, jnp.minimum(lengths_B, S), kv_positions_BS, None, sink_N, alibi_slopes_N, mask
+    q_positions_BT, lengths_B, kv_positions_BS, None, sink_N, alibi_slopes_N, mask, row_B
   )
   static = Static(mask, H**-0.5 if scale is None else scale, softcap)
   return _run(static, q_BTNH, k_BSKH, v_BSKU, inputs, implementation, seq_sharded)
@@ -116,12 +126,13 @@ def paged_decode_attention(
   return _run(static, q_BTNH, k_pages_PRKH, v_pages_PRKU, inputs, implementation)
 
 
-def _inputs(q_positions, lengths, kv_positions, page_table, sink, slopes, mask) -> Inputs:
+def _inputs(q_positions, lengths, kv_positions, page_table, sink, slopes, mask, row=None) -> Inputs:
   which = None if mask is None else mask.by_head
   to = lambda x, dtype: None if x is None else jnp.asarray(x, dtype)
   return Inputs(
     jnp.asarray(q_positions, i32), jnp.asarray(lengths, i32), to(kv_positions, i32),
     to(page_table, i32), to(sink, f32), to(slopes, f32), to(which, i32),
+    row,
   )  # fmt: skip
 
 

@@ -27,6 +27,9 @@ class Inputs(NamedTuple):
   sink_N: jax.Array | None
   slopes_N: jax.Array | None
   mask_N: jax.Array | None  # which of the distinct masks each head has
+  row_B: jax.Array | None = (
+    None  # where in k and v the cache of each row is; None: there are no others
+  )
 
 
 def bounds(mask: Any, inputs: Inputs) -> tuple[jax.Array, jax.Array]:

@@ -57,7 +57,7 @@ def supports(q_BTNH, k, v, inputs: Inputs) -> str | None:
 def attention(
   static: Static, q_BTNH: jax.Array, k: jax.Array, v: jax.Array, inputs: Inputs
 ) -> jax.Array:
-  """k and v are [B, S, K, .], or pages [P, R, K, .] if `inputs` has their table."""
+  """k and v are [B or more, S, K, .], or pages [P, R, K, .] if `inputs` has their table."""
   arrays = (q_BTNH, k, v, inputs)
   q_BTNH, k, v, inputs = vary_with(arrays, arrays)
   (B, T, N, H), K, U = q_BTNH.shape, k.shape[2], v.shape[-1]
@@ -84,7 +84,9 @@ def attention(
     ),
     grid=(B, K, parts),
     compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=STAGES),
-  )(first_B, end_B, table, inputs.kv_positions_BS, position_BM, heads, pad(q, 2), k, v)
+  )(
+    first_B, end_B, table, inputs.row_B, inputs.kv_positions_BS, position_BM, heads, pad(q, 2), k, v
+  )
   sink = None if inputs.sink_N is None else by_row(inputs.sink_N)
   o = _joined(o[..., : T * G, :], m[..., : T * G], total[..., : T * G], sink)
   o_BTNU = o.reshape(B, K, T, G, U).swapaxes(1, 2).reshape(B, T, N, U)
@@ -105,8 +107,8 @@ def _joined(o_BKLMU, m_BKLM, total_BKLM, sink_KM):
 
 
 def _kernel(
-  static, C, first_ref, end_ref, table_ref, kv_position_ref, position_ref, heads, q_ref, k_ref,
-  v_ref, o_ref, m_ref, total_ref,
+  static, C, first_ref, end_ref, table_ref, row_ref, kv_position_ref, position_ref, heads, q_ref,
+  k_ref, v_ref, o_ref, m_ref, total_ref,
 ):  # fmt: skip
   b, h, part = (pl.program_id(i) for i in range(3))
   M, U = position_ref.shape[1], v_ref.shape[-1]
@@ -121,7 +123,7 @@ def _kernel(
   def step(n, carry):
     m, total, acc = carry
     start = (begin + n) * C
-    place = (b, start)
+    place = (b if row_ref is None else row_ref[b], start)
     if table_ref is not None:
       R = k_ref.shape[1]
       place = (table_ref[b, jax.lax.div(start, R)], jax.lax.rem(start, R))

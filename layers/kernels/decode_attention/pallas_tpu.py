@@ -150,7 +150,7 @@ def _blocks(q_BTNH, k, v, inputs: Inputs) -> _Blocks:
 def attention(
   static: Static, q_BTNH: jax.Array, k: jax.Array, v: jax.Array, inputs: Inputs
 ) -> jax.Array:
-  """k and v are [B, S, K, .], or pages [P, R, K, .] if `inputs` has their table."""
+  """k and v are [B or more, S, K, .], or pages [P, R, K, .] if `inputs` has their table."""
   arrays = (q_BTNH, k, v, inputs)
   q_BTNH, k, v, inputs = vary_with(arrays, arrays)
   (B, T, N), K, U = q_BTNH.shape[:3], k.shape[2], v.shape[-1]
@@ -160,6 +160,13 @@ def attention(
   if inputs.page_table_BJ is not None:
     table_BJ = needed_pages(inputs.page_table_BJ, k.shape[1], *scalars)
     scalars.append(jnp.pad(table_BJ, ((0, 0), (0, -table_BJ.shape[1] % blocks.pieces))))
+  else:
+    row_B = jnp.arange(B, dtype=jnp.int32)
+    if inputs.row_B is not None and blocks.ahead:  # what is turned is copied
+      k, v = (jax.lax.dynamic_slice_in_dim(x, inputs.row_B[0], B) for x in (k, v))
+    elif inputs.row_B is not None:
+      row_B = inputs.row_B
+    scalars.append(row_B)
   pad = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, padding), (0, 0)])
   by_row = lambda x_N: pad(jnp.tile(x_N, T)[:, None])
   maybe = lambda x_N: None if x_N is None else by_row(x_N)
@@ -189,7 +196,7 @@ def attention(
 def _call(static, blocks: _Blocks, scalars, rows: _Rows, columns: _Columns, q, k, v, dtype):
   """[B, M, U]."""
   (B, M, H), U = q.shape, v.shape[-1]
-  paged = len(scalars) == 3
+  paged = scalars[2].ndim == 2
 
   def block(b, j, first_B, end_B):
     """What a row reads in step j: when it has all, nothing new."""
@@ -200,7 +207,7 @@ def _call(static, blocks: _Blocks, scalars, rows: _Rows, columns: _Columns, q, k
     if paged:
       place = lambda b, j, *s: (s[2][b, block(b, j, *s[:2]) * blocks.pieces + i], 0, 0)
     else:
-      place = lambda b, j, *s: (b, block(b, j, *s), 0)
+      place = lambda b, j, *s: (s[2][b], block(b, j, *s[:2]), 0)
     if not blocks.ahead:
       return pl.BlockSpec((1, blocks.piece, width), place)
     shape = (1, blocks.heads, blocks.piece // blocks.heads, width)
@@ -210,12 +217,12 @@ def _call(static, blocks: _Blocks, scalars, rows: _Rows, columns: _Columns, q, k
   same = lambda x: pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
   columns_specs = jax.tree.map(same, columns._replace(position=None))
   if columns.position is not None:
-    ids = pl.BlockSpec((1, 1, blocks.piece), lambda b, j, *s: (b, 0, block(b, j, *s)))
+    ids = pl.BlockSpec((1, 1, blocks.piece), lambda b, j, *s: (b, 0, block(b, j, *s[:2])))
     columns_specs = columns_specs._replace(position=ids)
   pieces = range(blocks.pieces)
   steps = jnp.max(_need(blocks, *scalars[:2])[1], initial=1)
   call = pl.pallas_call(
-    partial(_kernel, static, blocks, paged),
+    partial(_kernel, static, blocks),
     name="decode_attention",
     out_shape=varying_shape((B, M, U), dtype, q),
     grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -245,8 +252,10 @@ def _need(blocks: _Blocks, first: jax.Array, end: jax.Array) -> tuple[jax.Array,
   return begin, jax.lax.div(end + blocks.positions - 1, blocks.positions) - begin
 
 
-def _kernel(static, blocks, paged, first_B, end_B, *refs):
-  rows, columns, q_ref, k_refs, v_refs, o_ref, m_ref, total_ref, acc_ref = refs[paged:]
+def _kernel(
+  static, blocks, first_B, end_B, _, rows, columns, q_ref, k_refs, v_refs, o_ref, m_ref, total_ref,
+  acc_ref,
+):  # fmt: skip
   b, j = pl.program_id(0), pl.program_id(1)
 
   @pl.when(j == 0)

@@ -51,7 +51,7 @@ def attention(
   *,
   seq_sharded: bool = False,
 ) -> jax.Array:
-  """k and v are [B, S, K, .], or pages [P, R, K, .] if `inputs` has their table."""
+  """k and v are [B or more, S, K, .], or pages [P, R, K, .] if `inputs` has their table."""
   (B, T, N, H), K = q_BTNH.shape, k.shape[2]
   first_B, end_B = bounds(static.mask, inputs)
   q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).astype(k.dtype)
@@ -70,7 +70,7 @@ def attention(
     block, read = _pages(k, v, needed_pages(inputs.page_table_BJ, k.shape[1], first_B, end_B))
   else:
     block = k.shape[1] if seq_sharded else min(BLOCK, k.shape[1])
-    read = partial(_slice, k, v, inputs.kv_positions_BS, block)
+    read = partial(_slice, k, v, inputs.row_B, inputs.kv_positions_BS, block)
   begin_B = first_B // block * block
   if inputs.page_table_BJ is None and block == k.shape[1]:
     _, total, acc = step(begin_B, read(begin_B), carry)
@@ -110,17 +110,22 @@ def _step(static, q_BKGTH, q_positions_BT, need, begin_B, block: _Block, carry, 
   return m, total, acc * decay + mixed
 
 
-def _slice(k_BSKH, v_BSKU, kv_positions_BS, block, begin_B) -> _Block:
-  B, S = k_BSKH.shape[:2]
+def _slice(k_BSKH, v_BSKU, row_B, kv_positions_BS, block, begin_B) -> _Block:
+  B, S = begin_B.shape[0], k_BSKH.shape[1]
+  start_B = jnp.minimum(begin_B, S - block)
+  index_BS = start_B[:, None] + jnp.arange(block, dtype=jnp.int32)[None]
   if block == S:
-    index_BS = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
-    take = lambda x: x
+    of_rows = lambda x: x
+    take = lambda x: x if row_B is None else jax.lax.dynamic_slice_in_dim(x, row_B[0], B)
   else:
-    start_B = jnp.minimum(begin_B, S - block)
-    index_BS = start_B[:, None] + jnp.arange(block, dtype=jnp.int32)[None]
     one = lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, block)
-    take = lambda x: jax.vmap(one)(x, start_B)
-  positions_BS = index_BS if kv_positions_BS is None else take(kv_positions_BS)
+    of_rows = lambda x: jax.vmap(one)(x, start_B)
+    part = lambda x, row, start: jax.lax.dynamic_slice(
+      x, (row, start, 0, 0), (1, block, *x.shape[2:])
+    )[0]
+    in_stack = lambda x: jax.vmap(partial(part, x))(row_B, start_B)
+    take = of_rows if row_B is None else in_stack
+  positions_BS = index_BS if kv_positions_BS is None else of_rows(kv_positions_BS)
   return _Block(take(k_BSKH), take(v_BSKU), index_BS, positions_BS)
 
 

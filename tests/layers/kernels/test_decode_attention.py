@@ -52,7 +52,7 @@ def small(monkeypatch):
   )
 
 
-def call(name, form, dtype="float32", page=None):
+def call(name, form, dtype="float32", page=None, layers=None):
   """The result of a case as float64; in pages of `page` positions."""
   made = make(name, dtype)
   a, case = made.arrays, made.case
@@ -71,6 +71,9 @@ def call(name, form, dtype="float32", page=None):
     function, arrays = paged_decode_attention, (array(k), array(v), integers(table))
   else:
     function, arrays = decode_attention, (array(a["k"]), array(a["v"]))
+    if layers is not None:  # the others hold nothing that may be read
+      stack = lambda x: jnp.full((layers, *x.shape), jnp.nan, x.dtype).at[layers - 2].set(x)
+      arrays, more["layer"] = tuple(map(stack, arrays)), jnp.array(layers - 2)
     how["seq_sharded"] = form == "dense"
     if case.rolling:
       more["kv_positions_BS"] = integers(a["kv_positions_BS"])
@@ -89,6 +92,12 @@ def close(got, want, dtype="float32"):
 @pytest.mark.parametrize("form", FORMS)
 def test_values(name, form, small):
   close(call(name, form), expected(name, "float32"))
+
+
+@pytest.mark.parametrize("name", ["around", "rolling", "sink, cap, alibi"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_layer_of_a_stack(name, form, small):
+  close(call(name, form, layers=3), expected(name, "float32"))
 
 
 PAGED = ("several tokens", "window", "sink, cap, alibi", "windows a head")
@@ -191,9 +200,8 @@ def test_cost_follows_what_rows_see(small, monkeypatch):
       decode_attention(q, k, k, mask=mask, implementation="pallas_tpu", **ids)
     (rows, count), index_map = fetched.pop()
     first_B, end_B = bounds(mask, Inputs(*ids.values(), *[None] * 5))
-    asked = [
-      {int(index_map(b, j, first_B, end_B)[1]) for j in range(int(count))} for b in range(rows)
-    ]
+    scalars = (first_B, end_B, jnp.arange(rows))
+    asked = [{int(index_map(b, j, *scalars)[1]) for j in range(int(count))} for b in range(rows)]
     assert asked == blocks  # an empty row has one that is there anyway
     assert count == max(map(len, blocks))
   assert steps == [5, 2, 1]  # of 48

@@ -107,7 +107,7 @@ NETWORK = {
 }  # fmt: skip
 
 MODULES_TO_TRAIN = 99
-LINES_TO_TRAIN = 15_500
+LINES_TO_TRAIN = 15_600
 
 
 class Import(NamedTuple):

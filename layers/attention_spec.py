@@ -188,8 +188,8 @@ class LinearAttentionSpec:
   - elu: features elu(x) + 1 of queries and keys, normalised (arXiv 2006.16236, equation 7).
   - retention: a constant decay a head, 1 - 2^(-5 - h) (RetNet, arXiv 2307.08621, equation 8).
   - gla: a decay a channel, from the input by a narrow projection (arXiv 2312.06635, section 4.4).
-  - delta: the gated delta rule (arXiv 2412.06464, equation 10), without its short convolutions:
-    normalised queries and keys, a decay and a writing strength a head from the input.
+  - delta: the gated delta rule (arXiv 2412.06464, equation 10): normalised queries and keys, a
+    decay and a writing strength a head from the input.
 
   All but elu normalise each head's result and multiply it with a gate, silu(x W).
   """
@@ -201,6 +201,7 @@ class LinearAttentionSpec:
   position: RotarySpec | None = None  # of a retention; the others know order by their decays
   norm: NormSpec = NormSpec()  # over a head's result
   implementation: str | None = None  # a kernel by name; None chooses by platform
+  conv: int = 0  # of a delta rule: tokens that its short convolutions of q, k, v see; 0: none
 
   def __post_init__(self):
     for name in ("num_heads", "head_dim", "value_dim"):
@@ -212,6 +213,13 @@ class LinearAttentionSpec:
     )
     if self.position is not None:
       _check_rotary(self.position, self.head_dim)
+    require(
+      self.conv == 0 or self.conv > 1,
+      f"linear attention conv must be 0 (none) or 2 and more tokens, got {self.conv}",
+    )
+    require(
+      self.conv == 0 or self.kind == "delta", f"conv belongs to kind=delta, not to kind={self.kind}"
+    )
 
   @property
   def value_size(self) -> int:
@@ -221,3 +229,9 @@ class LinearAttentionSpec:
   def state(self) -> tuple[int, int, int]:
     """What a row of the batch keeps: (heads, rows, columns); for elu, a sum of features too."""
     return self.num_heads, self.head_dim, self.value_size + (self.kind == "elu")
+
+  @property
+  def conv_inputs(self) -> tuple[tuple[int, int, int], ...]:
+    """And of the inputs of its convolutions, for q, k and v: (tokens, heads, size) each."""
+    sizes = (self.head_dim, self.head_dim, self.value_size) if self.conv else ()
+    return tuple((self.conv - 1, self.num_heads, size) for size in sizes)

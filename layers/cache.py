@@ -3,7 +3,8 @@
 A position p of keys and values stands in slot p modulo the number of slots: where a mask sees no
 more than W positions back, W slots hold all that it can still see.
 
-B batch, S cached positions, K key/value heads, N heads, H head size, U size of values.
+B batch, S cached positions, K key/value heads, N heads, H head size, U size of values, V positions
+that a convolution sees before its own.
 """
 
 from functools import partial
@@ -138,11 +139,19 @@ class LinearState(NamedTuple):
   """What a linear attention keeps, of one size for any number of positions."""
 
   state_BNHU: jax.Array
+  # The last inputs of the convolutions of queries, keys and values, [B, V, N, .]; without any, ().
+  inputs: tuple[jax.Array, ...] = ()
 
 
-def empty_state(batch: int, shape: tuple[int, int, int]) -> LinearState:
-  """Of a row that starts; float32 whatever the activations are, since it sums over positions."""
-  return LinearState(jnp.zeros((batch, *shape), jnp.float32))
+def empty_state(
+  batch: int, shape: tuple[int, int, int], inputs: tuple[tuple[int, int, int], ...] = ()
+) -> LinearState:
+  """Of a row that starts; float32 whatever the activations are, since it sums over positions.
+
+  `shape` and `inputs` are `state` and `conv_inputs` of the spec.
+  """
+  zeros = lambda shape: jnp.zeros((batch, *shape), jnp.float32)
+  return LinearState(zeros(shape), tuple(map(zeros, inputs)))
 
 
 def of_layer(stack: KVCache | LinearState, layer: jax.Array) -> KVCache | LinearState:

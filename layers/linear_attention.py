@@ -1,7 +1,8 @@
 """Linear attention layers: feature maps, gates and decays around `kernels.linear_attention`.
 
 B batch, T positions, D model width, N heads, H head size of queries and keys, U that of values,
-M random features, R width of a narrow projection.
+M random features, R width of a narrow projection, W tokens that a convolution sees, V = W - 1,
+S = V + T.
 """
 
 import math
@@ -76,6 +77,78 @@ def retention_decays(num_heads: int) -> np.ndarray:
   return np.log1p(-(2.0 ** (-5 - np.arange(num_heads))))
 
 
+def short_convolution(
+  x_BTNH: jax.Array,
+  w_WNH: jax.Array,
+  segments_BT: jax.Array | None = None,
+  before_BVNH: jax.Array | None = None,
+) -> jax.Array:
+  """The sum over W tokens of each channel's input times its weight: causal, depthwise.
+
+  y_t = w_{W-1} x_t + w_{W-2} x_{t-1} + ..; what lies before a document's start is 0, and so is
+  padding (segment 0), whatever it holds.
+
+  Args:
+    w_WNH: float32, the own token's last.
+    segments_BT: as in `kernels.linear_attention`.
+    before_BVNH: what stood before the first token, of its document; None: nothing.
+
+  Returns:
+    [B, T, N, H] in x.dtype, summed in float32.
+  """
+  T, W = x_BTNH.shape[1], w_WNH.shape[0]
+  row, id_BS = _row(x_BTNH, segments_BT, W - 1, before_BVNH)
+  taps = [row[:, v : v + T] for v in range(W)]
+  if id_BS is not None:
+    seen = _same_document([id_BS[:, v : v + T] for v in range(W)])
+    taps = [_where(here, tap) for here, tap in zip(seen, taps, strict=True)]
+  products = [w_WNH[v][None, None] * tap.astype(jnp.float32) for v, tap in enumerate(taps)]
+  return sum(products[1:], products[0]).astype(x_BTNH.dtype)
+
+
+def last_inputs(
+  x_BTNH: jax.Array, before_BVNH: jax.Array, segments_BT: jax.Array | None = None
+) -> jax.Array:
+  """`before_BVNH` for what follows these tokens: zeros where their last document is shorter.
+
+  Padding behind a row's last token leaves no trace; a row of nothing else keeps what it had.
+  """
+  T, V = x_BTNH.shape[1], before_BVNH.shape[1]
+  row, id_BS = _row(x_BTNH, segments_BT, V, before_BVNH)
+  if id_BS is None:
+    return row[:, T:]
+  place_S = jnp.arange(V + T, dtype=jnp.int32)
+  last_B = jnp.max(jnp.where(id_BS != 0, place_S[None], 0), axis=1)
+  at_BV = last_B[:, None] + place_S[None, :V] - (V - 1)
+  ids = jnp.split(jnp.take_along_axis(id_BS, at_BV, axis=1), V, axis=1)
+  kept_BV = jnp.concatenate(_same_document(ids), axis=1)
+  return _where(kept_BV, jnp.take_along_axis(row, at_BV[..., None, None], axis=1))
+
+
+def _row(x_BTNH, segments_BT, V: int, before_BVNH):
+  """(V inputs and x, their documents: -1 is of whatever document meets it)."""
+  id_BS = segments_BT
+  if id_BS is not None:
+    id_BS = jnp.pad(id_BS, [(0, 0), (V, 0)], constant_values=-1)
+  if before_BVNH is None:
+    return jnp.pad(x_BTNH, [(0, 0), (V, 0), (0, 0), (0, 0)]), id_BS
+  return jnp.concatenate([before_BVNH.astype(x_BTNH.dtype), x_BTNH], axis=1), id_BS
+
+
+def _same_document(ids: list[jax.Array]) -> list[jax.Array]:
+  """Which of a token's predecessors, in order up to itself, are of its document: no other stands
+  between, and they are no padding (0)."""
+  seen, near = [], True
+  for there in reversed(ids):
+    near = near & ((there == ids[-1]) | (there <= 0))
+    seen.append(near & (there != 0))
+  return seen[::-1]
+
+
+def _where(kept_BT, x_BTNH):
+  return jnp.where(jnp.expand_dims(kept_BT, (2, 3)), x_BTNH, 0)
+
+
 class LinearAttention(nn.Module):
   """Linen shell: projections, what the kind makes of them, gate; `x -> (y, state)`.
 
@@ -107,7 +180,7 @@ class LinearAttention(nn.Module):
     q = self._heads(x_BTD, "query", H)
     k = self._heads(x_BTD, "key", H)
     v_BTNU = self._heads(x_BTD, "value", U)
-    decay, beta_BTN, scale = None, None, H**-0.5
+    decay, beta_BTN, scale, inputs = None, None, H**-0.5, ()
     if spec.kind == "elu":
       q, k, scale = elu_plus_one(q), elu_plus_one(k), 1.0
     elif spec.kind == "retention":
@@ -117,6 +190,8 @@ class LinearAttention(nn.Module):
     elif spec.kind == "gla":
       decay = self._channel_decays(x_BTD)
     else:
+      if spec.conv:
+        (q, k, v_BTNU), inputs = self._convolved((q, k, v_BTNU), rows, cache)
       q, k, v_BTNU = unit(jax.nn.silu(q)), unit(jax.nn.silu(k)), jax.nn.silu(v_BTNU)
       decay, beta_BTN = self._head_decays(x_BTD), jax.nn.sigmoid(self._by_head(x_BTD, "beta"))
     o_BTNU, state_BNHU = linear_attention(
@@ -139,7 +214,9 @@ class LinearAttention(nn.Module):
     axes = ("heads", "head_dim", "embed")
     w_NUD = declare(self, "out", (spec.num_heads, U, self.embed_dim), axes, init)
     if cache is not None:
-      cache = LinearState(constrain(state_BNHU, "cache_batch", "cache_heads", None, None))
+      place = lambda x: constrain(x.astype(jnp.float32), "cache_batch", None, "cache_heads", None)
+      state_BNHU = constrain(state_BNHU, "cache_batch", "cache_heads", None, None)
+      cache = LinearState(state_BNHU, tuple(map(place, inputs)))
     return dense(o_BTNU, w_NUD, num_in=2), cache
 
   def _heads(self, x_BTD, name: str, size: int):
@@ -148,6 +225,18 @@ class LinearAttention(nn.Module):
     w_DNH = declare(self, name, (D, N, size), axes, kernel_init(self.init_spec, D))
     y_BTNH = constrain(dense(x_BTD, w_DNH), "act_batch", "act_seq", "act_heads", None)
     return checkpoint_name(y_BTNH, name)
+
+  def _convolved(self, qkv: tuple[jax.Array, ...], rows: Rows, cache: LinearState | None):
+    """(q, k, v behind their short convolutions, the inputs that the next tokens need)."""
+    out, inputs, W = [], [], self.spec.conv
+    for i, (x_BTNH, name) in enumerate(zip(qkv, ("query", "key", "value"), strict=True)):
+      init = kernel_init(self.init_spec, W)
+      w_WNH = self._exact(f"{name}_conv", (W, *x_BTNH.shape[2:]), (None, "heads", "head_dim"), init)
+      before_BVNH = None if cache is None else cache.inputs[i]
+      out.append(short_convolution(x_BTNH, w_WNH, rows.segments_BT, before_BVNH))
+      if before_BVNH is not None:
+        inputs.append(last_inputs(x_BTNH, before_BVNH, rows.segments_BT))
+    return tuple(out), inputs
 
   def _exact(self, name: str, shape: tuple[int, ...], axes: tuple, init: Initializer):
     """Decays and writing strengths: float32 throughout, as their weights."""

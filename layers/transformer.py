@@ -234,7 +234,7 @@ def init_caches(spec: ModelSpec, batch: int, length: int, dtype=jnp.float32) -> 
     caches = []
     for layer in segment.layers:
       if isinstance(layer.attention, LinearAttentionSpec):
-        cache = empty_state(batch, layer.attention.state)
+        cache = empty_state(batch, layer.attention.state, layer.attention.conv_inputs)
       else:
         before, _ = reach_of(layer_mask(layer.attention))
         key, value = layer.attention.cached

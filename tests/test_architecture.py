@@ -73,6 +73,10 @@ LATE_IMPORTS = {
     "layers/kernels/linear_attention/__init__.py",
     "layers.kernels.linear_attention.pallas_tpu",
   ): "the same",
+  (
+    "layers/kernels/linear_attention/__init__.py",
+    "layers.kernels.linear_attention.pallas_gpu",
+  ): "the same",
   ("layers/params.py", "flax.nnx"): "a second module system, which most programs never load",
 }
 

@@ -269,14 +269,22 @@ def deepseek_v3(
   return ModelSpec(vocab, d, (Segment((first,), dense), Segment((then,), count - dense)))
 
 
-def hybrid(count, d, heads, head_dim, ff, *kinds, vocab=32_000, every=4, position=None):
-  """Linear layers of these kinds in turn; each `every`-th layer is softmax attention."""
+def hybrid(count, d, heads, head_dim, ff, *kinds, vocab=32_000, every=4, position=None, conv=0):
+  """Linear layers of these kinds in turn; each `every`-th layer is softmax attention.
+
+  `conv` is the delta rule's.
+  """
   norm, mlp = NormSpec(), MlpSpec(ff)
   softmax = LayerSpec(AttentionSpec(heads, head_dim, position=RotarySpec()), mlp, norm)
   linear = [
     LayerSpec(
       LinearAttentionSpec(
-        kind, heads, head_dim, head_dim + 2, position if kind == "retention" else None
+        kind,
+        heads,
+        head_dim,
+        head_dim + 2,
+        position if kind == "retention" else None,
+        conv=conv if kind == "delta" else 0,
       ),
       mlp,
       norm,

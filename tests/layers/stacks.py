@@ -65,7 +65,7 @@ POSITIONS = ModelSpec(
         LayerSpec(LinearAttentionSpec("elu", 2, 4), _MLP),
         LayerSpec(LinearAttentionSpec("retention", 2, 4, position=RotarySpec()), _MLP),
         LayerSpec(LinearAttentionSpec("gla", 2, 4, 6), _MLP),
-        LayerSpec(LinearAttentionSpec("delta", 2, 4, 6), _MLP),
+        LayerSpec(LinearAttentionSpec("delta", 2, 4, 6, conv=3), _MLP),
       ),
     ),
   ),

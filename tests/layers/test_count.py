@@ -143,5 +143,11 @@ def test_flops_of_attention():
   # Written and read: 4 FLOPs for each number of a state and direction, three directions.
   linear = f.hybrid(3, 16, 2, 8, 16, "gla", "delta")
   assert attention(linear, 100) == attention(linear, 10**6) == (12 + 18 + 12) * 2 * 8 * 10
+  # Convolutions count by their weights: 3 tokens of q, k and v.
+  without, with_conv = (
+    count_params(f.hybrid(2, 16, 2, 8, 16, "delta", every=2, conv=conv)) for conv in (0, 3)
+  )
+  extra = with_conv.active_matmul - without.active_matmul
+  assert extra == with_conv.total - without.total == 3 * 2 * (8 + 8 + 10)
   latent = f.deepseek_v3(2, 16, 2, 8, 8, 4, 2, dense=1, kv_lora=4, nope=6, rope=4, value=8)
   assert attention(latent, 100) == 2 * 6 * 2 * (6 + 4 + 8) * 100

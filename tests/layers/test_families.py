@@ -48,6 +48,7 @@ FAMILIES = {
   ),
   "retention": families.hybrid(1, D, 2, 6, 24, "retention", vocab=V, position=RotarySpec()),
   "hybrid": families.hybrid(4, D, 2, 6, 24, "elu", "gla", "delta", vocab=V),
+  "convolutions": families.hybrid(2, D, 2, 6, 24, "delta", vocab=V, every=2, conv=4),
 }  # fmt: skip
 
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -18,12 +20,15 @@ from layers.linear_attention import (
   elu_plus_one,
   favor_features,
   favor_projection,
+  last_inputs,
   retention_decays,
+  short_convolution,
   unit,
 )
 from layers.params import init_params
 from layers.spec import LinearAttentionSpec
 from tests.layers.stacks import quick_jit
+from tests.oracles.linear_attention import convolution
 
 D, T = 16, 12
 KINDS = ("elu", "retention", "gla", "delta")
@@ -95,6 +100,68 @@ def test_the_largest_feature_of_a_query_cancels():
   assert phi.dtype == jnp.float32 and np.all(phi >= 1e-6 / math.sqrt(32))
 
 
+def convolution_inputs(seed=0):
+  rng = np.random.default_rng(seed)
+  normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  return normal(2, T, 2, 3), normal(4, 2, 3), normal(2, 3, 2, 3)
+
+
+@quick_jit
+def convolve(x, w, segments, before):
+  return short_convolution(x, w, segments, before), last_inputs(x, before, segments)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_short_convolution(documents):
+  """Values, and the gradient along a random direction, against float64."""
+  arrays = convolution_inputs()
+  segments = np.array([[1] * 5 + [2] * 2 + [3] * 5, [0] * 2 + [1] * 3 + [0] + [1] * 4 + [0] * 2])
+  segments = segments.astype(np.int32) if documents else None
+  valid = np.ones((2, T), bool) if segments is None else segments > 0
+  rng = np.random.default_rng(1)
+  dy = rng.normal(size=(2, T, 2, 3)) * valid[..., None, None]
+  dlast = rng.normal(size=(2, 3, 2, 3))
+  directions = [rng.normal(size=x.shape) for x in arrays]
+
+  @quick_jit
+  @jax.grad
+  def gradients(arrays):
+    x, w, before = arrays
+    y, last = short_convolution(x, w, segments, before), last_inputs(x, before, segments)
+    return jnp.sum(y * dy.astype(np.float32)) + jnp.sum(last * dlast.astype(np.float32))
+
+  x, w, before = arrays
+  y, last = convolve(x, w, segments, before)
+  want, want_last = convolution(x, w, segments=segments, before=before)
+  np.testing.assert_allclose(np.asarray(y)[valid], want[valid], atol=1e-5)
+  np.testing.assert_allclose(last, want_last, atol=1e-6)
+
+  def loss(step):
+    x, w, before = (a + step * d for a, d in zip(arrays, directions, strict=True))
+    y, last = convolution(x, w, segments=segments, before=before)
+    return np.sum(y * dy) + np.sum(last * dlast)
+
+  got = gradients(arrays)
+  along = sum(np.sum(g * d) for g, d in zip(got, directions, strict=True))
+  size = math.sqrt(sum(np.sum(np.square(g)) for g in got))
+  assert abs((loss(1e-6) - loss(-1e-6)) / 2e-6 - along) < 1e-5 * size
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 5)), min_size=1, max_size=8))
+def test_any_segments_of_a_convolution(parts):
+  """And what padding holds (NaN too) does not count."""
+  x, w, before = convolution_inputs()
+  row = np.resize(np.concatenate([np.full(n, segment) for segment, n in parts]), T)
+  segments = np.stack([row, row[::-1]]).astype(np.int32)
+  want, want_last = convolution(x, w, segments=segments, before=before)
+  x[segments == 0] = np.nan
+  y, last = convolve(x, w, segments, before)
+  valid = segments > 0
+  np.testing.assert_allclose(np.asarray(y)[valid], want[valid], atol=1e-5)
+  np.testing.assert_allclose(last, want_last, atol=1e-6)
+
+
 def layer(kind, **more):
   shell = LinearAttention(LinearAttentionSpec(kind, 2, 4, 6, **more), D)
   rng = np.random.default_rng(0)
@@ -103,14 +170,14 @@ def layer(kind, **more):
   return shell, init_params(shell, jax.random.key(0), x, rows), x, rows
 
 
-@pytest.mark.parametrize("kind", ["elu", "delta"])
-def test_states_continue_rows_and_skip_padding(kind):
+@pytest.mark.parametrize(("kind", "conv"), [("elu", 0), ("delta", 0), ("delta", 4)])
+def test_states_continue_rows_and_skip_padding(kind, conv):
   """A prompt padded on the right, whatever pads hold, then the rest: as the whole row."""
-  shell, params, x, rows = layer(kind)
+  shell, params, x, rows = layer(kind, conv=conv)
   run = quick_jit(lambda x, rows, cache: shell.apply({"params": params}, x, rows, cache))
   want, none = run(x, rows, None)
   assert none is None
-  cache = empty_state(2, shell.spec.state)
+  cache = empty_state(2, shell.spec.state, shell.spec.conv_inputs)
   lengths = np.array([5, 8])
   valid = np.arange(8)[None] < lengths[:, None]
   segments = jnp.asarray(valid, jnp.int32)
@@ -124,9 +191,34 @@ def test_states_continue_rows_and_skip_padding(kind):
   np.testing.assert_allclose(got, np.take_along_axis(np.asarray(want), at[..., None], 1), atol=1e-5)
 
 
+def test_convolutions_token_by_token_and_documents():
+  """Decoding gives the whole row; packed documents are alone, and keep no more than the last."""
+  shell, params, x, rows = layer("delta", conv=4)
+  run = quick_jit(lambda x, rows, cache: shell.apply({"params": params}, x, rows, cache))
+  empty = empty_state(2, shell.spec.state, shell.spec.conv_inputs)
+  assert [a.shape for a in empty.inputs] == [(2, 3, 2, 4), (2, 3, 2, 4), (2, 3, 2, 6)]
+  want, want_cache = run(x, rows, empty)
+  cache = empty
+  for t in range(T):
+    got, cache = run(x[:, t : t + 1], Rows(rows.positions_BT[:, t : t + 1]), cache)
+    np.testing.assert_allclose(got, want[:, t : t + 1], atol=1e-5)
+  jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), cache, want_cache)
+
+  # Two rows of one document each, behind each other in one row, then padding.
+  packed = jnp.concatenate([x[:1, :7], x[1:, :2], jnp.full((1, 3, D), jnp.nan)], 1)
+  segments = jnp.asarray([[1] * 7 + [2] * 2 + [0] * 3], jnp.int32)
+  positions = jnp.asarray([[*range(7), *range(2), 0, 0, 0]], jnp.int32)
+  twice = lambda a: jnp.concatenate([a, a])
+  got, cache = run(twice(packed), Rows(twice(positions), twice(segments)), empty)
+  np.testing.assert_allclose(got[0, :7], want[0, :7], atol=1e-5)
+  np.testing.assert_allclose(got[0, 7:9], want[1, :2], atol=1e-5)
+  for kept in cache.inputs:
+    assert not np.asarray(kept[:, 0]).any() and np.asarray(kept[:, 1:]).any((2, 3)).all()
+
+
 def test_how_gates_start():
   """Decays of the delta rule: rates 1..16 times steps of 0.001..0.1; what must not be rounded."""
-  shell = LinearAttention(LinearAttentionSpec("delta", 64, 4), D)
+  shell = LinearAttention(LinearAttentionSpec("delta", 64, 4, conv=2), D)
   x, rows = jnp.zeros((1, 1, D)), Rows(jnp.zeros((1, 1), jnp.int32))
   boxed = shell.init(jax.random.key(0), x, rows)["params"]
   rates = np.exp(boxed["decay_rate"].value)
@@ -134,14 +226,16 @@ def test_how_gates_start():
   assert 1 <= rates.min() < 2 and 14 < rates.max() <= 16
   assert steps.min() > 0.99e-3 and steps.max() < 0.1001 and 0.005 < np.median(steps) < 0.02
   assert {name for name, w in boxed.items() if hasattr(w, "exact") and w.exact} == {
-    "beta", "decay", "decay_bias", "decay_rate",
+    "beta", "decay", "decay_bias", "decay_rate", "key_conv", "query_conv", "value_conv",
   }  # fmt: skip
+  assert boxed["query_conv"].value.shape == (2, 64, 4)
+  assert boxed["query_conv"].names == (None, "heads", "head_dim")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_keeps_decays_and_states_exact(kind):
-  shell, params, x, rows = layer(kind)
-  cache = empty_state(2, shell.spec.state)
+  shell, params, x, rows = layer(kind, conv=4 if kind == "delta" else 0)
+  cache = empty_state(2, shell.spec.state, shell.spec.conv_inputs)
   run = quick_jit(lambda x: shell.apply({"params": params}, x, rows, cache))
   (got, state), (want, want_state) = run(x.astype(jnp.bfloat16)), run(x)
   assert got.dtype == jnp.bfloat16 and state.state_BNHU.dtype == jnp.float32

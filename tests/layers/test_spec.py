@@ -42,6 +42,8 @@ REFUSED = [
   (lambda: LatentAttentionSpec(**LATENT, position=RotarySpec(dims=2)), "leave position.dims out"),
   (lambda: LinearAttentionSpec("gla", 2, 0), "linear attention head_dim must be positive, got 0"),
   (lambda: LinearAttentionSpec("elu", 2, 4, position=RotarySpec()), "belongs to kind=retention"),
+  (lambda: LinearAttentionSpec("gla", 2, 4, conv=4), "conv belongs to kind=delta, not to kind=gla"),
+  (lambda: LinearAttentionSpec("delta", 2, 4, conv=1), r"0 \(none\) or 2 and more tokens, got 1"),
   (lambda: LinearAttentionSpec("retention", 2, 5, position=RotarySpec()), "rotary dims=5 do not"),
   (lambda: MlpSpec(0), "mlp hidden must be positive, got 0"),
   (lambda: MlpSpec(8, gated=False, up_offset=1.0), "up_offset needs a gated MLP"),

@@ -23,7 +23,7 @@ from tests.oracles import masks as mask_oracle
 from tests.oracles import moe as moe_oracle
 from tests.oracles import positions as position_oracle
 from tests.oracles.attention import attention as attend
-from tests.oracles.linear_attention import recurrent
+from tests.oracles.linear_attention import convolution, recurrent
 from tests.oracles.mlp import mlp
 from tests.oracles.norms import layer_norm, rms_norm
 
@@ -174,6 +174,9 @@ def linear_attention(spec, w, x, positions, segments):
     logits = np.einsum("btr,rnh->btnh", x @ w["decay_down"], w["decay_up"]) + w["decay_bias"]
     more["decay"] = np.log(sigmoid(logits) ** (1 / 16))
   else:
+    if spec.conv:
+      of = lambda y, name: convolution(y, w[f"{name}_conv"], segments=segments)[0]
+      q, k, v = of(q, "query"), of(k, "key"), of(v, "value")
     q, k, v = length(silu(q)), length(silu(k)), silu(v)
     step = np.log(1 + np.exp(x @ w["decay"] + w["decay_bias"]))
     more |= {"decay": -np.exp(w["decay_rate"]) * step, "beta": sigmoid(x @ w["beta"])}

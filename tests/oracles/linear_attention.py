@@ -41,6 +41,33 @@ def recurrent(
   return o, last
 
 
+def convolution(x, w, *, segments=None, before=None):
+  """(y, the inputs that come before the next token) of x [B, T, N, H], w [W, N, H], token by token.
+
+  Padding is zeros, and none behind a row's last token is kept; `before` belongs to the first token.
+  """
+  x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
+  (B, T, N, H), V = x.shape, len(w) - 1
+  segments = np.ones((B, T), int) if segments is None else segments
+  y, after = np.zeros(x.shape), np.zeros((B, V, N, H))
+  for b in range(B):
+    old = np.zeros((V, N, H)) if before is None else np.asarray(before[b], np.float64)
+    history, segment = list(old), None
+    for t in range(T):
+      here = segments[b, t]
+      if here and segment not in (None, here):
+        history = [np.zeros((N, H))] * len(history)
+      if here:
+        segment = here
+      history.append(x[b, t] if here else np.zeros((N, H)))
+      y[b, t] = sum(w[i] * history[len(history) - 1 - V + i] for i in range(V + 1))
+      if here:
+        after[b] = np.array(history[len(history) - V :])
+    if segment is None:
+      after[b] = old
+  return y, after
+
+
 def quadratic(q, k, v, *, decay=None, normalize=False, scale=1.0):
   """o [T, U] of one head: weights of all pairs."""
   T = len(q)

@@ -18,6 +18,7 @@ from . import reference, xla
 __all__ = ["linear_attention"]
 
 SMALLEST_SUM = 1e-6
+GPU = ("gpu", "cuda")  # names of one platform, the first of devices, the second of compilers
 
 
 def linear_attention(
@@ -63,8 +64,9 @@ def linear_attention(
       token before. Segment 0 is padding: skipped wherever it stands, what it holds (NaN too) is
       ignored, o is 0 there. A state thus outlives padding on the right.
     chunk: tokens a chunk, a power of two.
-    implementation: "pallas_tpu", "xla" (any platform) or "reference" (one token after the other, a
-      state of each in the backward pass); None is the first that can run.
+    implementation: "pallas_tpu", "pallas_gpu" (shorter chunks where registers ask for them), "xla"
+      (any platform) or "reference" (one token after the other, a state of each in the backward
+      pass); None is the first that can run.
 
   Returns:
     (o [B, T, N, U] in the dtype of v, the last state in float32), both differentiable, in reverse
@@ -145,23 +147,37 @@ def _state_sharding(q_BTNH: jax.Array) -> NamedSharding:
 def _select(implementation: str | None, arguments: tuple) -> Any:
   """The module that computes these arguments here."""
 
-  def tpu(platform: str) -> str | None:
-    if platform != "tpu":
-      return f"the kernel is for TPUs, not for {platform}"
-    if free := free_axes():
-      return f"no compiler spreads it over {', '.join(free)}: call it in a shard_map"
-    return _pallas_tpu().supports(*arguments)
+  def pallas(name: str, platforms: tuple[str, ...]):
+    def supports(platform: str) -> str | None:
+      if platform not in platforms:
+        return f"the kernel is for {platforms[0].upper()}s, not for {platform}"
+      if free := free_axes():
+        return f"no compiler spreads it over {', '.join(free)}: call it in a shard_map"
+      return _module(name).supports(*arguments)
 
-  candidates = {"pallas_tpu": tpu, "xla": anywhere, "reference": anywhere}
-  chosen = select(implementation, current_platform(), candidates)
-  return _pallas_tpu() if chosen == "pallas_tpu" else {"xla": xla, "reference": reference}[chosen]
+    return supports
+
+  candidates = {
+    "pallas_tpu": pallas("pallas_tpu", ("tpu",)),
+    "pallas_gpu": pallas("pallas_gpu", GPU),
+    "xla": anywhere,
+    "reference": anywhere,
+  }
+  return _module(select(implementation, current_platform(), candidates))
 
 
-def _pallas_tpu() -> Any:
-  # Pallas takes half a second to import and is of no use on a CPU.
-  from . import pallas_tpu
+def _module(name: str) -> Any:
+  if name == "pallas_tpu":
+    # Pallas takes half a second to import and is of no use on a CPU.
+    from . import pallas_tpu
 
-  return pallas_tpu
+    return pallas_tpu
+  if name == "pallas_gpu":
+    # The same.
+    from . import pallas_gpu
+
+    return pallas_gpu
+  return {"xla": xla, "reference": reference}[name]
 
 
 def _broadcast(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -127,8 +127,7 @@ def _summed(which: Sum, C: int) -> jax.Array:
   return (row >> which == column >> which) & ((odd & (column <= row)) | (~odd & (column > row)))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sums(which: Sum, x: jax.Array) -> jax.Array:
+def _sums_of(which: Sum, x: jax.Array) -> jax.Array:
   return _product(1, 0, f32, _summed(which, x.shape[0]).astype(f32), x)
 
 
@@ -136,11 +135,12 @@ def _sums_bwd(which, _, d):
   return (_product(0, 0, f32, _summed(which, d.shape[0]).astype(f32), d),)
 
 
-_sums.defvjp(lambda which, x: (_sums(which, x), None), _sums_bwd)
+# Forward rules call plain functions: unlike Mosaic, Triton knows none that have rules themselves.
+_sums = jax.custom_vjp(_sums_of, nondiff_argnums=(0,))
+_sums.defvjp(lambda which, x: (_sums_of(which, x), None), _sums_bwd)
 
 
-@jax.custom_vjp
-def _inverse(a_CC: jax.Array) -> jax.Array:
+def _inverse_of(a_CC: jax.Array) -> jax.Array:
   """(I + a)^-1 for a strictly lower triangular; block forward substitution."""
   C = a_CC.shape[0]
   row, column = _indices(C)
@@ -152,7 +152,7 @@ def _inverse(a_CC: jax.Array) -> jax.Array:
 
 
 def _inverse_fwd(a_CC):
-  t_CC = _inverse(a_CC)
+  t_CC = _inverse_of(a_CC)
   return t_CC, t_CC
 
 
@@ -160,6 +160,7 @@ def _inverse_bwd(t_CC, d):
   return (-_product(1, 1, f32, _product(0, 0, f32, t_CC, d), t_CC),)
 
 
+_inverse = jax.custom_vjp(_inverse_of)
 _inverse.defvjp(_inverse_fwd, _inverse_bwd)
 
 
@@ -175,12 +176,6 @@ def _product(of_a: int, of_b: int, dtype: Any, a: jax.Array, b: jax.Array) -> ja
   )
 
 
-# Autodiff would multiply float32 gradients with bfloat16 values, and transpose results.
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _dot(of_a: int, of_b: int, dtype: Any, a: jax.Array, b: jax.Array) -> jax.Array:
-  return _product(of_a, of_b, dtype, a, b)
-
-
 def _dot_bwd(of_a, of_b, dtype, saved, d):
   a, b = saved
   da = (1, 1 - of_b, dtype, d, b) if of_a else (1 - of_b, 1, dtype, b, d)
@@ -188,4 +183,6 @@ def _dot_bwd(of_a, of_b, dtype, saved, d):
   return _product(*da), _product(*db)
 
 
-_dot.defvjp(lambda *args: (_dot(*args), args[3:]), _dot_bwd)
+# Autodiff would multiply float32 gradients with bfloat16 values, and transpose results.
+_dot = jax.custom_vjp(_product, nondiff_argnums=(0, 1, 2))
+_dot.defvjp(lambda *args: (_product(*args), args[3:]), _dot_bwd)

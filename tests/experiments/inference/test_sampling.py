@@ -58,7 +58,7 @@ SPECS = {
   "buckets, routing groups": spec(layer(BucketedSpec(8, 20), experts(2, group_size=12)), repeats=2),
   "states beside a cache": spec(
     LayerSpec(LinearAttentionSpec("elu", 2, 8), DENSE),
-    LayerSpec(LinearAttentionSpec("delta", 2, 8), DENSE),
+    LayerSpec(LinearAttentionSpec("delta", 2, 8, conv=4), DENSE),
     layer(RotarySpec()),
   ),
 }

@@ -2,6 +2,7 @@
 
 import math
 from functools import lru_cache, partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +10,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import pallas as pl
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from layers.kernels.linear_attention import linear_attention
+from layers.kernels import linear_attention as package
+from layers.kernels.linear_attention import linear_attention, pallas_gpu
 from tests.layers.stacks import quick_jit
 from tests.oracles.linear_attention import quadratic, recurrent
 from tests.oracles.linear_cases import CASES, SEGMENTS, B, H, T, U, close, make
 
 IMPLEMENTATIONS = ("reference", "xla")
-CHUNK = 8  # of 37 tokens: the last one is not full
+# In interpret mode; those of TPUs have a file of their own.
+ON_GPU = ("feature map", "retention", "gla", "gated delta", "kimi")
+CHUNK, GPU_CHUNK = 8, 16  # of 37 tokens: the last one is not full
 
 
 def call(arrays, **keywords):
@@ -28,15 +33,29 @@ def call(arrays, **keywords):
   )  # fmt: skip
 
 
+def interpret(patch):
+  call = partial(pl.pallas_call, interpret=True)
+  patch.setattr(pallas_gpu, "pl", SimpleNamespace(**vars(pl) | {"pallas_call": call}))
+  patch.setattr(package, "current_platform", lambda: "gpu")
+
+
 @lru_cache
 def run(name, implementation, dtype=jnp.float32):
   """(gradients of all arrays, (o, last state))."""
+  if implementation == "pallas_gpu":
+    with pytest.MonkeyPatch.context() as patch:
+      interpret(patch)
+      return traced(name, implementation, dtype, GPU_CHUNK)
+  return traced(name, implementation, dtype, CHUNK)
+
+
+def traced(name, implementation, dtype, chunk):
   arrays, keywords, segments, (do, dstate) = make(name)
   rounded = {x: arrays[x].astype(dtype) for x in ("q", "k", "v")}
 
   def loss(arrays, segments):
     o, state = call(
-      arrays, segments_BT=segments, chunk=CHUNK, implementation=implementation, **keywords
+      arrays, segments_BT=segments, chunk=chunk, implementation=implementation, **keywords
     )
     return jnp.sum(o * do) + jnp.sum(state * dstate), (o, state)
 
@@ -57,8 +76,11 @@ def spread(arrays):
   return arrays | {"decay": decay}
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+  ("name", "implementation"),
+  [(name, implementation) for name in CASES for implementation in IMPLEMENTATIONS]
+  + [(name, "pallas_gpu") for name in ON_GPU],
+)
 def test_values(name, implementation):
   _, (o, state) = run(name, implementation)
   assert o.dtype == state.dtype == jnp.float32
@@ -84,12 +106,17 @@ def test_gradients(name):
   size = math.sqrt(sum(float(jnp.sum(g * g)) for g in want.values() if g is not None))
   assert abs((loss(1e-6) - loss(-1e-6)) / 2e-6 - along) < 1e-5 * size
   close(run(name, "xla")[0], want, 1e-5)
+  if name in ON_GPU:
+    close(run(name, "pallas_gpu")[0], want, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["gla", "gated delta"])
-def test_bfloat16(name):
+@pytest.mark.parametrize(
+  ("name", "implementation"),
+  [("gla", "xla"), ("gated delta", "xla"), ("gated delta", "pallas_gpu")],
+)
+def test_bfloat16(name, implementation):
   """Products are of rounded values; states and decays are not rounded."""
-  grads, (o, state) = run(name, "xla", jnp.bfloat16)
+  grads, (o, state) = run(name, implementation, jnp.bfloat16)
   assert (o.dtype, state.dtype) == (jnp.bfloat16, jnp.float32)
   want_grads, want = run(name, "reference", jnp.bfloat16)
   close((o, state), want, 2e-2)

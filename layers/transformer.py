@@ -117,7 +117,7 @@ class TransformerLM(nn.Module):
       x_BTD = embedding(tokens_BT, positions_BT, key_B=key_B, place_T=place_T)
     x_BTD, stats, caches = self._segments(x_BTD, rows, region, caches, train)
     if spec.head.transform is not None:
-      x_BTD = self._transform(x_BTD)
+      x_BTD = self._transform(x_BTD, spec.head.transform)
     if spec.final_norm is not None:
       x_BTD = Norm(spec.final_norm, spec.embed_dim, name="final_norm")(x_BTD)
     if at_B is not None:
@@ -189,11 +189,11 @@ class TransformerLM(nn.Module):
         return jnp.zeros((position.num_buckets, num_heads))
     return None
 
-  def _transform(self, x_BTD):
+  def _transform(self, x_BTD, activation):
     D = self.spec.embed_dim
     w_DD = declare(self, "transform", (D, D), ("embed", None), kernel_init(self.spec.init, D))
     b_D = declare(self, "transform_bias", (D,), ("norm",), nn.initializers.zeros)
-    return activate(self.spec.head.transform, affine(x_BTD, w_DD, b_D))
+    return activate(activation, affine(x_BTD, w_DD, b_D))
 
   def _head(self, x_BTD, embedding, targets_BT, weights_BT, z_loss, region):
     spec, head = self.spec, self.spec.head

@@ -23,7 +23,7 @@ def print_closing(outcome: Outcome, folder: Path, baselines: dict[str, float]) -
   if outcome.start >= config.train.steps:
     console.print(f"{folder} is finished at step {outcome.step:,}: nothing left to train\n")
   if heldout.bits_per_byte is None:
-    console.print(f"Held out: {heldout.loss:.3f} nats a token")
+    console.print(f"Held out: {heldout.loss:.3f} nats a {config.data.target}")
   else:
     table = Table(box=None, pad_edge=False, show_header=False)
     rows = [(heldout.bits_per_byte, config.name), *((v, k) for k, v in baselines.items())]
@@ -40,12 +40,13 @@ def print_closing(outcome: Outcome, folder: Path, baselines: dict[str, float]) -
   console.print(f"Loss curve, speed and expert load: {folder / 'report.png'}", markup=False)
   console.print("\nNext")
   here = f"--workdir={shlex.quote(str(folder))}"
-  for what, command in (
+  commands = [
     ("train longer", f"{run} {here} --config.train.steps={2 * steps}"),
     ("your own text", f"{run} --config={config.name} --config.data.path=FILE --workdir=runs/mine"),
     ("a bigger model", f"{run} --config=moe_small"),
     ("more samples", f"python -m experiments.generate {here} --prompt='The '"),
-  ):
+  ]
+  for what, command in commands if config.data.objective == "next_token" else commands[:-1]:
     console.print(f"  {what:<15} {command}", markup=False)
 
 

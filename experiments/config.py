@@ -82,6 +82,7 @@ class DataConfig:
   path: str = identity("")  # setting it turns source pydoc into text or shards
   text_field: str = identity("text")  # of a JSONL line
   tokenizer: str = identity("byte")  # "byte", or a folder or file written by train_tokenizer
+  objective: Literal["next_token", "masked"] = identity("next_token")  # masked: see `masking`
   row_length: int = identity(256)
   batch_size: int = intervention(16)  # rows a step, over all devices
   holdout: float = identity(0.05)  # last part of the text, kept for evaluation
@@ -94,6 +95,11 @@ class DataConfig:
     _at_least(self, "data", batch_size=1, seed=0, prefetch=0)
     if not 0 < self.holdout < 1:
       raise ConfigError(f"data.holdout={self.holdout}: must lie between 0 and 1")
+
+  @property
+  def target(self) -> str:
+    """What a loss is the mean over."""
+    return "token" if self.objective == "next_token" else "masked token"
 
 
 @dataclass(frozen=True)
@@ -171,6 +177,8 @@ class Config:
       raise ConfigError(
         f"data.row_length={self.data.row_length} exceeds model.max_length={self.model.max_length}"
       )
+    if self.data.objective == "next_token" and not self.model.causal:
+      raise ConfigError("attention.causal=false shows the next token: set data.objective=masked")
     if self.data.batch_size % self.train.microbatches:
       raise ConfigError(
         f"data.batch_size={self.data.batch_size} is not a multiple of "

@@ -21,8 +21,9 @@ def main() -> int:
     step = make_held_out_step(setup, dataset)
     result = held_out(setup, dataset, step, trained.params, batch_placer(setup))
   if is_primary():
-    print(f"{setup.config.name} at step {trained.step:,}, {result.tokens:,} held-out tokens")
-    print(f"loss          {result.loss:.6f} nats a token")
+    target = setup.config.data.target
+    print(f"{setup.config.name} at step {trained.step:,}, {result.tokens:,} held-out {target}s")
+    print(f"loss          {result.loss:.6f} nats a {target}")
     if result.bits_per_byte is not None:
       print(f"bits a byte   {result.bits_per_byte:.4f}")
   return cli.FINISHED

@@ -27,6 +27,8 @@ def main() -> int:
     raise ConfigError(f"--temperature={_TEMPERATURE.value}: give a number, 0 for greedy")
   folder = cli.require_workdir()
   setup = open_run(folder, batch=False)
+  if setup.config.data.objective != "next_token":
+    raise ConfigError(f"{folder} learned to tell masked tokens: it can't continue a prompt")
   tokenizer = load_tokenizer(setup.config.data.tokenizer)
   prompt = _encode(_PROMPT.value, tokenizer, setup.config.model)
   params = restore(setup, folder).params

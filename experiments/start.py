@@ -86,9 +86,10 @@ def _run(request: Request, profile: Profile | None) -> int | None:
     claim(folder)
     _introduce(setup, dataset, folder)
   lines: dict[str, float] = {}
+  generates = config.data.objective == "next_token"
 
   def baselines() -> dict[str, float]:
-    if config.eval.baselines and dataset.fingerprint["tokenizer"] == "byte":
+    if config.eval.baselines and dataset.fingerprint["tokenizer"] == "byte" and generates:
       streams = (split.stream for split in (dataset.train, dataset.heldout))
       train_bytes, heldout_bytes = (stream.read(0, len(stream)) for stream in streams)
       lines[_BASELINE] = ngram_bits_per_byte(train_bytes, heldout_bytes)
@@ -108,7 +109,7 @@ def _run(request: Request, profile: Profile | None) -> int | None:
         lines[f"{config.eval.twin}, equal active FLOPs"] = beside.heldout.bits_per_byte
   if is_primary():
     print_closing(outcome, folder, lines)
-  if config.eval.sample_prompt and dataset.tokenizer is not None:
+  if config.eval.sample_prompt and dataset.tokenizer is not None and generates:
     print_sample(outcome, dataset.tokenizer, show=is_primary())  # all compute, one speaks
   return None
 

@@ -20,7 +20,7 @@ from .kernels.attention import Alibi, Bucketed, RelativeKeys, attention
 from .kernels.attention.blocks import reach_of
 from .kernels.decode_attention import decode_attention
 from .linear import dense
-from .masks import BlockLocal, Causal, Local, Mask, PerHead, parse_mask
+from .masks import BlockLocal, Causal, Full, Local, Mask, PerHead, parse_mask
 from .norms import Norm
 from .params import declare, kernel_init
 from .positions import alibi_slopes, apply_rotary, rotary_table, sinusoids
@@ -68,7 +68,8 @@ def layer_mask(spec: AttentionSpec | LatentAttentionSpec) -> Mask | PerHead:
   """The mask of a layer."""
   if isinstance(spec, LatentAttentionSpec):
     return causal_mask()
-  return causal_mask(spec.window, spec.chunk, parse_mask(spec.mask) if spec.mask else None)
+  mask = parse_mask(spec.mask) if spec.mask else None
+  return causal_mask(spec.window, spec.chunk, mask) if spec.causal else mask or Full()
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, spec: RotarySpec) -> jax.Array:

@@ -106,7 +106,7 @@ def _check_rotary(position: RotarySpec, head_dim: int) -> None:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-  """Causal self-attention; `num_kv_heads` below `num_heads` gives GQA, 1 gives MQA."""
+  """Self-attention; `num_kv_heads` below `num_heads` gives GQA, 1 gives MQA."""
 
   num_heads: int
   head_dim: int
@@ -114,6 +114,7 @@ class AttentionSpec:
   window: int | None = None  # keys seen, self included: 0 <= i - j < window
   chunk: int | None = None  # keys of the same run of `chunk` positions only
   mask: str | None = None  # `layers.masks` as text: also needed to see a key, Local(9) | Global(4)
+  causal: bool = True  # False, in encoders: `mask` alone decides, and none is all keys
   position: PositionSpec | None = None
   qkv_bias: bool = False
   out_bias: bool = False
@@ -130,6 +131,11 @@ class AttentionSpec:
     require(
       self.num_heads % self.kv_heads == 0,
       f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}",
+    )
+    back = self.window or self.chunk or isinstance(self.position, AlibiSpec | TransformerXLSpec)
+    require(
+      self.causal or not back,
+      "window, chunk, ALiBi and Transformer-XL look back only: with causal=false use mask",
     )
     heads = parse_mask(self.mask).by_head if self.mask else None
     require(not heads or len(heads) == self.num_heads, f"PerHead needs {self.num_heads} masks")

@@ -95,17 +95,18 @@ def mlp(
   Returns:
     [..., D] in x.dtype. The pre-activations carry the checkpoint names `mlp_up`, `mlp_gate`.
   """
-  up = checkpoint_name(_affine(x, w_up_DF, b_up_F), "mlp_up")
+  up = checkpoint_name(affine(x, w_up_DF, b_up_F), "mlp_up")
   gate = None
   if w_gate_DF is not None:
-    gate = checkpoint_name(_affine(x, w_gate_DF, b_gate_F), "mlp_gate")
+    gate = checkpoint_name(affine(x, w_gate_DF, b_gate_F), "mlp_gate")
   hidden = gated_activation(up, gate, activation=activation, clamp=clamp, up_offset=up_offset)
   if hidden.ndim == 3:
     hidden = constrain(hidden, "act_batch", "act_seq", "act_mlp")
-  return _affine(hidden, w_down_FD, b_down_D)
+  return affine(hidden, w_down_FD, b_down_D)
 
 
-def _affine(x: jax.Array, w: jax.Array, b: jax.Array | None) -> jax.Array:
+def affine(x: jax.Array, w: jax.Array, b: jax.Array | None) -> jax.Array:
+  """x w + b, in x.dtype."""
   y = dense(x, w)
   return y if b is None else y + b.astype(y.dtype).reshape((1,) * (y.ndim - 1) + b.shape)
 

@@ -1,6 +1,6 @@
 """A model as data: frozen, hashable, validated dataclasses.
 
-A decoder is `ModelSpec(segments=...)`. Each segment repeats a short group of unlike layers and
+A model is `ModelSpec(segments=...)`. Each segment repeats a short group of unlike layers and
 becomes one `lax.scan`; a prefix or suffix is a segment with `repeats=1`. Nothing here touches an
 array: `layers.transformer` reads these values to declare weights and to run them.
 """
@@ -194,6 +194,7 @@ class HeadSpec:
   bias: bool = False
   scale: float = 1.0  # factor on the logits
   softcap: float | None = None
+  transform: Activation | None = None  # BERT: a biased dense layer with it before the final norm
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ class InitSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-  """A decoder-only language model."""
+  """A language model: a decoder, or with attention that is not causal, an encoder."""
 
   vocab_size: int
   embed_dim: int
@@ -246,6 +247,11 @@ class ModelSpec:
   def layers(self) -> tuple[LayerSpec, ...]:
     """Every layer in order, repeats written out."""
     return tuple(layer for s in self.segments for _ in range(s.repeats) for layer in s.layers)
+
+  @property
+  def causal(self) -> bool:
+    """Whether no attention sees later tokens, so that the model can learn to predict them."""
+    return all(getattr(layer.attention, "causal", True) for layer in self.layers)
 
   @property
   def num_layers(self) -> int:

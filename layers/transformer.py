@@ -22,6 +22,7 @@ from .kernels.attention.blocks import reach_of
 from .kernels.cross_entropy import CrossEntropy
 from .linear import dense, take
 from .losses import token_loss
+from .mlp import activate, affine
 from .moe import MoeStats
 from .norms import Norm
 from .params import declare, kernel_init, unbox
@@ -43,7 +44,7 @@ class LMOutput(NamedTuple):
 
 
 class TransformerLM(nn.Module):
-  """A decoder-only language model from its `ModelSpec`.
+  """A language model from its `ModelSpec`.
 
   Attributes:
     spec: the model.
@@ -81,7 +82,7 @@ class TransformerLM(nn.Module):
 
     Args:
       tokens_BT: int32 token ids.
-      targets_BT: next tokens; given, the result holds the summed loss and no logits.
+      targets_BT: tokens to predict; given, the result holds the summed loss and no logits.
       weights_BT: weight of each target, 1 where None.
       positions_BT: from 0 in each document; None is 0..T-1.
       segments_BT: document of each token within its row, 0 for padding; None is one document.
@@ -115,6 +116,8 @@ class TransformerLM(nn.Module):
     with jax.named_scope("embedding"):
       x_BTD = embedding(tokens_BT, positions_BT, key_B=key_B, place_T=place_T)
     x_BTD, stats, caches = self._segments(x_BTD, rows, region, caches, train)
+    if spec.head.transform is not None:
+      x_BTD = self._transform(x_BTD, spec.head.transform)
     if spec.final_norm is not None:
       x_BTD = Norm(spec.final_norm, spec.embed_dim, name="final_norm")(x_BTD)
     if at_B is not None:
@@ -186,6 +189,12 @@ class TransformerLM(nn.Module):
         return jnp.zeros((position.num_buckets, num_heads))
     return None
 
+  def _transform(self, x_BTD, activation):
+    D = self.spec.embed_dim
+    w_DD = declare(self, "transform", (D, D), ("embed", None), kernel_init(self.spec.init, D))
+    b_D = declare(self, "transform_bias", (D,), ("norm",), nn.initializers.zeros)
+    return activate(activation, affine(x_BTD, w_DD, b_D))
+
   def _head(self, x_BTD, embedding, targets_BT, weights_BT, z_loss, region):
     spec, head = self.spec, self.spec.head
     bias_V = None
@@ -227,7 +236,10 @@ class TransformerLM(nn.Module):
 
 
 def init_caches(spec: ModelSpec, batch: int, length: int, dtype=jnp.float32) -> Caches:
-  """Empty caches of every layer: for as many of `length` positions as its mask sees, or a state."""
+  """Empty caches of every layer: for as many of `length` positions as its mask sees, or a state.
+  Raises ValueError for an encoder."""
+  if not spec.causal:
+    raise ValueError("an encoder's tokens see later ones, so it can't go on token by token")
 
   def segment_caches(segment):
     stack = lambda x: jnp.zeros((segment.repeats, *x.shape), x.dtype)

@@ -77,6 +77,7 @@ LATE_IMPORTS = {
     "layers/kernels/linear_attention/__init__.py",
     "layers.kernels.linear_attention.pallas_gpu",
   ): "the same",
+  ("experiments/data/load.py", "experiments.data.masking"): "of use to encoders only",
   ("layers/params.py", "flax.nnx"): "a second module system, which most programs never load",
 }
 

@@ -27,6 +27,8 @@ SMALL = {
   "--config=moe_small": "--config=debug",
   "--config=hybrid_tiny": "--config=hybrid_tiny --config.train.steps=2 --config.data.row_length=64 "
   "--config.optimizer.warmup_steps=1",
+  "--config=encoder_tiny": "--config=encoder_tiny --config.train.steps=2 "
+  "--config.data.row_length=64 --config.optimizer.warmup_steps=1 --config.eval.batches=1",
   "runs/moe_tiny": "runs/debug",
   "--config.train.steps=800": "--config.train.steps=22",
 }

@@ -1,7 +1,7 @@
 """From a DataConfig to rows: finds the text, its tokenizer and its held-out part."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -30,6 +30,7 @@ class Dataset(NamedTuple):
   heldout: RowSource
   tokenizer: Tokenizer | None  # None: synthetic tokens stand for no text
   fingerprint: dict[str, Any]  # of all that decides which tokens are in which row
+  masking: Callable[..., dict[str, np.ndarray]] | None = None  # (split, index, row), see `masking`
 
 
 def load(config: DataConfig, vocab_size: int) -> Dataset:
@@ -41,6 +42,16 @@ def load(config: DataConfig, vocab_size: int) -> Dataset:
     ConfigError: data or tokenizer are missing (with the commands that make them), unreadable,
       too short, of another tokenizer, or need more ids than the model has.
   """
+  dataset = _open(config, vocab_size)
+  if config.objective == "next_token":
+    return dataset
+  # Of use to encoders only.
+  from .masking import make_masking
+
+  return dataset._replace(masking=make_masking(dataset.tokenizer, vocab_size, config.seed))
+
+
+def _open(config: DataConfig, vocab_size: int) -> Dataset:
   source = _resolve_source(config)
   if source == "synthetic":
     return _synthetic(config, vocab_size)

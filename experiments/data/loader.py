@@ -9,6 +9,7 @@ first batch.
 Dimension letters: B batch, T positions.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -149,5 +150,7 @@ def make_loader(
     rows = grain.MapDataset.source(dataset.train).shuffle(seed=seed).repeat(epochs)
   else:
     rows = grain.MapDataset.source(_WholeBatches(dataset.heldout, config.batch_size))
+  if dataset.masking is not None:
+    rows = rows.map_with_index(functools.partial(dataset.masking, split))
   fingerprint = {"split": split, **dataset.fingerprint}
   return Loader(rows, config, fingerprint, local_rows)

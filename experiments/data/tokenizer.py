@@ -29,6 +29,7 @@ class Tokenizer(Protocol):
 
   eod: int  # id of the end-of-document token
   vocab_size: int  # ids are below it
+  mask: int  # id that stands for a hidden token: `vocab_size`, if there is none among them
   fingerprint: str  # equal fingerprints, equal ids
   byte_lengths_V: np.ndarray  # int32: UTF-8 bytes of text each id stands for; eod counts 0
 
@@ -41,7 +42,7 @@ class ByteTokenizer:
   """Each UTF-8 byte is its own id, 0 to 255; 256 ends a document."""
 
   eod = 256
-  vocab_size = 257
+  vocab_size = mask = 257
   fingerprint = "byte"
   byte_lengths_V = np.array([1] * 256 + [0], np.int32)
 
@@ -74,7 +75,9 @@ class BpeTokenizer:
     if not ids:
       raise ConfigError(f"{path} has no end-of-document token: one of {', '.join(_END_NAMES)}")
     self.eod = ids[0]
-    self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())
+    vocab = self._tokenizer.get_vocab()
+    self.vocab_size = 1 + max(vocab.values())
+    self.mask = next((vocab[m] for m in ("[MASK]", "<mask>") if m in vocab), self.vocab_size)
     self.fingerprint = hashlib.sha256(data).hexdigest()
     # Some tokenizers put a space before every text: theirs can't be encoded in pieces.
     cut = np.concatenate([self._ids("a"), self._ids("\na")])

@@ -214,7 +214,7 @@ def train(
           result = held_out(setup, dataset, eval_step, state.params, place, stop)
         if result is not None and writer:
           writer.write(step, _heldout_row(result))
-          display.note(f"step {step}  held out: {_describe(result)}")
+          display.note(f"step {step}  held out: {_describe(result, config)}")
 
     # Finish
     heldout = None
@@ -254,8 +254,8 @@ def batch_placer(setup: Setup) -> Callable[[dict[str, np.ndarray]], dict[str, ja
 
 
 def make_held_out_step(setup: Setup, dataset: Dataset):
-  """The jitted evaluation step; synthetic tokens stand for no bytes."""
-  tokenizer = dataset.tokenizer
+  """The jitted evaluation step; only next tokens of a text stand for bytes."""
+  tokenizer = dataset.tokenizer if setup.config.data.objective == "next_token" else None
   lengths_V = np.zeros(0, np.int32) if tokenizer is None else tokenizer.byte_lengths_V
   return jax.jit(make_eval_step(setup.model, lengths_V))
 
@@ -281,9 +281,9 @@ def _heldout_row(heldout: HeldOut) -> dict[str, Any]:
   return {"heldout_loss": heldout.loss, "heldout_bits_per_byte": heldout.bits_per_byte}
 
 
-def _describe(heldout: HeldOut) -> str:
+def _describe(heldout: HeldOut, config: Config) -> str:
   if heldout.bits_per_byte is None:
-    return f"{heldout.loss:.3f} nats a token"
+    return f"{heldout.loss:.3f} nats a {config.data.target}"
   return f"{heldout.bits_per_byte:.3f} bits a byte"
 
 

@@ -80,6 +80,14 @@ MISTAKES = {
   "routing groups": (
     [ONE, "--config.model.segments.0.layers.1.mlp.group_size=48"], ["64", "48"],
   ),
+  "next token in view": (
+    ["--config.model.segments.*.layers.*.attention.causal=false"],
+    ["attention.causal=false", "next token", "data.objective=masked"],
+  ),
+  "no room for a mask token": (
+    [ONE, "--config.data.objective=masked", "--config.model.vocab_size=257"],
+    ["vocab_size=257", "no id for a mask token", "vocab_size=384"],
+  ),
   "unknown twin": ([ONE, "--config.eval.twin=dense_tinny"], ["eval.twin", "dense_tiny"]),
   "unknown kernel": (
     [ONE, "--config.model.segments.*.layers.*.attention.implementation=fast"], ["'fast'", "xla"],

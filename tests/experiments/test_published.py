@@ -19,6 +19,9 @@ COUNTS = {
   "gemma3:12b": 11_766_034_176, "gemma3:27b": 27_009_346_304,
   "mixtral:8x7b": 46_702_792_704, "mixtral:8x22b": 140_630_071_296,
   "deepseek:v3": 671_026_404_352,
+  # transformers' BigBirdForMaskedLM less its pooler and its two token types.
+  "bigbird:base": 128_111_286 - (768 * 768 + 768) - 2 * 768,
+  "bigbird:large": 360_225_974 - (1024 * 1024 + 1024) - 2 * 1024,
 }  # fmt: skip
 
 
@@ -31,6 +34,9 @@ def test_parameters_are_the_published_ones(name):
   assert count_params(cli.named_config(name).model).total == COUNTS[name]
 
 
+BIGBIRD = [f"BigBird(64, 64, 3, {seed})" for seed in range(4)]
+
+
 def layers_of(spec):
   """Without the choices that change no function of the weights."""
   return replace(spec, segments=(Segment(spec.layers),), init=families.gpt(1, 8, 2).init)
@@ -41,6 +47,8 @@ def layers_of(spec):
   [
     ("gpt3:1.3b", families.gpt_sparse(24, 2048, 16, None, length=2048)),
     ("gpt_neo:2.7b", families.gpt_neo(32, 2560, 20)),
+    ("bigbird:base", families.bert(12, 768, 12, *BIGBIRD, dropout=0.1)),
+    ("bigbird:large", families.bert(24, 1024, 16, *BIGBIRD, dropout=0.1)),
     ("gemma3:27b", families.gemma3(62, 5376, 32, 16, 128, 21504, scale=168**-0.5)),
     ("gemma3:4b", families.gemma3(34, 2560, 8, 4, 256, 10240, scale=256**-0.5)),
   ],

@@ -1,4 +1,4 @@
-"""Published decoders as ModelSpecs of any size: the tests build them tiny and at full size."""
+"""Published models as ModelSpecs of any size: the tests build them tiny and at full size."""
 
 from dataclasses import replace
 
@@ -84,6 +84,30 @@ def gpt_sparse(count, d, heads, *masks, vocab=50257, length=2048):
   layer = base.segments[0].layers[0]
   sparse = [replace(layer, attention=replace(layer.attention, mask=mask)) for mask in masks]
   return replace(base, segments=repeated(layer, *sparse, count=count))
+
+
+def bert(count, d, heads, *masks, vocab=50358, length=4096, dropout=0.0):
+  """BERT (arXiv 1810.04805) and, with masks for layers in turn, BigBird (arXiv 2007.14062)."""
+  norm = replace(LAYER_NORM, eps=1e-12)
+  base = gpt(count, d, heads, vocab=vocab, length=length)
+  (attention,) = {layer.attention for layer in base.layers}
+  layers = [
+    replace(
+      base.layers[0],
+      attention=replace(attention, causal=False, mask=mask),
+      norm=norm,
+      norm_placement="post",
+      dropout=dropout,
+    )
+    for mask in masks or [None]
+  ]
+  return replace(
+    base,
+    segments=repeated(*layers, count=count),
+    embedding=replace(base.embedding, norm=norm, dropout=dropout),
+    final_norm=norm,
+    head=HeadSpec(tied=True, bias=True, transform="gelu_tanh"),
+  )
 
 
 def gpt_j(count=28, d=4096, heads=16, *, rotary=64, vocab=50400, length=2048):

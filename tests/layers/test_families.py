@@ -1,4 +1,4 @@
-"""Each published decoder, tiny, against the float64 decoder: logits, and loss without logits."""
+"""Each published model, tiny, against one in float64: logits, and loss without logits."""
 
 from functools import partial
 
@@ -23,6 +23,8 @@ FAMILIES = {
   "gpt_sparse": families.gpt_sparse(
     3, D, 2, "SparseTransformer(4)", "Local(2) | Global(1)", vocab=V, length=T
   ),
+  "bert": families.bert(2, D, 2, vocab=V, length=T),
+  "bigbird": families.bert(2, D, 2, "BigBird(4, 3, 0)", vocab=V, length=T),
   "gpt_j": families.gpt_j(2, D, 2, rotary=4, vocab=V, length=T),
   "bloom": families.bloom(2, 18, 3, vocab=V),
   "llama31": families.llama(2, D, 4, 2, 24, V, scaling=families.LLAMA_31, bias=True),

@@ -3,6 +3,7 @@
 import pytest
 
 from layers.spec import (
+  AlibiSpec,
   AttentionSpec,
   BucketedSpec,
   EmbeddingSpec,
@@ -34,6 +35,11 @@ REFUSED = [
   (lambda: RotarySpec(dims=3), "rotary dims must be even, got 3"),
   (lambda: AttentionSpec(0, 4), "attention num_heads must be positive, got 0"),
   (lambda: AttentionSpec(4, 4, window=0), "attention window must be positive, got 0"),
+  (lambda: AttentionSpec(4, 4, window=3, causal=False), "with causal=false use mask"),
+  (
+    lambda: AttentionSpec(4, 4, position=AlibiSpec(), causal=False),
+    "ALiBi and Transformer-XL look back",
+  ),
   (lambda: AttentionSpec(4, 4, 3), "num_heads=4 is not a multiple of num_kv_heads=3"),
   (lambda: AttentionSpec(4, 5, position=RotarySpec()), "rotary dims=5 do not fit an even part"),
   (lambda: AttentionSpec(4, 4, position=RotarySpec(dims=6)), "rotary dims=6 do not fit"),

@@ -1,4 +1,4 @@
-"""A decoder in numpy float64, layer by layer from the papers, driven by a ModelSpec.
+"""A decoder or encoder in numpy float64, layer by layer from the papers, driven by a ModelSpec.
 
 Weights are the nested dict of arrays of `TransformerLM`, by its names. Rows are batched where the
 definition is one matrix product; attention, routing and positions go token by token.
@@ -24,7 +24,7 @@ from tests.oracles import moe as moe_oracle
 from tests.oracles import positions as position_oracle
 from tests.oracles.attention import attention as attend
 from tests.oracles.linear_attention import convolution, recurrent
-from tests.oracles.mlp import mlp
+from tests.oracles.mlp import activate, mlp
 from tests.oracles.norms import layer_norm, rms_norm
 
 
@@ -62,19 +62,22 @@ RULES = {
   None: mask_oracle.full,
   "SparseTransformer(4)": mask_oracle.either(mask_oracle.local(4), mask_oracle.strided(4)),
   "Local(2) | Global(1)": mask_oracle.either(mask_oracle.local(2), mask_oracle.global_tokens(1)),
+  "BigBird(4, 3, 0)": mask_oracle.either(
+    mask_oracle.block_local(3, 1, 1), mask_oracle.global_tokens(3), mask_oracle.global_tokens(3, 9)
+  ),
 }
 
 
 def visibility(spec, positions, segments):
-  """Causal within a document, by position; local, chunked or sparse where the layer is."""
+  """Within a document, by position; causal, local, chunked or sparse where the layer is."""
   window, chunk = getattr(spec, "window", None), getattr(spec, "chunk", None)
-  rule = RULES[getattr(spec, "mask", None)]
+  rule, causal = RULES[getattr(spec, "mask", None)], getattr(spec, "causal", True)
 
   def visible(b, i, j):
     if segments[b, i] == 0 or segments[b, i] != segments[b, j]:
       return False
     pi, pj = positions[b, i], positions[b, j]
-    if pj > pi or (window is not None and pi - pj >= window):
+    if (causal and pj > pi) or (window is not None and pi - pj >= window):
       return False
     return (chunk is None or pi // chunk == pj // chunk) and rule(pi, pj)
 
@@ -268,6 +271,11 @@ def embed(spec, w, tokens, positions):
   return x if spec.embedding.norm is None else norm(spec.embedding.norm, w["norm"], x)
 
 
+def transform(spec, w, x):
+  """What BERT's head does before its norm and its decoder."""
+  return activate(spec.head.transform, x @ w["transform"] + w["transform_bias"])
+
+
 def head(spec, w, x):
   if spec.head.tied:
     if spec.embedding.width is not None:
@@ -292,6 +300,8 @@ def logits(spec, params, tokens, *, positions=None, segments=None, train=False):
       for j, layer_spec in enumerate(segment.layers):
         weights = _take(w[f"segment_{i}"][f"layer_{j}"], repeat)
         x = layer(layer_spec, weights, x, positions, segments, w.get("bucket_table"), train)
+  if spec.head.transform is not None:
+    x = transform(spec, w, x)
   if spec.final_norm is not None:
     x = norm(spec.final_norm, w["final_norm"], x)
   return head(spec, w, x)

@@ -174,3 +174,12 @@ def test_program_mistakes_exit_with_2_and_one_line(arguments, message, capsys):
 def test_program_help(capsys):
   assert run_program("--help") == 0
   assert "--vocab_size" in capsys.readouterr().out
+
+
+def test_a_tokenizer_s_own_mask_token_is_used(bpe, tmp_path):
+  assert bpe.mask == bpe.vocab_size  # it has none: the first id beyond
+  ids = {"[UNK]": 0, "a": 1, "</s>": 2, "[MASK]": 3}
+  own = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="[UNK]"))
+  own.save(str(tmp_path / "tokenizer.json"))
+  tokenizer = BpeTokenizer(str(tmp_path))
+  assert (tokenizer.mask, tokenizer.vocab_size) == (3, 4)

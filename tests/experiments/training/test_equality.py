@@ -14,6 +14,7 @@ from experiments.training.state import init_state
 from experiments.training.step import make_train_step
 from layers.spec import (
   AttentionSpec,
+  HeadSpec,
   InitSpec,
   LayerSpec,
   LinearAttentionSpec,
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.xdist_group("devices")
 B, T, V = 16, 64, 64
 # Among so many choices rounding changes one sooner or later, and normalised queries and keys of
 # embeddings that start near zero magnify it with each step.
-STEPS = {"dense": 5, "moe": 5, "routers": 2, "linear": 1}
+STEPS = {"dense": 5, "moe": 5, "routers": 2, "linear": 1, "encoder": 5}
 ATTENTION = AttentionSpec(num_heads=8, num_kv_heads=8, head_dim=8, position=RotarySpec())
 # Groups of 4 tokens: the largest that lie on one device when a row lies on eight, in zigzag.
 SLOTS = MoeSpec(
@@ -70,6 +71,11 @@ MODELS = {
     Segment((LayerSpec(LinearAttentionSpec(kind, 8, 8, norm=NormSpec(eps=0.1)), MlpSpec(64)),))
     for kind in ("delta", "gla")
   ),
+  "encoder": (
+    Segment(
+      (LayerSpec(replace(ATTENTION, causal=False, mask="BigBird(8, 8, 1)"), MlpSpec(hidden=64)),), 8
+    ),
+  ),
 }
 MESHES = {
   "data": {"data": 8},
@@ -104,15 +110,24 @@ ROUTER_MESHES = (
   "expert", "tensor", "fsdp expert tensor", "stage fsdp expert", "expert context tensor",
   "explicit fsdp expert tensor",
 )  # fmt: skip
+ENCODER_MESHES = (
+  "data context tensor", "stage fsdp expert", "fsdp context, gathered",
+  "explicit fsdp expert tensor",
+)  # fmt: skip
 LINEAR_MESHES = ("fsdp expert tensor", "stage fsdp expert", "explicit fsdp expert tensor")
 # Of linear attention `tests/layers/test_transformer.py` has a case on eight devices.
-IN_DEFAULT_SUITE = {("moe", "stage fsdp expert"), ("dense", "data context tensor")}
+IN_DEFAULT_SUITE = {
+  ("moe", "stage fsdp expert"), ("dense", "data context tensor"),
+  ("encoder", "data context tensor"),
+}  # fmt: skip
 CASES = [
   pytest.param(
     model, name, id=f"{model}: {name}", marks=() if case in IN_DEFAULT_SUITE else pytest.mark.full
   )
   for model in MODELS
-  for name in {"routers": ROUTER_MESHES, "linear": LINEAR_MESHES}.get(model, MESHES)
+  for name in {"routers": ROUTER_MESHES, "linear": LINEAR_MESHES, "encoder": ENCODER_MESHES}.get(
+    model, MESHES
+  )
   for case in [(model, name)]
 ]
 
@@ -125,10 +140,16 @@ def config(model: str, optimizer: str, microbatches: int = 1, **mesh) -> Config:
       embed_dim=64,
       max_length=T,
       segments=MODELS[model],
+      head=HeadSpec(transform="gelu") if model == "encoder" else HeadSpec(),
       init=InitSpec(stddev=0.3),  # routers whose choices rounding does not change
     ),
     mesh=MeshConfig(**mesh),
-    data=DataConfig(source="synthetic", row_length=T, batch_size=B),
+    data=DataConfig(
+      source="synthetic",
+      objective="masked" if model == "encoder" else "next_token",
+      row_length=T,
+      batch_size=B,
+    ),
     optimizer=OptimizerConfig(
       name=optimizer,
       learning_rate=1e-2 if optimizer == "adamw" else 0.1,

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 
 from mesh.constrain import constrain
 
+from .kernels.partition import auto_partitioned, sharding_like
+
 
 class KVCache(NamedTuple):
   """Keys (already rotated) and values.
@@ -86,11 +88,17 @@ def update_cache(
 def _put_each(stack_LBSKH, new_BTKH, *, layer, slot_B):
   """In place, where slices of a row each would have the compiler turn and copy the stack."""
   axes = (None, "cache_batch", "cache_seq", "cache_heads", None)
+  stack_LBSKH = constrain(stack_LBSKH, *axes)
   new_BTKH = constrain(new_BTKH.astype(stack_LBSKH.dtype), "cache_batch", None, *axes[3:])
-  B, T = new_BTKH.shape[:2]
-  row_B1, slot_BT = jnp.arange(B)[:, None], slot_B[:, None] + jnp.arange(T)[None]
-  at = constrain(stack_LBSKH, *axes).at[layer, row_B1, slot_BT]
-  return constrain(at.set(new_BTKH, mode="drop", unique_indices=True), *axes)
+
+  def put(stack_LBSKH, new_BTKH, layer, slot_B):
+    B, T = new_BTKH.shape[:2]
+    row_B1, slot_BT = jnp.arange(B)[:, None], slot_B[:, None] + jnp.arange(T)[None]
+    at = stack_LBSKH.at[layer, row_B1, slot_BT]
+    return at.set(new_BTKH, mode="drop", unique_indices=True)
+
+  arrays = (stack_LBSKH, new_BTKH, layer, slot_B)
+  return constrain(auto_partitioned(put, sharding_like(stack_LBSKH), *arrays), *axes)
 
 
 def roll_cache(
@@ -159,6 +167,16 @@ def of_layer(stack: KVCache | LinearState, layer: jax.Array) -> KVCache | Linear
   if isinstance(stack, KVCache):
     return stack._replace(layer=layer)
   return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), stack)
+
+
+def place_stack(stack: KVCache | LinearState) -> KVCache | LinearState:
+  """Stacked caches, laid out over devices as layers give them back."""
+  if isinstance(stack, KVCache):
+    place = lambda x: constrain(x, None, "cache_batch", "cache_seq", "cache_heads", None)
+    return jax.tree.map(place, stack)
+  state = constrain(stack.state_BNHU, None, "cache_batch", "cache_heads", None, None)
+  place = lambda x: constrain(x, None, "cache_batch", None, "cache_heads", None)
+  return LinearState(state, jax.tree.map(place, stack.inputs))
 
 
 def into_stack(stack: Any, cache: KVCache | LinearState, layer: jax.Array) -> Any:

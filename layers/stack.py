@@ -17,7 +17,7 @@ from mesh.region import Region, gather
 
 from .attention import Rows
 from .block import Block
-from .cache import KVCache, LinearState, into_stack, of_layer
+from .cache import KVCache, LinearState, into_stack, of_layer, place_stack
 from .linear import take
 from .moe import MoeStats
 from .noise import fold
@@ -119,6 +119,8 @@ def apply_segment(
     # Inside a loop the compiler cannot merge the recomputation away; unrolled, it could.
     group = jax.checkpoint(group, policy=policy, prevent_cse=unroll == repeats)
   x_BTD = constrain(x_BTD, "act_batch", "act_norm_seq", "act_embed")  # placed as blocks leave it
+  if caches is not None:
+    caches = tuple(map(place_stack, caches))
   xs = (jnp.arange(repeats, dtype=jnp.int32), layers_L, params)
   (x_BTD, caches), stats = jax.lax.scan(group, (x_BTD, caches), xs, length=repeats, unroll=unroll)
   return x_BTD, stats, caches

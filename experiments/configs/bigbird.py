@@ -2,13 +2,13 @@
 
 Command: python -m experiments.run --config=bigbird:base --config.data.path=SHARDS \
     --config.data.tokenizer=TOKENIZER
-Hardware: base: 127,519,158 parameters, training state 2 GB; large: 359,174,326, 5.7 GB. One chip.
+Hardware: base: 127,519,158 parameters, training state 2 GB; large: 359,174,326, 5.7 GB.
 A query sees its block of 64, the two beside it, the first and the last block, and three at random,
 here drawn for four layers in turn; the released models draw for each layer and head. They add an
 embedding of the token's type, of which masked language modelling uses one row: in the position
 table here, 2 x width parameters fewer, and no pooler. Attention probabilities are not dropped out.
-Batch, learning rate and dropout are the paper's; it started from RoBERTa's weights, so that the
-number of steps is ours.
+The released models started from RoBERTa's weights; batch, learning rate, dropout and the number of
+steps here are ours.
 Result: not yet run.
 """
 

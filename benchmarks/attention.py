@@ -8,7 +8,7 @@ python benchmarks/attention.py memory  compiles a layer with 131,072 tokens for 
 
 Estimates: the body of a visit is compiled without its branches, in grids of two lengths; the
 difference is the visits between. A body behind a data-dependent branch would be under-weighted. The
-bound is the matrix unit's peak, of one core. jax's splash attention is compiled in the same way.
+bound is the peak of the chip's matrix units. jax's splash attention is compiled in the same way.
 """
 
 import dataclasses
@@ -252,7 +252,7 @@ def sparse_on_gpu() -> None:
 # ---- TPU ----
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-FLOP_PER_CYCLE = {"v5e": 2**17, "v5p": 2**17, "v6e": 2**19}  # of a core
+FLOP_PER_CYCLE = {"v5e": 2**17, "v5p": 2 * 2**17, "v6e": 2**19}  # v5p: of its two cores
 KERNELS = {"forward": 2, "dq": 3, "dkv": 4}  # products of a visit
 HEADS = 16  # enough that arrays do not fit into fast memory
 

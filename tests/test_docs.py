@@ -32,6 +32,7 @@ SMALL = {
   "runs/moe_tiny": "runs/debug",
   "--config.train.steps=800": "--config.train.steps=22",
 }
+SHOWN = re.compile(r"--show|--processes")  # what goes without a second look, or can't have one
 EXPECTED_CODE = {"--config=moe_70b": 2}
 
 
@@ -45,10 +46,21 @@ def test_pages_have_commands():
   assert len(commands(ROOT / "docs" / "training.md")) > 10
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_are_understood(page, tmp_path):
+  """As below, but a command that trains in a folder of its own only shows what it would do."""
+  follow(page, tmp_path, show=True)
+
+
+@pytest.mark.full
 @pytest.mark.xdist_group("docs")
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_run(page, tmp_path):
   """All of a page's lines in order, in one directory, as a reader would type them."""
+  follow(page, tmp_path, show=False)
+
+
+def follow(page: Path, tmp_path: Path, *, show: bool) -> None:
   (tmp_path / "text").mkdir()
   line = '{"text": "The quick brown fox jumps over the lazy dog, again and again and again."}\n'
   (tmp_path / "text" / "a.jsonl").write_text(line * 400)
@@ -59,10 +71,10 @@ def test_commands_run(page, tmp_path):
       done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True)
       assert done.returncode == 0, done.stderr
     elif RUN in command and "venv" not in command:
-      run(command, tmp_path)
+      run(command, tmp_path, show=show)
 
 
-def run(command: str, folder: Path) -> None:
+def run(command: str, folder: Path, *, show: bool) -> None:
   expected = next((code for mark, code in EXPECTED_CODE.items() if mark in command), 0)
   if ".plan " in command:
     command = command.replace("moe_70b", "debug").replace("v5p-128", "v5e:2x2")
@@ -81,6 +93,8 @@ def run(command: str, folder: Path) -> None:
     words += ["--config.eval.sample_prompt=", "--config.eval.batches=1"]
     if "XLA_FLAGS" in command:
       words.append("--config.train.steps=6")
+    if show and not SHOWN.search(command):
+      words.append("--show")
   if "train_tokenizer" in command:
     words.append("--vocab_size=300")
   words[0] = sys.executable

@@ -26,7 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from mesh.collectives import manual_size, ring_shift
-from mesh.constrain import free_axes
+from mesh.constrain import uncut_axes
 
 from .kernels.attention import RelativeKeys, attention, select_partial
 from .kernels.attention.blocks import reach_of
@@ -98,7 +98,7 @@ def row_attention(
     return attention(q_BTNH, k_BSKH, v_BSKH, **ids, **options)
 
   arrays = (q_BTNH, k_BSKH, v_BSKH, bias, sink_N, (q_positions_BT, q_segments_BT))
-  axes = None if isinstance(mask, PerHead) else free_axes("act_heads")
+  axes = None if isinstance(mask, PerHead) else uncut_axes("act_heads")
   return attend(*arrays) if axes is None else _by_heads(attend, axes[0], *arrays)
 
 

@@ -77,7 +77,7 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec)
 
 
-def free_axes(*logical: str | None) -> list[tuple[str, ...]] | None:
+def uncut_axes(*logical: str | None) -> list[tuple[str, ...]] | None:
   """The mesh axes that shard each dim, of those that no enclosing `shard_map` has cut.
 
   None if there are other such axes, or Explicit ones, which are not to be cut by hand.

@@ -4,11 +4,34 @@ from collections.abc import Callable, Mapping
 
 import jax
 
+from .partition import free_axes
+
+TPU = ("tpu",)
+GPU = ("gpu", "cuda")  # names of one platform, the first of devices, the second of compilers
+
 Supports = Callable[[str], str | None]
 
 
 def anywhere(platform: str) -> None:
   """Supports every platform."""
+
+
+def kernel_on(platforms: tuple[str, ...], supports: Supports) -> Supports:
+  """Of a kernel for these platforms, which no compiler splits over devices.
+
+  Args:
+    supports: why it can't run the arguments at hand, or None; asked on a platform of its own only,
+      so that it may import the kernel.
+  """
+
+  def reason(platform: str) -> str | None:
+    if platform not in platforms:
+      return f"the kernel is for {platforms[0].upper()}s, not for {platform}"
+    if free := free_axes():
+      return f"no compiler spreads it over {', '.join(free)}: call it in a shard_map"
+    return supports(platform)
+
+  return reason
 
 
 def current_platform() -> str:

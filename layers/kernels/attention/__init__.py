@@ -8,15 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..partition import auto_partitioned, free_axes, sharding_like, without_last
-from ..select import Supports, anywhere, current_platform, select
+from ..partition import auto_partitioned, sharding_like, without_last
+from ..select import GPU, TPU, Supports, anywhere, current_platform, kernel_on, select
 from . import reference, xla
 from .bias import Alibi, Bias, Bucketed, RelativeKeys, bucket, num_heads
 from .blocks import Order
 
 __all__ = ["Alibi", "Bias", "Bucketed", "RelativeKeys", "attention", "bucket", "select_partial"]
-
-GPU = ("gpu", "cuda")  # names of one platform, the first of devices, the second of compilers
 
 
 def attention(
@@ -128,7 +126,7 @@ def select_partial(
       "the keys (context_method=all_gather)"
     )
   arrays = (q_BTNH, k_BSKH, v_BSKH)
-  candidates = {"pallas_tpu": _pallas("pallas_tpu", ("tpu",), arrays, bias, mask, "any")}
+  candidates = {"pallas_tpu": _pallas("pallas_tpu", TPU, arrays, bias, mask, "any")}
   return _module(select(implementation, current_platform(), candidates | {"xla": anywhere}))
 
 
@@ -143,7 +141,7 @@ def _select(
     return _module("cudnn").supports(*arrays, mask, extras, order)
 
   candidates = {
-    "pallas_tpu": _pallas("pallas_tpu", ("tpu",), arrays, extras["bias"], mask, order),
+    "pallas_tpu": _pallas("pallas_tpu", TPU, arrays, extras["bias"], mask, order),
     "cudnn": cudnn,
     "pallas_gpu": _pallas("pallas_gpu", GPU, arrays, extras["bias"], mask, order),
     "xla": anywhere,
@@ -153,14 +151,7 @@ def _select(
 
 
 def _pallas(name, platforms: tuple[str, ...], arrays, bias, mask, order: Order) -> Supports:
-  def supports(platform: str) -> str | None:
-    if platform not in platforms:
-      return f"the kernel is for {platforms[0].upper()}s, not for {platform}"
-    if free := free_axes():
-      return f"no compiler spreads it over {', '.join(free)}: call it in a shard_map"
-    return _module(name).supports(*arrays, bias, mask, order)
-
-  return supports
+  return kernel_on(platforms, lambda _: _module(name).supports(*arrays, bias, mask, order))
 
 
 def _module(name: str) -> Any:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ..partition import auto_partitioned, free_axes, sharding_like
-from ..select import anywhere, current_platform, select
+from ..select import GPU, TPU, anywhere, current_platform, kernel_on, select
 from . import reference, xla
 from .inputs import Inputs, Static
 
@@ -137,17 +137,11 @@ def _inputs(q_positions, lengths, kv_positions, page_table, sink, slopes, mask, 
 
 
 def _run(static, q_BTNH, k, v, inputs, implementation, seq_sharded=False):
-  def kernel(name: str, wanted: tuple[str, ...], platform: str) -> str | None:
-    if platform not in wanted:
-      return f"the kernel is for {wanted[0].upper()}s, not for {platform}"
-    if free := free_axes():
-      return f"no compiler spreads it over {', '.join(free)}: call it in a shard_map"
-    return _module(name).supports(q_BTNH, k, v, inputs)
-
+  arguments = (q_BTNH, k, v, inputs)
   candidates = {
-    "pallas_tpu": partial(kernel, "pallas_tpu", ("tpu",)),
+    "pallas_tpu": kernel_on(TPU, lambda _: _module("pallas_tpu").supports(*arguments)),
     "xla": anywhere,
-    "pallas_gpu": partial(kernel, "pallas_gpu", ("gpu", "cuda")),
+    "pallas_gpu": kernel_on(GPU, lambda _: _module("pallas_gpu").supports(*arguments)),
     "reference": anywhere,
   }
   chosen = select(implementation, current_platform(), candidates)

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from ..partition import free_axes, vary_with
-from ..select import anywhere, current_platform, select
+from ..partition import vary_with
+from ..select import GPU, TPU, anywhere, current_platform, kernel_on, select
 from . import reference, xla
 
 __all__ = ["grouped_matmul", "grouped_mlp"]
@@ -95,21 +95,14 @@ def grouped_mlp(
 
 
 def _select(implementation: str | None, x_RD, w_EDF, weights: int = 1) -> str:
-  def spread() -> str | None:
-    free = ", ".join(free_axes())
-    return f"no compiler spreads it over {free}: call it in a shard_map" if free else None
-
-  def tpu(platform: str) -> str | None:
-    if platform != "tpu":
-      return f"the kernel is for TPUs, not for {platform}"
-    return spread() or _module("pallas_tpu").supports(x_RD, w_EDF, platform, weights=weights)
-
-  def gpu(platform: str) -> str | None:
-    if platform not in ("gpu", "cuda"):
-      return f"the kernel is for GPUs, not for {platform}"
-    return spread() or _module("pallas_gpu").supports(x_RD, w_EDF, platform)
-
-  candidates = {"pallas_tpu": tpu, "xla": anywhere, "pallas_gpu": gpu, "reference": anywhere}
+  tpu = lambda platform: _module("pallas_tpu").supports(x_RD, w_EDF, platform, weights=weights)
+  gpu = lambda platform: _module("pallas_gpu").supports(x_RD, w_EDF, platform)
+  candidates = {
+    "pallas_tpu": kernel_on(TPU, tpu),
+    "xla": anywhere,
+    "pallas_gpu": kernel_on(GPU, gpu),
+    "reference": anywhere,
+  }
   return select(implementation, current_platform(), candidates)
 
 

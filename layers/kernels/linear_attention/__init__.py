@@ -11,14 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ..partition import auto_partitioned, free_axes, sharding_like
-from ..select import anywhere, current_platform, select
+from ..partition import auto_partitioned, sharding_like
+from ..select import GPU, TPU, anywhere, current_platform, kernel_on, select
 from . import reference, xla
 
 __all__ = ["linear_attention"]
 
 SMALLEST_SUM = 1e-6
-GPU = ("gpu", "cuda")  # names of one platform, the first of devices, the second of compilers
 
 
 def linear_attention(
@@ -147,19 +146,9 @@ def _state_sharding(q_BTNH: jax.Array) -> NamedSharding:
 def _select(implementation: str | None, arguments: tuple) -> Any:
   """The module that computes these arguments here."""
 
-  def pallas(name: str, platforms: tuple[str, ...]):
-    def supports(platform: str) -> str | None:
-      if platform not in platforms:
-        return f"the kernel is for {platforms[0].upper()}s, not for {platform}"
-      if free := free_axes():
-        return f"no compiler spreads it over {', '.join(free)}: call it in a shard_map"
-      return _module(name).supports(*arguments)
-
-    return supports
-
   candidates = {
-    "pallas_tpu": pallas("pallas_tpu", ("tpu",)),
-    "pallas_gpu": pallas("pallas_gpu", GPU),
+    "pallas_tpu": kernel_on(TPU, lambda _: _module("pallas_tpu").supports(*arguments)),
+    "pallas_gpu": kernel_on(GPU, lambda _: _module("pallas_gpu").supports(*arguments)),
     "xla": anywhere,
     "reference": anywhere,
   }

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import pallas as pl
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from layers.kernels.attention import (
@@ -37,6 +36,7 @@ from layers.masks import (
 )
 from tests.layers.kernels import attention_cases
 from tests.layers.kernels.attention_cases import EXPRESSIONS, MASKS, Case, close
+from tests.layers.kernels.cuda import array, described, lowered, lowers
 
 DOCUMENTS = ((37, 53, 10), (70, 20, 10))
 Row = partial(Case, length=100, sizes=(16, 16))  # blocks of 32 and 16, the last one cut
@@ -168,23 +168,6 @@ SIZES = {
   "256": (256, 256),
 }  # fmt: skip
 MASK = PerHead((BigBird(32), Causal() & Local(700), BigBird(32), SparseTransformer(kind="fixed")))
-# jax 0.12 announces that it will drop Triton one day.
-lowers = pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
-
-
-def described(devices: int = 1):
-  device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "cuda")
-  mesh = jax.sharding.AbstractMesh((devices,), ("x",), (AxisType.Auto,), abstract_device=device)
-  return jax.sharding.use_abstract_mesh(mesh)
-
-
-def lowered(f, *arguments):
-  """The text of f, in the mesh of the context."""
-  return jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-
-
-def array(*shape, dtype=jnp.bfloat16):
-  return jax.ShapeDtypeStruct(shape, dtype)
 
 
 @lowers

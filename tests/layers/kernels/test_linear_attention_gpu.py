@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from layers.kernels.linear_attention import _select, linear_attention, pallas_gpu
+from tests.layers.kernels.cuda import array, described, lowered, lowers
 from tests.layers.kernels.test_linear_attention import interpret
 from tests.layers.stacks import quick_jit
 from tests.oracles.linear_cases import close
@@ -51,23 +51,6 @@ def test_parts_of_values_and_padded_channels(monkeypatch):
 # ---- lowering for CUDA ----
 
 FORMS = {"none": (None, False), "head": (3, False), "channel": (4, True), "delta": (3, True)}
-# jax 0.12 announces that it will drop Triton one day.
-lowers = pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
-
-
-def described(devices: int = 1):
-  device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "cuda")
-  mesh = jax.sharding.AbstractMesh((devices,), ("x",), (AxisType.Auto,), abstract_device=device)
-  return jax.sharding.use_abstract_mesh(mesh)
-
-
-def lowered(f, *arguments):
-  """The text of f, in the mesh of the context."""
-  return jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-
-
-def array(*shape, dtype=jnp.bfloat16):
-  return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def gradients(form, H=64, U=64, dtype=jnp.bfloat16, **more):

@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from ..partition import vary_with, varying_shape
-from .xla import Tokens, one_chunk, runs_of
+from .xla import Tokens, differentiable, one_chunk, runs_of
 
 SMALLEST = 16  # side of a product of blocks
 
@@ -75,26 +74,6 @@ def _blocks(static: _Static, tokens: Tokens) -> _Blocks:
   H, U = tokens.q.shape[-1], tokens.v.shape[-1]
   padded = lambda size: max(SMALLEST, pl.next_power_of_2(size))
   return _Blocks(min(padded(U), 32), padded(H), 8 if static.chunk > 16 else 4)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static, tokens, run_BT, state_BNUH):
-  o, state_BNUH, _ = _forward(static, tokens, run_BT, state_BNUH, keep=False)
-  return o, state_BNUH
-
-
-def _attend_fwd(static, tokens, run_BT, state_BNUH):
-  o, state_BNUH, states = _forward(static, tokens, run_BT, state_BNUH, keep=True)
-  o, states = checkpoint_name(o, "attention_out"), checkpoint_name(states, "attention_state")
-  return (o, state_BNUH), (tokens, run_BT, states)
-
-
-def _attend_bwd(static, saved, d):
-  dtokens, dstate_BNUH = _backward(static, *saved, *d)
-  return dtokens, None, dstate_BNUH
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 # ---- the kernels ----
@@ -270,3 +249,6 @@ def _backward(static, tokens, run_BT, states, do_BTNU, dstate_BNUH):
   total = lambda d, x: jnp.sum(d, axis=0).astype(x.dtype)
   summed = jax.tree.map(total, dtokens._replace(v=None), tokens._replace(v=None))
   return summed._replace(v=dtokens.v), dstate_BNUH
+
+
+_attend = differentiable(_forward, _backward)

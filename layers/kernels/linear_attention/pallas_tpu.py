@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..partition import vary_with, varying_shape
 from ..tpu import fast_memory
-from .xla import Tokens, chunks_of, one_chunk, runs_of, unchunked
+from .xla import Tokens, chunks_of, differentiable, one_chunk, runs_of, unchunked
 
 # Tokens a step of the grid: many small steps would cost more than the products in them.
 BLOCK = 512
@@ -56,26 +55,6 @@ def linear_attention(
   tokens = Tokens(q_BTNH, k_BTNH, v_BTNU, decay, beta_BTN)
   o_BTNU, state_BNUH = _attend(_Static(scale, chunk, dtype), tokens, run_BT, state_BNHU.mT)
   return o_BTNU, state_BNUH.mT
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static, tokens, run_BT, state_BNUH):
-  o, state_BNUH, _ = _forward(static, tokens, run_BT, state_BNUH, keep=False)
-  return o, state_BNUH
-
-
-def _attend_fwd(static, tokens, run_BT, state_BNUH):
-  o, state_BNUH, states = _forward(static, tokens, run_BT, state_BNUH, keep=True)
-  o, states = checkpoint_name(o, "attention_out"), checkpoint_name(states, "attention_state")
-  return (o, state_BNUH), (tokens, run_BT, states)
-
-
-def _attend_bwd(static, saved, d):
-  dtokens, dstate_BNUH = _backward(static, *saved, *d)
-  return dtokens, None, dstate_BNUH
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 # ---- the kernels ----
@@ -237,3 +216,6 @@ def _backward(static, tokens, run_BT, states, do_BTNU, dstate_BNUH):
     (tokens, run, states, do, dstate_BNUH), in_specs, out_shape, (of_tokens, of_state), products=3,
   )  # fmt: skip
   return jax.tree.map(unchunked, dtokens, like), dstate_BNUH
+
+
+_attend = differentiable(_forward, _backward)

@@ -7,6 +7,7 @@ Letters: B batch, T positions, N heads, H head size of queries and keys, U that 
 of a chunk. What is in chunks leads with their number.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -134,3 +135,28 @@ def _chunked_bwd(static, saved, d):
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)
+
+
+def differentiable(forward: Callable, backward: Callable) -> Callable:
+  """attend(static, tokens, run_BT, state_BNUH) -> (o, last state) of two kernels.
+
+  Args:
+    forward: of the same and `keep`, also gives the state before each chunk if that is set.
+    backward: (static, tokens, run_BT, those states, do, dlast) -> (dtokens, dstate).
+  """
+
+  @partial(jax.custom_vjp, nondiff_argnums=(0,))
+  def attend(static, tokens, run_BT, state_BNUH):
+    return forward(static, tokens, run_BT, state_BNUH, keep=False)[:2]
+
+  def keeping(static, tokens, run_BT, state_BNUH):
+    o, state_BNUH, states = forward(static, tokens, run_BT, state_BNUH, keep=True)
+    o, states = checkpoint_name(o, "attention_out"), checkpoint_name(states, "attention_state")
+    return (o, state_BNUH), (tokens, run_BT, states)
+
+  def back(static, saved, d):
+    dtokens, dstate_BNUH = backward(static, *saved, *d)
+    return dtokens, None, dstate_BNUH
+
+  attend.defvjp(keeping, back)
+  return attend

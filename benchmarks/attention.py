@@ -4,7 +4,7 @@ python benchmarks/attention.py cpu     sparse masks beside dense attention, forw
 python benchmarks/attention.py torch   dense causal attention beside PyTorch's, one after the other
 python benchmarks/attention.py gpu     on a GPU: speed beside cuDNN and PyTorch, time beside density
 python benchmarks/attention.py tpu [CHIP ...]   cycles of the TPU kernels for each visited block
-python benchmarks/attention.py memory  compiles a layer with 131,072 tokens for a v5p, mask by mask
+python benchmarks/attention.py memory [MASK ...]  compiles a layer with 131,072 tokens for a v5p
 
 Estimates: the body of a visit is compiled without its branches, in grids of two lengths; the
 difference is the visits between. A body behind a data-dependent branch would be under-weighted. The
@@ -196,27 +196,33 @@ def gpu() -> None:
     raise SystemExit(2)
   print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, bfloat16\n")
   dense_on_gpu()
-  print()
-  sparse_on_gpu()
+  for name in ("mosaic_gpu", "pallas_gpu"):
+    print()
+    try:
+      sparse_on_gpu(name)
+    except NotImplementedError as reason:
+      print(reason)
 
 
 def dense_on_gpu() -> None:
   print(f"Causal, {TOKENS} tokens, width {WIDTH}: TFLOP/s, forward / forward and backward\n")
   with_torch = importlib.util.find_spec("torch") is not None
   theirs = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
-  print("| head size | T | ours, cudnn | ours, pallas_gpu | jax.nn, cudnn | PyTorch SDPA |")
-  print("|---|---|---|---|---|---|")
+  names = ("cudnn", "mosaic_gpu", "pallas_gpu")
+  ours = " | ".join(f"ours, {name}" for name in names)
+  print(f"| head size | T | {ours} | jax.nn, cudnn | PyTorch SDPA |")
+  print("|---|---|---|---|---|---|---|")
   for H in (64, 128, 256):
     for T in (2048, 4096, 8192, 16_384, 32_768):
       B, N = TOKENS // T, WIDTH // H
       *operands, do = on_gpu(B, T, N, H)
-      ours = functools.partial(attention, mask=Causal())
-      runs = [functools.partial(ours, implementation=name) for name in ("cudnn", "pallas_gpu")]
+      causal = functools.partial(attention, mask=Causal())
+      runs = [functools.partial(causal, implementation=name) for name in names]
       times = []
       for f in (*runs, theirs):
         try:
           times.append(of_jax(f, operands, do))
-        except NotImplementedError:  # cuDNN with heads of 256 before Hopper
+        except NotImplementedError:  # before Hopper: mosaic_gpu, and cuDNN with heads of 256
           times.append(None)
       times.append(of_torch(B, T, N, H) if with_torch else None)
       flops = 4 * B * N * H * T * (T + 1) / 2  # two products forward, five more backward
@@ -227,10 +233,10 @@ def dense_on_gpu() -> None:
       print("|", " | ".join((str(H), str(T), *cells)), "|", flush=True)
 
 
-def sparse_on_gpu() -> None:
+def sparse_on_gpu(name: str) -> None:
   T, N, H = 16_384, 16, 128
   *operands, do = on_gpu(1, T, N, H)
-  print(f"pallas_gpu, T={T} N={N} H={H}: ms, and how often density x the time of no mask\n")
+  print(f"{name}, T={T} N={N} H={H}: ms, and how often density x the time of no mask\n")
   print("| mask | density | forward | of density x dense | both | of density x dense |")
   print("|---|---|---|---|---|---|")
   runs = 64
@@ -241,7 +247,7 @@ def sparse_on_gpu() -> None:
     masks.append(BigBird(runs, T // runs, random=round(density * runs) - 5))
   dense = None
   for mask in masks:
-    f = functools.partial(attention, mask=mask, implementation="pallas_gpu")
+    f = functools.partial(attention, mask=mask, implementation=name)
     times = of_jax(f, operands, do)
     dense = dense or times
     density = 1.0 if mask is None else mask.density(T)
@@ -374,7 +380,7 @@ def memory() -> None:
   )
   print("| mask | density | seconds to compile | arguments GB | temporary GB |")
   print("|---|---|---|---|---|")
-  for text in LONG_CONTEXT:
+  for text in sys.argv[2:] or LONG_CONTEXT:
     layer = spec.segments[0].layers[1]
     layer = dataclasses.replace(layer, attention=dataclasses.replace(layer.attention, mask=text))
     block = Block(layer, spec.embed_dim)

@@ -189,6 +189,11 @@ def config_flag() -> tuple[str, bool]:
   return _CONFIG.value, flags.FLAGS["config"].present > 0
 
 
+def topology_flag() -> str:
+  """The value of `--topology`; empty without it."""
+  return _TOPOLOGY.value
+
+
 def described_devices(config: Config) -> list[Any] | None:
   """Devices of `--topology`, as many slices of it as the config's mesh spans; None without it.
 

@@ -16,7 +16,7 @@ from .kernels.attention import attention
 from .kernels.cross_entropy import CrossEntropy, cross_entropy
 from .kernels.grouped_matmul import grouped_matmul, grouped_mlp
 from .kernels.linear_attention import linear_attention
-from .latent_attention import LatentAttention, latent_attention
+from .latent_attention import LatentAttention, absorbed_attention, latent_attention
 from .linear import dense
 from .linear_attention import LinearAttention, elu_plus_one, favor_features, favor_projection
 from .masks import BlockLocal, Causal, Local, Mask
@@ -65,12 +65,13 @@ __all__ = [
   "LearnedPositionSpec", "LinearAttention", "LinearAttentionSpec", "LinearScaling", "LinearState",
   "Llama3Scaling", "Local", "Mask", "Mlp", "MlpSpec", "ModelSpec", "MoeSpec", "MoeStats", "Norm",
   "NormSpec", "RotarySpec", "Routing", "Rows", "Segment", "SwitchMoE", "TransformerLM",
-  "TransformerXLSpec", "YarnScaling", "activate", "alibi_slopes", "apply_rotary", "assign_slots",
-  "attention", "causal_mask", "count_params", "cross_entropy", "dense", "elu_plus_one",
-  "embed_tokens", "empty_cache", "empty_state", "expert_capacity", "expert_choice_route",
-  "expert_mlp", "favor_features", "favor_projection", "grouped_expert_mlp", "grouped_matmul",
-  "grouped_mlp", "gshard_route", "hash_route", "init_caches", "init_params", "latent_attention",
-  "layer_norm", "linear_attention", "mlp", "moe", "no_token_left_behind_route", "permute",
-  "rms_norm", "rotary_table", "slot_weights", "sort_slots", "switch_route", "to_nnx",
-  "top_k_route", "train_flops_per_token", "unpermute", "update_cache",
+  "TransformerXLSpec", "YarnScaling", "absorbed_attention", "activate", "alibi_slopes",
+  "apply_rotary", "assign_slots", "attention", "causal_mask", "count_params", "cross_entropy",
+  "dense", "elu_plus_one", "embed_tokens", "empty_cache", "empty_state", "expert_capacity",
+  "expert_choice_route", "expert_mlp", "favor_features", "favor_projection", "grouped_expert_mlp",
+  "grouped_matmul", "grouped_mlp", "gshard_route", "hash_route", "init_caches", "init_params",
+  "latent_attention", "layer_norm", "linear_attention", "mlp", "moe",
+  "no_token_left_behind_route", "permute", "rms_norm", "rotary_table", "slot_weights",
+  "sort_slots", "switch_route", "to_nnx", "top_k_route", "train_flops_per_token", "unpermute",
+  "update_cache",
 ]  # fmt: skip

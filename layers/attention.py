@@ -124,7 +124,8 @@ def cache_attention(
   """Of new tokens over what `cached_keys` gives.
 
   By `decode_attention` where tokens are few and the bias allows it, whose time follows the keys
-  that rows can see. `options` are those that it shares with `attention`.
+  that rows can see. Where values are empty, the keys serve as values. `options` are those that it
+  shares with `attention`.
   """
   (B, T), S = q_positions_BT.shape, cache.slots
   if T > FEW_TOKENS or not (bias is None or isinstance(bias, Alibi)):
@@ -135,6 +136,7 @@ def cache_attention(
       ids["q_segments_BT"] = jnp.ones_like(q_positions_BT)
       ids["kv_segments_BS"] = (kv_positions_BS >= 0).astype(jnp.int32)
     k_BSKH, v_BSKH = (x.astype(q_BTNH.dtype) for x in take_layer(cache)[:2])
+    v_BSKH = v_BSKH if v_BSKH.size else k_BSKH
     return attention(q_BTNH, k_BSKH, v_BSKH, bias=bias, **ids, **options)
   k, v, layer = cache
   shards = shard_counts("cache_batch", "cache_seq", "cache_heads", shape=k.shape[-4:-1])
@@ -142,7 +144,7 @@ def cache_attention(
   return decode_attention(
     q_BTNH,
     k,
-    v,
+    v if v.size else None,
     layer=layer,
     q_positions_BT=q_positions_BT,
     kv_positions_BS=kv_positions_BS,

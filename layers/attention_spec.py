@@ -181,8 +181,8 @@ class LatentAttentionSpec:
 
   @property
   def cached(self) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(heads, size) of what a position puts into the cache: rotated key, latent."""
-    return (1, self.rope_dim), (1, self.kv_lora)
+    """(heads, size) of what a position puts into the cache: latent and rotated key, and nothing."""
+    return (1, self.kv_lora + self.rope_dim), (1, 0)
 
 
 @dataclass(frozen=True)

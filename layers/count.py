@@ -1,13 +1,17 @@
 """Parameter and FLOP counts of a model, from its shapes; nothing is allocated."""
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .attention import layer_mask
+from .masks import Mask
 from .params import is_weight
-from .spec import LatentAttentionSpec, LinearAttentionSpec, ModelSpec, MoeSpec
+from .spec import AttentionSpec, LatentAttentionSpec, LinearAttentionSpec, ModelSpec, MoeSpec
 from .transformer import TransformerLM
 
 
@@ -26,6 +30,7 @@ def abstract_params(spec: ModelSpec):
   return jax.eval_shape(model.init, jax.random.key(0), tokens_BT)["params"]
 
 
+@functools.cache
 def count_params(spec: ModelSpec) -> Counts:
   """Exact counts; `active` leaves out the experts a token does not choose."""
   leaves = jax.tree.leaves(abstract_params(spec), is_leaf=is_weight)
@@ -55,24 +60,53 @@ def _one_expert(spec: ModelSpec, moe: MoeSpec) -> int:
   return (into + 1) * D * mlp.hidden + biases
 
 
-def train_flops_per_token(spec: ModelSpec, length: int) -> float:
+def train_flops_per_token(spec: ModelSpec, length: int, *, mean_keys: bool = False) -> float:
   """Model FLOPs of one token's forward and backward pass, PaLM's convention.
 
   6 N + 12 sum over layers of heads * head_dim * keys (arXiv 2204.02311, appendix B): N the active
-  parameters without an untied input table; attention not halved for causality; a windowed layer
-  sees at most its window; in latent attention head_dim is the mean of the key's and the value's
-  size. A linear attention writes each token to its states and reads them, by the delta rule twice:
-  12 or 18 times their size, whatever the length and the chunks. Recomputation, padding and
-  dropped slots do not count.
+  parameters without an untied input table; attention not halved for causality: a windowed layer
+  sees its window, one with a mask what the last query sees, and if it is not causal what a query
+  sees on average; in latent attention head_dim is the mean of the key's and the value's size. A
+  linear attention writes each token to its states and reads them, by the delta rule twice: 12 or
+  18 times their size, whatever the length and the chunks. Recomputation, padding and dropped
+  slots do not count.
+
+  Args:
+    mean_keys: count the keys that a query sees on average instead, half of them in a causal layer.
   """
   attention = 0
   for layer in spec.layers:
     a = layer.attention
     if isinstance(a, LatentAttentionSpec):
-      attention += 6 * a.num_heads * (a.nope_dim + a.rope_dim + a.value_dim) * length
+      keys = _seen_on_average(a, length) if mean_keys else length
+      attention += 6 * a.num_heads * (a.nope_dim + a.rope_dim + a.value_dim) * keys
     elif isinstance(a, LinearAttentionSpec):
       attention += (18 if a.kind == "delta" else 12) * a.num_heads * a.head_dim * a.value_size
     else:
-      keys = min(x for x in (length, a.window, a.chunk) if x is not None)
+      keys = _seen_on_average(a, length) if mean_keys else _seen(a, length)
       attention += 12 * a.num_heads * a.head_dim * keys
   return 6.0 * count_params(spec).active_matmul + attention
+
+
+def _seen(spec: AttentionSpec, length: int) -> float:
+  """Keys of the last query of a causal layer, of the average one of another; a mean over heads."""
+  if not spec.causal:
+    return _seen_on_average(spec, length)
+  keys = min(x for x in (length, spec.window, spec.chunk) if x is not None)
+  if spec.mask is None:
+    return keys
+  last, all_keys = np.array([length - 1], np.int32), np.arange(length, dtype=np.int32)
+  return min(keys, _mean_over_heads(spec, lambda one: one.visible(last, all_keys).sum()))
+
+
+@functools.cache
+def _seen_on_average(spec: AttentionSpec | LatentAttentionSpec, length: int) -> float:
+  return _mean_over_heads(spec, lambda one: one.density(length) * length)
+
+
+def _mean_over_heads(
+  spec: AttentionSpec | LatentAttentionSpec, keys: Callable[[Mask], float]
+) -> float:
+  mask = layer_mask(spec)
+  each = [float(keys(one)) for one in mask.distinct]
+  return float(np.mean([each[i] for i in mask.by_head or (0,)]))

@@ -1,6 +1,6 @@
 """Multi-head latent attention (MLA): keys and values of all heads from one small latent a token.
 
-B batch, T query positions, S key positions, D model width, N heads, H unrotated part of a head,
+B batch, T positions of queries, S of a cache, D model width, N heads, H unrotated part of a head,
 P rotated part, W value size, Z latent behind keys and values, Y latent behind queries.
 """
 
@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mesh.constrain import constrain
 
 from .attention import Rows, cache_attention, cached_keys, rotate
-from .cache import KVCache, take_layer
+from .cache import KVCache
 from .context import Method, row_attention
 from .linear import dense
 from .masks import Causal
@@ -24,65 +24,96 @@ from .spec import InitSpec, LatentAttentionSpec
 def latent_attention(
   q_BTNH: jax.Array,
   q_BTNP: jax.Array,
-  latent_BSZ: jax.Array,
-  key_BSP: jax.Array,
+  latent_BTZ: jax.Array,
+  key_BTP: jax.Array,
   w_key_ZNH: jax.Array,
   w_value_ZNW: jax.Array,
   *,
   scale: float | None = None,
   q_positions_BT: jax.Array,
-  cached: bool = False,
   segments_BT: jax.Array | None = None,
   context_method: Method = "auto",
   implementation: str | None = None,
 ) -> jax.Array:
   """Causal attention on latents (DeepSeek-V2, arXiv 2405.04434, equations 9 to 19), [B, T, N, W].
 
-  Head n has the key [latent @ w_key, key_BSP] and the value latent @ w_value. They are written
-  out for a whole row. With `cached` (position s at index s) they are not: w_key moves to the
-  queries and w_value to the results, so that all heads read the latents themselves as one key and
-  value (section 2.1.2), more arithmetic a pair but nothing of size S * N.
+  Head n has the key [latent @ w_key, key_BTP] and the value latent @ w_value, written out for a
+  whole row.
 
   Args:
     q_BTNH, q_BTNP: unrotated and rotated part of the queries.
-    latent_BSZ: normalised latents of the keys and values.
-    key_BSP: the rotated key that all heads share.
+    latent_BTZ: normalised latents of the keys and values.
+    key_BTP: the rotated key that all heads share.
     scale: factor on q . k; None is (H + P) ** -0.5.
-    q_positions_BT, segments_BT, implementation: as for `attention`; segments only without a cache.
-    cached: latents and keys are those of a cache, which also holds the queries' own.
+    q_positions_BT, segments_BT, implementation: as for `attention`.
     context_method: see `layers.context.row_attention`.
   """
-  (N, H), P, dtype = q_BTNH.shape[2:], q_BTNP.shape[-1], q_BTNH.dtype
-  if cached:
-    w_key_ZNH, w_value_ZNW = (
-      constrain(w.astype(dtype), None, "act_heads", None) for w in (w_key_ZNH, w_value_ZNW)
-    )
-    q_BTNZ = jnp.einsum("btnh,znh->btnz", q_BTNH, w_key_ZNH, preferred_element_type=jnp.float32)
-    q = jnp.concatenate([q_BTNZ.astype(dtype), q_BTNP], axis=-1)
-    k, v = jnp.concatenate([latent_BSZ, key_BSP], axis=-1)[:, :, None], latent_BSZ[:, :, None]
-  else:
-    key_BSNP = jnp.broadcast_to(key_BSP[:, :, None], (*key_BSP.shape[:2], N, P))
-    key_BSNP = constrain(key_BSNP, "act_batch", "act_seq", "act_heads", None)
-    k_BSNH = checkpoint_name(dense(latent_BSZ, w_key_ZNH), "key")
-    q = jnp.concatenate([q_BTNH, q_BTNP], axis=-1)
-    k = jnp.concatenate([k_BSNH, key_BSNP], axis=-1)
-    v = checkpoint_name(dense(latent_BSZ, w_value_ZNW), "value")
-  scale = (H + P) ** -0.5 if scale is None else scale
-  options = {"mask": Causal(), "scale": scale, "implementation": implementation}
-  if not cached:
-    ids = {"q_positions_BT": q_positions_BT, "q_segments_BT": segments_BT}
-    return row_attention(q, k, v, method=context_method, **ids, **options)
-  o = cache_attention(
-    q, KVCache(k, v), q_positions_BT=q_positions_BT, kv_positions_BS=None, **options
+  N, P = q_BTNP.shape[2:]
+  key_BTNP = jnp.broadcast_to(key_BTP[:, :, None], (*key_BTP.shape[:2], N, P))
+  key_BTNP = constrain(key_BTNP, "act_batch", "act_seq", "act_heads", None)
+  k_BTNH = checkpoint_name(dense(latent_BTZ, w_key_ZNH), "key")
+  return row_attention(
+    jnp.concatenate([q_BTNH, q_BTNP], axis=-1),
+    jnp.concatenate([k_BTNH, key_BTNP], axis=-1),
+    checkpoint_name(dense(latent_BTZ, w_value_ZNW), "value"),
+    method=context_method,
+    q_positions_BT=q_positions_BT,
+    q_segments_BT=segments_BT,
+    mask=Causal(),
+    scale=_scale(scale, q_BTNH, q_BTNP),
+    implementation=implementation,
   )
-  o_BTNW = jnp.einsum("btnz,znw->btnw", o, w_value_ZNW, preferred_element_type=jnp.float32)
+
+
+def absorbed_attention(
+  q_BTNH: jax.Array,
+  q_BTNP: jax.Array,
+  cache: KVCache,
+  w_key_ZNH: jax.Array,
+  w_value_ZNW: jax.Array,
+  *,
+  scale: float | None = None,
+  q_positions_BT: jax.Array,
+  implementation: str | None = None,
+) -> jax.Array:
+  """`latent_attention` over a cache of latents, in which position s stands at index s.
+
+  Keys and values are not written out: w_key moves to the queries and w_value to the results, so
+  that all heads read [latent, rotated key] as one key and value (section 2.1.2), more arithmetic a
+  pair but nothing of size S * N. What the rotated part adds to results is dropped: cutting it off
+  the values first would copy the cache.
+
+  Args:
+    cache: its keys hold the latents and the rotated key [B, S, 1, Z + P], also of the queries' own
+      positions; its values are empty.
+    others: as for `latent_attention`.
+  """
+  dtype, Z = q_BTNH.dtype, w_key_ZNH.shape[0]
+  w_key_ZNH, w_value_ZNW = (
+    constrain(w.astype(dtype), None, "act_heads", None) for w in (w_key_ZNH, w_value_ZNW)
+  )
+  q_BTNZ = jnp.einsum("btnh,znh->btnz", q_BTNH, w_key_ZNH, preferred_element_type=jnp.float32)
+  o = cache_attention(
+    jnp.concatenate([q_BTNZ.astype(dtype), q_BTNP], axis=-1),
+    cache,
+    q_positions_BT=q_positions_BT,
+    kv_positions_BS=None,
+    mask=Causal(),
+    scale=_scale(scale, q_BTNH, q_BTNP),
+    implementation=implementation,
+  )
+  o_BTNW = jnp.einsum("btnz,znw->btnw", o[..., :Z], w_value_ZNW, preferred_element_type=jnp.float32)
   return o_BTNW.astype(dtype)
+
+
+def _scale(scale: float | None, q_BTNH: jax.Array, q_BTNP: jax.Array) -> float:
+  return (q_BTNH.shape[-1] + q_BTNP.shape[-1]) ** -0.5 if scale is None else scale
 
 
 class LatentAttention(nn.Module):
   """Linen shell of `latent_attention`; `x -> (y, cache)`, as `layers.attention.Attention`.
 
-  A cache holds the rotated key and the latent: P + Z numbers a position, whatever N is.
+  A cache holds the latent and the rotated key: Z + P numbers a position, whatever N is.
 
   Attributes:
     spec: sizes, positions, scale (`layers.spec.LatentAttentionSpec`).
@@ -110,25 +141,20 @@ class LatentAttention(nn.Module):
     latent_BTZ = self._latent(x_BTD, "latent", spec.kv_lora)
     key_BTP = checkpoint_name(dense(x_BTD, self._down("rotary_key", spec.rope_dim)), "latent")
     key_BTP = rotate(key_BTP[:, :, None], rows.positions_BT, spec.position)[:, :, 0]
-    cached = cache is not None
-    if cached:
-      new = key_BTP[:, :, None], latent_BTZ[:, :, None]
-      cache, seen, _ = cached_keys(cache, *new, rows)
-      key_BTP, latent_BTZ = (x.astype(x_BTD.dtype)[:, :, 0] for x in take_layer(seen)[:2])
-    o_BTNW = latent_attention(
-      q[..., :H],
-      q_BTNP,
-      latent_BTZ,
-      key_BTP,
-      self._heads("key", spec.kv_lora, H),
-      self._heads("value", spec.kv_lora, W),
-      scale=spec.scale,
-      q_positions_BT=rows.positions_BT,
-      cached=cached,
-      segments_BT=None if cached else rows.segments_BT,
-      context_method=self.context_method,
-      implementation=spec.implementation,
-    )
+    weights = self._heads("key", spec.kv_lora, H), self._heads("value", spec.kv_lora, W)
+    options = {
+      "scale": spec.scale,
+      "q_positions_BT": rows.positions_BT,
+      "implementation": spec.implementation,
+    }
+    q_BTNH = q[..., :H]
+    if cache is None:
+      where = {"segments_BT": rows.segments_BT, "context_method": self.context_method}
+      o_BTNW = latent_attention(q_BTNH, q_BTNP, latent_BTZ, key_BTP, *weights, **where, **options)
+    else:
+      new = jnp.concatenate([latent_BTZ, key_BTP], axis=-1)[:, :, None]
+      cache, seen, _ = cached_keys(cache, new, new[..., :0], rows)
+      o_BTNW = absorbed_attention(q_BTNH, q_BTNP, seen, *weights, **options)
     o_BTNW = constrain(o_BTNW, "act_batch", "act_seq", "act_heads", None)
     init = kernel_init(self.init_spec, N * W, self.gain)
     axes = ("heads", "head_dim", "embed")

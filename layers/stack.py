@@ -35,13 +35,18 @@ MINIMAL_NAMES = (
   "router_logits", "expert_up", "expert_gate",
 )  # fmt: skip
 
+# Those of them that are products with dense weights.
+_KERNELS = ("attention_out", "attention_lse", "attention_state", "expert_up", "expert_gate")
+DOT_NAMES = tuple(name for name in MINIMAL_NAMES if name not in _KERNELS)
+
 
 def remat_policy(remat: str | Sequence[str]):
   """The `jax.checkpoint` policy for a name, or None when nothing is recomputed.
 
-  none: keep everything. full: keep only each group's input. dots: keep matrix products with
-  weights. minimal: keep every projection, so that only elementwise work is repeated. Otherwise a
-  tuple of tensor names (see `MINIMAL_NAMES`) to keep.
+  none: keep everything but weights gathered from other devices. full: keep only each group's
+  input. dots: keep matrix products with weights, experts' apart, and repeat kernels. minimal: keep
+  every projection, so that only elementwise work is repeated. Otherwise a tuple of tensor names
+  (see `MINIMAL_NAMES`) to keep.
 
   Raises:
     ValueError: for an unknown policy or tensor name, listing the known ones.
@@ -51,7 +56,7 @@ def remat_policy(remat: str | Sequence[str]):
     named = {
       "none": None,
       "full": policies.nothing_saveable,
-      "dots": policies.dots_with_no_batch_dims_saveable,
+      "dots": policies.save_only_these_names(*DOT_NAMES),
       "minimal": policies.save_only_these_names(*MINIMAL_NAMES),
     }
     if remat in named:
@@ -64,6 +69,19 @@ def remat_policy(remat: str | Sequence[str]):
       f"or names among {', '.join(MINIMAL_NAMES)}"
     )
   return policies.save_only_these_names(*remat)
+
+
+# They only move or convert numbers. Were results kept, whole weights would be, by other names.
+_FREE = frozenset({
+  "broadcast_in_dim", "convert_element_type", "pcast", "pvary", "reshape", "squeeze", "transpose",
+})  # fmt: skip
+
+
+def _all_but_weights(primitive, *_, **params) -> bool:
+  """The policy `none` where weights are gathered: they are gathered again."""
+  called = params.get("call_jaxpr")  # of a custom_vjp, as `gather_weight` is
+  gathers = called is not None and any(e.primitive.name == "all_gather" for e in called.jaxpr.eqns)
+  return not gathers and primitive.name not in _FREE and params.get("name") != GATHERED
 
 
 def apply_segment(
@@ -114,7 +132,7 @@ def apply_segment(
 
   policy = remat_policy(remat)
   if policy is None and gather is not None:
-    policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+    policy = _all_but_weights
   if policy is not None:
     # Inside a loop the compiler cannot merge the recomputation away; unrolled, it could.
     group = jax.checkpoint(group, policy=policy, prevent_cse=unroll == repeats)

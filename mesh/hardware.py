@@ -21,8 +21,7 @@ class Chip:
   """One accelerator chip.
 
   `interconnect` is bytes/s to its neighbours, both directions and all links together. `watts` is
-  the board power limit (GPU) or the highest published measurement (TPU). `price_per_hour` is in US
-  dollars and stays None here: pass `dataclasses.replace(chip, price_per_hour=...)`.
+  the board power limit (GPU) or the highest published measurement (TPU).
   """
 
   name: str
@@ -33,9 +32,12 @@ class Chip:
   interconnect: float | None = None
   watts: float | None = None
   devices_per_chip: int = 1
-  price_per_hour: float | None = None
   source: str = ""
   date: str = "2026-11-21"  # when the row was written
+
+  @property
+  def is_tpu(self) -> bool:
+    return self.name in _TOPOLOGIES
 
   @property
   def flops_per_device(self) -> float | None:
@@ -156,7 +158,7 @@ _TOPOLOGIES = {
   "v6e": _FLAT,
   "tpu7x": [*_CUBES, "16x16x24", "16x16x32"],
 }
-_NODE_GPUS = ("a100", "h100", "h200", "b200")  # sold as nodes of 8
+GPU_NODES = ("a100", "h100", "h200", "b200")  # sold as nodes of 8
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -229,7 +231,7 @@ def smallest_slices(bytes_needed: int, reserve: float = 0.15) -> list[Slice]:
   for chip in _TOPOLOGIES:
     fits = [s for s in cloud_slices(chip) if s.hbm_bytes * (1 - reserve) >= bytes_needed]
     found += fits[:1]
-  for chip in _NODE_GPUS:
+  for chip in GPU_NODES:
     node = 8 * (CHIPS[chip].hbm_bytes or 0)
     nodes = max(1, -int(-bytes_needed // (node * (1 - reserve))))
     topology = "8" if nodes == 1 else f"{nodes}x8"

@@ -68,6 +68,10 @@ LATE_IMPORTS = {
     "layers/kernels/attention/__init__.py",
     "layers.kernels.attention.pallas_gpu",
   ): "the same",
+  (
+    "layers/kernels/attention/__init__.py",
+    "layers.kernels.attention.mosaic_gpu",
+  ): "the same",
   ("layers/kernels/attention/__init__.py", "layers.kernels.attention.cudnn"): "of no use on a CPU",
   (
     "layers/kernels/linear_attention/__init__.py",

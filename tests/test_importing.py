@@ -111,6 +111,14 @@ def test_wheel_holds_our_packages_and_nothing_else(wheel):
   assert {name for name in names if name.endswith(".py")} == sources
 
 
+def test_prices_are_installed(installed, tmp_path):
+  script = "import json; from experiments.planning import cost; prices = cost.Prices.load()"
+  script += "; print(json.dumps([cost.__file__, prices.pue.value]))"
+  file, pue = python(script, tmp_path, installed)
+  assert Path(file).is_relative_to(installed)
+  assert pue > 1
+
+
 def test_layers_load_no_training_library(installed, tmp_path):
   script = "import json, sys, layers; print(json.dumps([layers.__file__, sorted(sys.modules)]))"
   file, modules = python(script, tmp_path, installed)

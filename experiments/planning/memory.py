@@ -60,7 +60,7 @@ def refuse_if_too_large(setup: Setup) -> None:
     f"of which {gigabytes(needed)} on {len(local)} {devices[0].platform} device(s) here, "
     f"but {where}.\n"
     f"Smallest slices that hold that with {_RESERVE:.0%} to spare:\n{rows}\n"
-    f"Compile for one without renting it, to see what activations add:\n"
+    f"See a run on one without renting it (--compile asks the TPU's compiler):\n"
     f"  python -m experiments.plan --config={name} --topology={example}\n"
     f"Launch on one:\n"
     f"  bash tpu_setup/tpu_vm.sh launch --name={name.replace('_', '-')} --type={example} "

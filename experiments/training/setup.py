@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from layers.attention import layer_mask
 from layers.kernels.attention.blocks import reach_of
@@ -26,7 +26,7 @@ class Setup(NamedTuple):
   """Everything known before a byte is allocated on a device."""
 
   config: Config
-  mesh: Mesh
+  mesh: Mesh | AbstractMesh  # abstract where nothing will run or be compiled
   rules: Rules
   model: TransformerLM
   optimizer: optax.GradientTransformation
@@ -52,6 +52,21 @@ def build(config: Config, devices: list[jax.Device] | None = None, *, batch: boo
       rows that do not suit the model, a kernel that can't run here, no device at all.
   """
   devices = _devices() if devices is None else devices
+  try:
+    sizes = mesh_sizes(config, len(devices), count_slices(devices))
+    dcn = {axis: getattr(config.mesh, f"dcn_{axis}") for axis in DCN_AXES}
+    mesh = make_mesh(sizes, devices, dcn=dcn, explicit=config.mesh.axis_types == "explicit")
+  except (ValueError, NotImplementedError) as e:
+    raise ConfigError(str(e).splitlines()[0]) from e
+  return build_on(config, mesh, devices[0].platform, batch=batch)
+
+
+def mesh_sizes(config: Config, num_devices: int, num_slices: int = 1) -> dict[str, int]:
+  """Mesh axis -> size, as the config asks or as suits it best.
+
+  Raises:
+    ValueError: see `mesh.topology.resolve_sizes`.
+  """
   asked = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
   dcn = {axis: getattr(config.mesh, f"dcn_{axis}") for axis in DCN_AXES}
   # Dropless rows that travel need room for the worst case: not unless asked for.
@@ -61,23 +76,27 @@ def build(config: Config, devices: list[jax.Device] | None = None, *, batch: boo
     if isinstance(layer.mlp, MoeSpec)
     and (layer.mlp.dispatch != "dropless" or layer.mlp.exchange != "auto")
   ]
+  rules = parse_rules(config.mesh.rules)
+  num_experts = min(experts, default=None) if "expert" in rules.mesh_axes else None
+  return resolve_sizes(asked, num_devices, dcn=dcn, num_experts=num_experts, num_slices=num_slices)
+
+
+def build_on(
+  config: Config, mesh: Mesh | AbstractMesh, platform: str, *, batch: bool = True
+) -> Setup:
+  """The same on a mesh that is there or, to plan, is only numbers; errors as in `build`."""
   try:
     remat_policy(config.train.remat)
     rules = parse_rules(config.mesh.rules)
-    num_experts = min(experts, default=None) if "expert" in rules.mesh_axes else None
-    sizes = resolve_sizes(
-      asked, len(devices), dcn=dcn, num_experts=num_experts, num_slices=count_slices(devices)
-    )
-    mesh = make_mesh(sizes, devices, dcn=dcn, explicit=config.mesh.axis_types == "explicit")
     validate(rules, mesh)
     if batch:
-      _check_batch(config, rules, mesh)
-      _check_parallel(config, mesh)
+      check_batch(config, rules, mesh)
+      check_parallel(config, mesh)
     model = TransformerLM(
       config.model,
-      dtype=compute_dtype(config, devices[0].platform),
+      dtype=compute_dtype(config, platform),
       remat=config.train.remat,
-      unroll=None if devices[0].platform == "cpu" else 1,
+      unroll=None if platform == "cpu" else 1,
       microbatches=config.train.microbatches if mesh.shape["stage"] > 1 else 1,
       circular=config.mesh.circular,
       context_method=config.mesh.context_method,
@@ -108,7 +127,8 @@ def compute_dtype(config: Config, platform: str) -> Any:
   return jnp.dtype(name)
 
 
-def _check_batch(config: Config, rules: Rules, mesh: Mesh) -> None:
+def check_batch(config: Config, rules: Rules, mesh: Mesh | AbstractMesh) -> None:
+  """Raise ConfigError where a (micro)batch does not divide over the mesh."""
   rows = config.data.batch_size // config.train.microbatches
   length = config.data.row_length
   for name, size, axes in zip(
@@ -127,7 +147,7 @@ def _check_batch(config: Config, rules: Rules, mesh: Mesh) -> None:
       )
 
 
-def _check_parallel(config: Config, mesh: Mesh) -> None:
+def check_parallel(config: Config, mesh: Mesh | AbstractMesh) -> None:
   """What the schedules over `stage` and `context` ask of a model and its rows."""
   stages, context = mesh.shape["stage"], mesh.shape["context"]
   parts, circular = config.train.microbatches, config.mesh.circular

@@ -163,7 +163,7 @@ class Not(Mask):
     require(isinstance(self.mask, Mask), f"~ needs a mask, got {self.mask!r}")
 
   def visible(self, i: Array, j: Array) -> Any:
-    return ~self.mask.visible(i, j)
+    return self.mask.visible(i, j) ^ True  # Mosaic for GPUs does not lower ~ of bools
 
   def blocks(self, i0: Array, i1: Array, j0: Array, j1: Array) -> tuple[Any, Any]:
     some, every = self.mask.blocks(i0, i1, j0, j1)

@@ -242,10 +242,19 @@ def test_generate_refuses(trained, arguments, pieces):
 @pytest.mark.parametrize(
   ("arguments", "piece"),
   (
-    ([], "--topology is missing"),
+    (["--compile"], "--compile needs a --topology"),
+    (["--print_overrides"], "--print_overrides needs a --topology"),
     (["--topology=nonsense"], "not of the form"),
     (["--topology=v9:2x2"], "'v9'"),
-    (["--topology=h100:8"], "only TPUs"),
+    (["--topology=cpu:8"], "'cpu' are not in mesh/hardware.py"),
+    (["--topology=h100:8", "--compile"], "only TPUs"),
+    (["--topology=v5e:2x2", "--config.mesh.fsdp=3"], "3"),
+    (["--budget_usd=100"], "--budget_usd needs a --topology"),
+    (["--budget_flops=-1"], "must be positive"),
+    (["--days=3", "--budget_flops=1e20", "--topology=h100:8"], "two budgets"),
+    (["--topology=tpu7x:2x2x1", "--budget_usd=100"], "--prices=FILE"),
+    (["--prices=/nowhere.toml"], "can't read the prices"),
+    (["--fit=/nowhere/*"], "no such folder"),
     (["--topology=v5p:4x4"], "3 sides"),
   ),
 )

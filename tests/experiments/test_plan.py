@@ -1,21 +1,140 @@
-"""`plan` compiles for a TPU that is not here; its mistakes are in `test_bad_input`."""
+"""`plan`: machines that hold a config, one in detail, and what the TPU's compiler says of it.
+
+Mistakes are in `test_bad_input`.
+"""
 
 import re
 
 import jax
 import pytest
+from jax.experimental import topologies
 
 from experiments import plan
 from tests.experiments.programs import call, spawn
 
 
+def numbers(line):
+  return [float(n) for n in re.findall(r"(?<![\w.-])[\d.]+(?![\w-])", line.replace(",", ""))]
+
+
+def test_machines_that_hold_a_model(monkeypatch):
+  """Nothing is compiled, no accelerator's library loaded."""
+  monkeypatch.setattr(topologies, "get_topology_desc", None)
+  result = call("plan", "--config=moe_70b")
+  assert result.code == 0, result.err
+  assert "70,317,772,800 parameters, 3,729,002,496 active, 7.47e+10 tokens" in result.out
+  rows = {line.split()[0]: line for line in result.out.splitlines() if " GB of " in line}
+  for kind in ("v4-", "v5litepod-", "v5p-", "v6e-", "tpu7x-", "a100:", "h100:", "h200:", "b200:"):
+    assert any(name.startswith(kind) for name in rows), kind
+  for line in rows.values():
+    chips, used, available, rate, share, days, hours = numbers(line)[:7]
+    assert used < available and 0 < share < 100
+    # Tokens a second, days and chip-hours say the same three times, each rounded.
+    assert days == pytest.approx(7.47e10 / rate / 86_400, abs=0.06)
+    assert hours == pytest.approx(7.47e10 / rate / 3600 * chips, rel=0.01)
+
+
+def test_the_bill_of_a_run(tmp_path):
+  """With prices of one's own; tokens of one's own scale it."""
+  prices = tmp_path / "prices.toml"
+  prices.write_text("[price.v5p]\nusd_per_hour = 2.0\n[power.v5p]\nwatts = 500.0\n")
+  arguments = ("--config=dense_1b", "--topology=v5p-32", f"--prices={prices}")
+  out = call("plan", *arguments, "--tokens=1e9").out
+  hours, usd, kwh = (
+    float(re.search(rf"^{name} +([\d,]+)", out, re.MULTILINE)[1].replace(",", ""))
+    for name in ("chip-hours", "cost", "energy")
+  )
+  assert usd == pytest.approx(2 * hours, abs=2) and kwh == pytest.approx(0.55 * hours, abs=1)
+  more = call("plan", *arguments, "--tokens=1e11").out
+  assert float(re.search(r"^chip-hours +([\d,]+)", more, re.MULTILINE)[1].replace(",", "")) == (
+    pytest.approx(100 * hours, abs=60)
+  )
+
+
+def test_budgets():
+  """The published table of the refit at 1e23 FLOP; a machine's days are its FLOP."""
+  out = call("plan", "--budget_flops=1e23").out
+  assert re.search(r"^Epoch refit +2.94e\+10 +5.66e\+11 +19.2$", out, re.MULTILINE)
+  out = call("plan", "--topology=a100:1000", "--days=90").out
+  assert "1,000 a100 for 90 days at an MFU of 45%" in out
+  flops = 1000 * 312e12 * 0.45 * 90 * 86_400
+  assert out.startswith(f"{flops:.3g} model FLOP")
+  out = call("plan", "--topology=h100:8", "--budget_usd=100").out
+  assert out.startswith(f"{100 / 3.99 * 3600 * 989e12 * 0.45:.3g} model FLOP (100 USD: 25 hours")
+
+
+def test_the_overrides_that_are_printed_give_what_was_shown():
+  shown = call("plan", "--config=dense_1b", "--topology=v5p-32")
+  assert shown.code == 0, shown.err
+  given = call("plan", "--config=dense_1b", "--topology=v5p-32", "--print_overrides").out.split()
+  assert f"the first: {' '.join(given)}" in shown.out
+  (best,) = (
+    line
+    for line, before in zip(lines(shown), ["", *lines(shown)], strict=False)
+    if before.startswith("mesh, recomputation")
+  )
+  again = call("plan", "--config=dense_1b", "--topology=v5p-32", *given)
+  name = re.split(r"  +", best)[0]
+  assert lines(again)[0] == f"dense_1b on 16 x v5p, {name}"
+  memory, seconds = re.search(r"([\d.]+ .B) +([\d.]+) ", best).groups()
+  assert re.search(rf"^peak +{memory} ", again.out, re.MULTILINE)
+  (step,) = re.findall(r"^step +([\d.]+) ", again.out, re.MULTILINE)
+  assert float(step) == pytest.approx(float(seconds), abs=0.006)
+
+
+def test_parts_add_up():
+  """Memory and time of a device, as printed."""
+  out = lines(call("plan", "--config=moe_8x1b", "--topology=h100:2x8"))
+
+  def rows(title, last):
+    begin = next(i for i, line in enumerate(out) if line.startswith(title))
+    end = next(i for i, line in enumerate(out) if i > begin and line.startswith(last))
+    return [re.split(r"  +", line)[1].split() for line in out[begin + 1 : end + 1]]
+
+  unit = {"GB": 1e9, "MB": 1e6}
+  *parts, peak = (float(n) * unit[u] for n, u in rows("memory of a device", "peak"))
+  assert sum(parts) == pytest.approx(peak, rel=0.01)
+  *parts, step = (float(n) for (n,) in rows("time of a step", "step"))
+  assert sum(parts) == pytest.approx(step, rel=0.01)
+
+
+def lines(result):
+  assert result.code == 0, result.err
+  return result.out.splitlines()
+
+
+def test_pipeline_stages_wait():
+  """Two stages and four microbatches: one in four times, they have nothing to do."""
+  stages = ("--config.mesh.stage=2", "--config.mesh.fsdp=-1", "--config.train.microbatches=4")
+  out = call("plan", "--config=dense_1b", "--topology=v5p-32", *stages).out
+  assert out.startswith("dense_1b on 16 x v5p, stage=2 x fsdp=8, minimal, 4 microbatches")
+  out = out[out.index("time of a step") :]
+  seconds = {name: float(re.search(rf"^{name} +([\d.]+) ", out, re.MULTILINE)[1]) for name in (
+    "products with weights", "attention", "element-wise, in memory", "optimizer",
+    "waiting for other stages",
+  )}  # fmt: skip
+  waiting = seconds.pop("waiting for other stages")
+  assert waiting == pytest.approx(sum(seconds.values()) / 4, rel=0.01)
+  assert "stage" not in out[out.index("the first: ") :]
+
+
+def test_nothing_fits():
+  out = call("plan", "--config=moe_70b", "--topology=v5e:2x2").out
+  assert "does NOT fit" in out and "Nothing fits; nearest first" in out and "too much" in out
+  result = call("plan", "--config=moe_70b", "--topology=v5e:2x2", "--print_overrides")
+  assert result.code == 2 and "moe_70b fits no mesh of 4 x v5e" in result.err
+
+
 def test_debug_fits_four_v5e(tmp_path):
   """In a process of its own: libtpu speaks to stderr, and is asked not to."""
-  result = spawn(tmp_path, "plan", "--config=debug", "--topology=v5litepod-4")
+  result = spawn(tmp_path, "plan", "--config=debug", "--topology=v5litepod-4", "--compile")
   assert result.code == 0, result.err
   assert result.err == ""
   assert "debug on 4 x v5e, mesh expert=4" in result.out
   assert re.search(r"^peak +[\d.]+ MB a device of 17.2 GB: fits$", result.out, re.MULTILINE)
+  assert re.search(r"^arguments +([\d.]+ MB) +\1$", result.out, re.MULTILINE)
+  (flop,) = re.findall(r"^FLOP +([\d.e+]+) +([\d.e+]+)$", result.out, re.MULTILINE)
+  assert float(flop[0]) == pytest.approx(float(flop[1]), rel=0.15)
 
 
 @pytest.mark.parametrize(("status", "code"), (("RESOURCE_EXHAUSTED", 2), ("INTERNAL", 1)))
@@ -25,7 +144,7 @@ def test_a_model_that_does_not_fit_is_said_in_one_line(status, code, monkeypatch
 
   monkeypatch.setattr(plan, "lower_step", lower_step)
   cached = jax.config.jax_enable_compilation_cache
-  result = call("plan", "--config=debug", "--topology=v5e:2x2")
+  result = call("plan", "--config=debug", "--topology=v5e:2x2", "--compile")
   jax.config.update("jax_enable_compilation_cache", cached)
   assert result.code == code
   if code == 2:

@@ -125,6 +125,34 @@ def test_kernels_for_tpus_pass_round_a_ring(case, monkeypatch):
   assert_spread_is_whole(BY_KERNELS[case], "ring", check_vma=False)
 
 
+@pytest.mark.parametrize("window", [None, 300])
+def test_kernels_of_a_ring_visit_several_blocks(window, monkeypatch):
+  """Rows of 1,100, so 276 positions in three blocks a device, some of them padding."""
+  call = functools.partial(pl.pallas_call, interpret=True)
+  monkeypatch.setattr(pallas_tpu, "pl", SimpleNamespace(**vars(pl) | {"pallas_call": call}))
+  monkeypatch.setattr(pallas_tpu, "BLOCK", 256)  # of which the smallest chips take half
+  monkeypatch.setattr(context, "select_partial", lambda *_: pallas_tpu)
+  length, devices = 1104, jax.devices()[:C]
+  place = zigzag(length, C)
+  q, k, v, do = (rng.normal(size=(1, length, n, H)).astype(np.float32) for n in (2, 1, 1, 2))
+  segments = np.where(np.arange(length) < 1100, 1 + (np.arange(length) >= 500), 0)[None]
+  positions = np.where(segments == 2, np.arange(length) - 500, np.arange(length))
+
+  def both(function, place):
+    ids = (jnp.asarray(x[:, place], jnp.int32) for x in (positions, segments))
+    loss = lambda q, k, v, *ids: jnp.sum(
+      function(q, k, v, *ids, mask=causal_mask(window=window)) * do[:, place]
+    )
+    grads = jax.jit(jax.grad(loss, (0, 1, 2)))(*(x[:, place] for x in (q, k, v)), *ids)
+    return [np.asarray(x)[:, np.argsort(place)] for x in grads]
+
+  wanted = both(whole, np.arange(length))
+  with jax.set_mesh(make_mesh({"context": C}, devices)):
+    found = both(spread("ring", check_vma=False), place)
+  for a, b in zip(found, wanted, strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
 def test_a_ring_on_tpus_runs_kernels():
   """Own keys, keys from before, keys from after: each a kernel forward and two backward."""
   device = jax.sharding.AbstractDevice(device_kind="TPU v5", num_cores=2, platform="tpu")

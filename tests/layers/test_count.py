@@ -140,6 +140,12 @@ def test_flops_of_attention():
   assert attention(one(window=10), 100) == 3 * 12 * 2 * 8 * 10
   assert attention(one(chunk=20, window=30), 100) == 3 * 12 * 2 * 8 * 20
   assert attention(one(window=500), 100) == 3 * 12 * 2 * 8 * 100
+  # The last query sees 10 before it, itself and the first 4. Without causality 28 of
+  # 10 x 10 pairs are next to each other or the same.
+  assert attention(one(mask="Local(10, 3) | Global(4)"), 100) == 3 * 12 * 2 * 8 * 15
+  assert attention(one(mask="PerHead((Local(10, 0), Full()))"), 100) == 3 * 12 * 8 * (11 + 100)
+  near = attention(one(mask="Local(1, 1)", causal=False), 10)
+  assert near == pytest.approx(3 * 12 * 2 * 8 * 2.8)
   # Written and read: 4 FLOPs for each number of a state and direction, three directions.
   linear = f.hybrid(3, 16, 2, 8, 16, "gla", "delta")
   assert attention(linear, 100) == attention(linear, 10**6) == (12 + 18 + 12) * 2 * 8 * 10

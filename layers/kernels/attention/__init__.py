@@ -59,7 +59,8 @@ def attention(
       `kv_positions_BS`), "cudnn" (GPU; all keys or a causal window, and nothing else of this list),
       "xla" (blockwise: memory linear in T and S; reverse-mode derivatives only when T * S exceeds
       one block, 256 x 256 on CPU, else 512 x 512) or "reference"; None is the first that can run,
-      "cudnn" before "pallas_gpu".
+      "cudnn" before "pallas_gpu". "mosaic_gpu" (what "pallas_gpu" does, on Hopper GPUs, in bfloat16
+      or float16, head sizes up to 128) is run only by name: it has never run on a GPU.
 
   Logits and softmax are float32; probabilities are cast to the dtype of v. A query that sees no
   key gives exactly 0 and receives and passes on zero gradient. Outputs and log-sum-exps are named
@@ -146,6 +147,7 @@ def _select(
     "pallas_gpu": _pallas("pallas_gpu", GPU, arrays, extras["bias"], mask, order),
     "xla": anywhere,
     "reference": anywhere,
+    "mosaic_gpu": _pallas("mosaic_gpu", GPU, arrays, extras["bias"], mask, order),  # by name only
   }
   return _module(select(implementation, current_platform(), candidates))
 
@@ -160,6 +162,11 @@ def _module(name: str) -> Any:
     from . import pallas_tpu
 
     return pallas_tpu
+  if name == "mosaic_gpu":
+    # The same.
+    from . import mosaic_gpu
+
+    return mosaic_gpu
   if name == "pallas_gpu":
     # The same.
     from . import pallas_gpu

@@ -18,27 +18,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from ..partition import vary_with, varying_shape
-from .bias import Alibi
-from .blocks import FULL, PARTIAL, Order, block_kinds, visits
-from .tiles import (
-  LOG2E,
-  MASKED,
-  Heads,
-  Ids,
-  logits,
-  natural,
-  needs_positions,
-  sink_gradient,
-  visible,
-)
-
-PART = 16  # the smallest side of a product of blocks
+from . import gpu
+from .blocks import Order
+from .tiles import LOG2E, MASKED, Ids
 
 f32, i32 = jnp.float32, jnp.int32
 
@@ -49,25 +35,6 @@ class _Blocks(NamedTuple):
   own: int
   visited: int
   warps: int
-
-
-class _Static(NamedTuple):
-  mask: Any
-  scale: float
-  softcap: float | None
-  order: Order
-
-  @property
-  def masks(self) -> tuple[Any, ...]:
-    return () if self.mask is None else self.mask.distinct
-
-
-class _Plan(NamedTuple):
-  """Blocks to visit, by mask: for block n those of number start[n] .. end[n], or `block` of it."""
-
-  start: jax.Array  # int32 [L, blocks]
-  end: jax.Array
-  block: jax.Array | None  # int32 [L, V]; None where each run of numbers has no gaps
 
 
 def _blocks(q, v, *, backward: bool) -> _Blocks:
@@ -82,63 +49,8 @@ def _blocks(q, v, *, backward: bool) -> _Blocks:
 def supports(q_BTNH, k_BSKH, v_BSKU, bias, mask, order: Order) -> str | None:
   """Why a GPU can't run these arguments, or None."""
   del mask
-  if order == "any":
-    return "the keys must be those of the queries' own row"
-  if bias is not None and not isinstance(bias, Alibi):
-    return f"of the biases only Alibi is computed in the kernel, not {type(bias).__name__}"
-  if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16, f32):
-    return f"arrays must be bfloat16, float16 or float32, not {q_BTNH.dtype}"
-  if not q_BTNH.dtype == k_BSKH.dtype == v_BSKU.dtype:
-    return f"q, k and v need one dtype, not {q_BTNH.dtype}, {k_BSKH.dtype} and {v_BSKU.dtype}"
-  for x in (q_BTNH, v_BSKU):
-    if x.shape[-1] % PART or x.shape[-1] > 256:
-      return f"head sizes must be multiples of {PART} up to 256, not {x.shape[-1]}"
-  return None
-
-
-def attention(
-  q_BTNH, k_BSKH, v_BSKU, q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS, bias,
-  sink_N, mask_N, *, mask, scale, softcap, order,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-  """Arguments as in the package, where None stands for a default; see there."""
-  del kv_positions_BS
-  B, T, N, _ = q_BTNH.shape
-  static = _Static(mask, scale, softcap, order)
-  positions_BT = None
-  if needs_positions(static.masks, order):
-    positions_BT = jnp.broadcast_to(q_positions_BT, (B, T))
-  q_ids, kv_ids = Ids(positions_BT, q_segments_BT), Ids(positions_BT, kv_segments_BS)
-  as_f32 = lambda x: None if x is None else x.astype(f32)
-  heads = Heads(as_f32(sink_N), None if bias is None else as_f32(bias.slopes_N))
-  mask_N = jnp.zeros(N, i32) if mask_N is None else mask_N
-  o_BTNU, lse_BNT = _attend(static, q_BTNH, k_BSKH, v_BSKU, heads, q_ids, kv_ids, mask_N)
-  return o_BTNU, natural(lse_BNT).swapaxes(1, 2)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static, q, k, v, heads, q_ids, kv_ids, mask_N):
-  return _forward(static, (q, k, v), heads, q_ids, kv_ids, mask_N)
-
-
-def _attend_fwd(static, q, k, v, heads, q_ids, kv_ids, mask_N):
-  o, lse = _forward(static, (q, k, v), heads, q_ids, kv_ids, mask_N)
-  o, lse = checkpoint_name(o, "attention_out"), checkpoint_name(lse, "attention_lse")
-  return (o, lse), (q, k, v, heads, q_ids, kv_ids, mask_N, o, lse)
-
-
-def _attend_bwd(static, saved, given):
-  do, dlse = given
-  q, k, v, heads, q_ids, kv_ids, mask_N, o, lse = saved
-  delta = jnp.sum(do.astype(f32) * o.astype(f32), axis=-1).swapaxes(1, 2) - LOG2E * dlse
-  arrays = (q, k, v, do, lse, delta)
-  dq, drow = _backward_queries(static, arrays, heads, q_ids, kv_ids, mask_N)
-  dk, dv = _backward_keys(static, arrays, heads, q_ids, kv_ids, mask_N)
-  dsink = None if heads.sink is None else sink_gradient(heads.sink, lse, delta)
-  dslope = None if drow is None else jnp.sum(drow, axis=(0, 2))
-  return dq, dk, dv, Heads(dsink, dslope), None, None, None
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)
+  dtypes = jnp.bfloat16, jnp.float16, f32
+  return gpu.supports(q_BTNH, k_BSKH, v_BSKU, bias, order, dtypes)
 
 
 # ---- the kernels ----
@@ -185,32 +97,11 @@ def _run(block, size: int, length: int) -> _Run:
   return _Run(pl.ds(block * size, size), index, index < length if length % size else None)
 
 
-class _Side(NamedTuple):
-  """A block of queries or of keys, as a column or a row of a tile."""
-
-  position: Any
-  segment: Any
-  index: Any
-  in_row: Any
-
-  @classmethod
-  def of(cls, run: _Run, ids: Ids, b, *, down: bool):
-    position, segment = (None if ref is None else run.numbers(ref, b) for ref in ids)
-    turn = lambda x: None if x is None else x[:, None] if down else x[None]
-    position = run.index if position is None else position
-    return cls(*map(turn, (position, segment, run.index, run.in_row)))
-
-
-def _tile_logits(static, heads, n, product, queries: _Side, keys: _Side, which, cut: bool):
-  """(base-2 logits, MASKED where the key is not seen; their tanh if capped)."""
-  slope = None if heads.slope is None else heads.slope[n]
-  distance = lambda: queries.index - keys.index
-  s, tanh = logits(product, static.scale, static.softcap, slope, distance)
-  seen = visible(
-    static.masks if cut else (), which, queries.position, keys.position, queries.segment,
-    keys.segment, keys.in_row if cut else None,
-  )  # fmt: skip
-  return s if seen is None else jnp.where(seen, s, MASKED), tanh
+def _side(run: _Run, ids: Ids, b, *, down: bool) -> gpu.Side:
+  position, segment = (None if ref is None else run.numbers(ref, b) for ref in ids)
+  turn = lambda x: None if x is None else x[:, None] if down else x[None]
+  position = run.index if position is None else position
+  return gpu.Side(*map(turn, (position, segment, run.index, run.in_row)))
 
 
 def _product(a, b):
@@ -250,26 +141,22 @@ def _place(heads: int) -> tuple[Any, Any, Any]:
   return jax.lax.div(x, heads), jax.lax.rem(x, heads), pl.program_id(1)
 
 
-def _which(static, mask_N, n):
-  return mask_N[n] if len(static.masks) > 1 else 0
-
-
 def _forward_kernel(static, blocks, plans, mask_N, heads, q_ids, kv_ids, *refs):
   q_ref, k_ref, v_ref, o_ref, lse_ref = refs
   T, N, S, K = *q_ref.shape[1:3], *k_ref.shape[1:3]
   b, n, i = _place(N)
-  kv_head, which = jax.lax.div(n, N // K), _which(static, mask_N, n)
+  kv_head, which = jax.lax.div(n, N // K), static.which(mask_N, n)
   run = _run(i, blocks.own, T)
-  queries = _Side.of(run, q_ids, b, down=True)
+  queries = _side(run, q_ids, b, down=True)
   q = run.columns(q_ref, b, n)
 
   def body(cut):
     def step(j, carry):
       m, total, acc = carry
       visited = _run(j, blocks.visited, S)
-      keys = _Side.of(visited, kv_ids, b, down=False)
+      keys = _side(visited, kv_ids, b, down=False)
       product = _product(q, visited.columns(k_ref, b, kv_head))
-      s, _ = _tile_logits(static, heads, n, product, queries, keys, which, cut)
+      s, _ = gpu.tile_logits(static, heads, n, product, queries, keys, which, cut)
       m_next = jnp.maximum(m, jnp.max(s, axis=1))
       # Where nothing was visible yet, MASKED less anything but itself is 0 in powers of two.
       top = jnp.where(m_next == MASKED, 0.0, m_next)
@@ -297,9 +184,9 @@ def _dq_kernel(static, blocks, plans, mask_N, heads, q_ids, kv_ids, *refs):
   q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_ref, *drow_ref = refs
   T, N, S, K = *q_ref.shape[1:3], *k_ref.shape[1:3]
   b, n, i = _place(N)
-  kv_head, which = jax.lax.div(n, N // K), _which(static, mask_N, n)
+  kv_head, which = jax.lax.div(n, N // K), static.which(mask_N, n)
   run = _run(i, blocks.own, T)
-  queries = _Side.of(run, q_ids, b, down=True)
+  queries = _side(run, q_ids, b, down=True)
   q, do = run.columns(q_ref, b, n), run.columns(do_ref, b, n)
   lse, delta = (run.numbers(ref, b, n)[:, None] for ref in (lse_ref, delta_ref))
 
@@ -307,9 +194,9 @@ def _dq_kernel(static, blocks, plans, mask_N, heads, q_ids, kv_ids, *refs):
     def step(j, carry):
       dq, drow = carry
       visited = _run(j, blocks.visited, S)
-      keys = _Side.of(visited, kv_ids, b, down=False)
+      keys = _side(visited, kv_ids, b, down=False)
       k = visited.columns(k_ref, b, kv_head)
-      s, tanh = _tile_logits(static, heads, n, _product(q, k), queries, keys, which, cut)
+      s, tanh = gpu.tile_logits(static, heads, n, _product(q, k), queries, keys, which, cut)
       p = jnp.exp2(s - lse)
       ds = p * (_product(do, visited.columns(v_ref, b, kv_head)) - delta)
       if drow is not None:
@@ -333,20 +220,20 @@ def _dkv_kernel(static, blocks, plans, mask_N, heads, q_ids, kv_ids, *refs):
   T, N, S, K = *q_ref.shape[1:3], *k_ref.shape[1:3]
   b, kv_head, j = _place(K)
   run = _run(j, blocks.own, S)
-  keys = _Side.of(run, kv_ids, b, down=True)
+  keys = _side(run, kv_ids, b, down=True)
   k, v = run.columns(k_ref, b, kv_head), run.columns(v_ref, b, kv_head)
 
   def head(g, carry):
     n = kv_head * (N // K) + g
-    which = _which(static, mask_N, n)
+    which = static.which(mask_N, n)
 
     def body(cut):
       def step(i, carry):
         dk, dv = carry
         visited = _run(i, blocks.visited, T)
-        queries = _Side.of(visited, q_ids, b, down=False)
+        queries = _side(visited, q_ids, b, down=False)
         q, do = visited.columns(q_ref, b, n), visited.columns(do_ref, b, n)
-        s, tanh = _tile_logits(static, heads, n, _product(k, q), queries, keys, which, cut)
+        s, tanh = gpu.tile_logits(static, heads, n, _product(k, q), queries, keys, which, cut)
         # Past the end of the row there is no query: its probabilities are 0.
         p = jnp.exp2(s - visited.numbers(lse_ref, b, n, other=-MASKED)[None])
         dv = _add_product(dv, p, do)
@@ -368,40 +255,13 @@ def _dkv_kernel(static, blocks, plans, mask_N, heads, q_ids, kv_ids, *refs):
 # ---- their calls ----
 
 
-def _plans(static: _Static, blocks: _Blocks, own: int, visited: int, *, by_column: bool):
-  """Of `own` and `visited` positions, the blocks that the mask cuts and the full ones."""
-  sizes = (own, visited, blocks.own, blocks.visited)
-  if by_column:
-    sizes = (visited, own, blocks.visited, blocks.own)
-  each = [block_kinds(mask, *sizes, static.order) for mask in static.masks or (None,)]
-
-  def plan(kind) -> _Plan | None:
-    shown = np.stack([(kinds.T if by_column else kinds) == kind for kinds in each])
-    if not shown.any():
-      return None
-    count = shown.sum(2)
-    first = shown.argmax(2)
-    last = shown.shape[2] - 1 - shown[:, :, ::-1].argmax(2)
-    if np.all((count == 0) | (last - first + 1 == count)):  # as in windows: no list to read
-      start, block = first, None
-    else:
-      start = np.cumsum(count, axis=1) - count
-      lists = [visits(one).column_V for one in shown]
-      longest = max(x.size for x in lists)
-      block = np.stack([np.pad(x, (0, longest - x.size)) for x in lists])
-    as_i32 = partial(jnp.asarray, dtype=i32)
-    return _Plan(as_i32(start), as_i32(start + count), None if block is None else as_i32(block))
-
-  return plan(PARTIAL), plan(FULL)
-
-
 def _call(kernel, name, static, operands, shapes, *, by_column: bool = False):
   """Runs a kernel; `operands` are (q, k, v, what else has rows), heads, q_ids, kv_ids, mask_N."""
   arrays, heads, q_ids, kv_ids, mask_N = operands
   q, k, v = arrays[:3]
   blocks = _blocks(q, v, backward=len(arrays) > 3)
-  own, visited = (k, q) if by_column else (q, k)
-  plans = _plans(static, blocks, own.shape[1], visited.shape[1], by_column=by_column)
+  own = k if by_column else q
+  plans = gpu.plans(static, (blocks.own, blocks.visited), by_column=by_column)
   arguments = (plans, mask_N, heads, q_ids, kv_ids, *arrays)
   arguments = vary_with(arguments, arguments)
   call = pl.pallas_call(
@@ -435,3 +295,6 @@ def _backward_keys(static, arrays, *rest):
   """(dk, dv)."""
   shapes = [(x.shape, x.dtype) for x in arrays[1:3]]
   return _call(_dkv_kernel, "attention_dkv", static, (arrays, *rest), shapes, by_column=True)
+
+
+attention = gpu.of_kernels(_forward, _backward_queries, _backward_keys)

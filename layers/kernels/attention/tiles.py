@@ -6,6 +6,7 @@ Letters: B batch, T query positions, S key positions, N query heads.
 """
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,6 +34,53 @@ class Heads(NamedTuple):
 
   sink: jax.Array | None
   slope: jax.Array | None
+
+
+class Line:
+  """A number for each row or for each column of a tile, spread over it where the two meet.
+
+  Stands for ids in masks, of which much is said of queries alone or of keys alone: Mosaic has no
+  arrays of one column, and would compute all of it for each place of the tile.
+  """
+
+  __array_ufunc__ = None  # numpy's numbers leave arithmetic to this class
+
+  def __init__(self, values: jax.Array, dim: int, shape: tuple[int, int]):
+    self.values, self.dim, self.shape = values, dim, shape
+
+  def spread(self) -> jax.Array:
+    return jax.lax.broadcast_in_dim(self.values, self.shape, (self.dim,))
+
+  def astype(self, dtype) -> "Line":
+    return Line(self.values.astype(dtype), self.dim, self.shape)
+
+
+def _of_lines(function: Callable) -> Callable:
+  """The method of `Line` that does so; other operands are lines, tiles or single numbers."""
+
+  def method(self, *others):
+    tile = lambda x: getattr(x, "ndim", 0) == 2
+    meets = lambda x: x.dim != self.dim if isinstance(x, Line) else tile(x)
+    if any(map(meets, others)):
+      return function(*(x.spread() if isinstance(x, Line) else x for x in (self, *others)))
+    values = (x.values if isinstance(x, Line) else x for x in (self, *others))
+    return Line(function(*values), self.dim, self.shape)
+
+  return method
+
+
+for _name in (
+  "add", "sub", "mul", "floordiv", "mod", "and", "or", "xor", "lshift", "rshift",
+):  # fmt: skip
+  _operator = getattr(operator, f"__{_name}__")
+  setattr(Line, f"__{_name}__", _of_lines(_operator))
+  setattr(Line, f"__r{_name}__", _of_lines(lambda x, y, of=_operator: of(y, x)))
+for _name in ("lt", "le", "gt", "ge", "eq", "ne", "neg", "invert"):
+  setattr(Line, f"__{_name}__", _of_lines(getattr(operator, f"__{_name}__")))
+
+
+def spread(x: Any) -> Any:
+  return x.spread() if isinstance(x, Line) else x
 
 
 def needs_positions(masks: tuple[Any, ...], order: Order) -> bool:

@@ -23,7 +23,7 @@ f32, i32 = jnp.float32, jnp.int32
 def decode_attention(
   q_BTNH: jax.Array,
   k_BSKH: jax.Array,
-  v_BSKU: jax.Array,
+  v_BSKU: jax.Array | None,
   *,
   q_positions_BT: jax.Array,
   lengths_B: jax.Array,
@@ -44,7 +44,8 @@ def decode_attention(
 
   Args:
     q_BTNH: the new tokens, whose own keys are in the cache already; a few (1 to 16) a row.
-    k_BSKH, v_BSKU: query head n reads key/value head n // (N / K).
+    k_BSKH, v_BSKU: query head n reads key/value head n // (N / K). Without values the keys are
+      also the values.
     q_positions_BT: position of each query.
     lengths_B: how many entries of each row's cache hold keys. Entries from there on are ignored,
       whatever they hold, NaN too; a row of length 0 gives zeros.
@@ -72,11 +73,13 @@ def decode_attention(
   B, row_B = q_BTNH.shape[0], None
   if layer is not None and (free_axes() or implementation == "reference"):
     at = lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
-    k_BSKH, v_BSKU = at(k_BSKH), at(v_BSKU)
+    k_BSKH, v_BSKU = jax.tree.map(at, (k_BSKH, v_BSKU))
   elif layer is not None:
     row_B = layer * B + jnp.arange(B, dtype=i32)
-    k_BSKH, v_BSKU = (x.reshape(-1, *x.shape[2:]) for x in (k_BSKH, v_BSKU))
-  _check(q_BTNH, k_BSKH, v_BSKU, q_positions_BT, lengths_B, mask, sink_N, alibi_slopes_N, softcap)
+    flat = lambda x: x.reshape(-1, *x.shape[2:])
+    k_BSKH, v_BSKU = jax.tree.map(flat, (k_BSKH, v_BSKU))
+  values = k_BSKH if v_BSKU is None else v_BSKU
+  _check(q_BTNH, k_BSKH, values, q_positions_BT, lengths_B, mask, sink_N, alibi_slopes_N, softcap)
   S, H = k_BSKH.shape[1], k_BSKH.shape[3]
   if k_BSKH.shape[0] % B or (row_B is None and k_BSKH.shape[0] != B):
     raise ValueError(f"{B} rows of queries and {k_BSKH.shape[0]} of keys")
@@ -137,7 +140,7 @@ def _inputs(q_positions, lengths, kv_positions, page_table, sink, slopes, mask, 
 
 
 def _run(static, q_BTNH, k, v, inputs, implementation, seq_sharded=False):
-  arguments = (q_BTNH, k, v, inputs)
+  arguments = (q_BTNH, k, k if v is None else v, inputs)
   candidates = {
     "pallas_tpu": kernel_on(TPU, lambda _: _module("pallas_tpu").supports(*arguments)),
     "xla": anywhere,
@@ -145,9 +148,11 @@ def _run(static, q_BTNH, k, v, inputs, implementation, seq_sharded=False):
     "reference": anywhere,
   }
   chosen = select(implementation, current_platform(), candidates)
-  run = partial(_module(chosen).attention, static)
+  attention = partial(_module(chosen).attention, static)
   if chosen == "xla":
-    run = partial(run, seq_sharded=seq_sharded)
+    attention = partial(attention, seq_sharded=seq_sharded)
+  # One array stays one: a loop that carries it twice would copy it.
+  run = lambda q, k, v, inputs: attention(q, k, k if v is None else v, inputs)
   return auto_partitioned(run, sharding_like(q_BTNH), q_BTNH, k, v, inputs)
 
 

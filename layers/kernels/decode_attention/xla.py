@@ -120,10 +120,12 @@ def _slice(k_BSKH, v_BSKU, row_B, kv_positions_BS, block, begin_B) -> _Block:
   else:
     one = lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, block)
     of_rows = lambda x: jax.vmap(one)(x, start_B)
-    part = lambda x, row, start: jax.lax.dynamic_slice(
-      x, (row, start, 0, 0), (1, block, *x.shape[2:])
-    )[0]
-    in_stack = lambda x: jax.vmap(partial(part, x))(row_B, start_B)
+
+    def in_stack(x):
+      # As a matrix: with a single head the compiler would turn the stack, which copies it.
+      flat = x.reshape(-1, x.shape[2] * x.shape[3])
+      return jax.vmap(partial(one, flat))(row_B * S + start_B).reshape(B, block, *x.shape[2:])
+
     take = of_rows if row_B is None else in_stack
   positions_BS = index_BS if kv_positions_BS is None else of_rows(kv_positions_BS)
   return _Block(take(k_BSKH), take(v_BSKU), index_BS, positions_BS)

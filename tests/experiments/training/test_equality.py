@@ -68,8 +68,10 @@ MODELS = {
   ),
   # With a small eps results near zero, where little has been written, would be only rounding.
   "linear": tuple(
-    Segment((LayerSpec(LinearAttentionSpec(kind, 8, 8, norm=NormSpec(eps=0.1)), MlpSpec(64)),))
-    for kind in ("delta", "gla")
+    Segment(
+      (LayerSpec(LinearAttentionSpec(kind, 8, 8, norm=NormSpec(eps=0.1)), MlpSpec(64)),), repeats
+    )
+    for kind, repeats in (("gla", 2), ("delta", 1))
   ),
   "encoder": (
     Segment(

@@ -19,6 +19,7 @@ from layers.kernels.attention import (
   _select,
   attention,
   cudnn,
+  gpu,
   pallas_gpu,
   reference,
 )
@@ -121,11 +122,9 @@ def test_any_mask(mask):
 )  # fmt: skip
 def test_each_visible_block_is_visited_once(masks, length, own, visited, by_column):
   mask = masks[0] if None in masks or len(masks) == 1 else PerHead(tuple(masks))
-  static = pallas_gpu._Static(mask, 1.0, None, "index")
-  blocks = pallas_gpu._Blocks(own, visited, 4)
-  plans = pallas_gpu._plans(static, blocks, length, length, by_column=by_column)
-  plans = jax.tree.map(np.asarray, plans)
-  for n, one in enumerate(static.masks or (None,)):
+  static = gpu.Static(mask, 1.0, None, "index", length, length)
+  plans = jax.tree.map(np.asarray, gpu.plans(static, (own, visited), by_column=by_column))
+  for n, one in enumerate(static.masks):
     table = np.ones((length, length), bool) if one is None else one.table(length)
     table = table.T if by_column else table
     seen = np.zeros(table.shape, int)

@@ -1,6 +1,7 @@
-"""The TPU kernels for grouped products: values in interpret mode, visited rows, lowering."""
+"""The TPU kernels for grouped products: values in interpret mode, races, visited rows, lowering."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -65,6 +67,44 @@ def test_outer(run, out):
     x, dy = make("x", "bfloat16", sizes), make("dy", "bfloat16", sizes)
     got = run(x, dy, jnp.array(sizes, jnp.int32))
     close(got, outer_products(x, dy, sizes), out)
+
+
+def one_block_of_results(**specs):
+  """All columns are written to one place, on two cores."""
+  fixed = lambda spec: pl.BlockSpec(spec.block_shape, lambda *_: (0,) * len(spec.block_shape))
+  found = specs["out_specs"]
+  specs["out_specs"] = tuple(map(fixed, found)) if isinstance(found, tuple) else fixed(found)
+  return pltpu.PrefetchScalarGridSpec(**specs)
+
+
+@pytest.mark.parametrize("seeded", [False, True], ids=["as it is", "seeded"])
+@pytest.mark.parametrize("kernel", ["product", "outer"])
+def test_races(kernel, seeded, small_tiles, monkeypatch, capfd):
+  """On two cores, with memory that is NaN until written."""
+  if seeded:
+    names = vars(pltpu) | {"PrefetchScalarGridSpec": one_block_of_results}
+    monkeypatch.setattr(pallas_tpu, "pltpu", SimpleNamespace(**names))
+  sizes = SIZES["uneven"]
+  x, w, dy = (make(name, "bfloat16", sizes) for name in ("x", "w", "dy"))
+  groups = jnp.array(sizes, jnp.int32)
+  parameters = pltpu.InterpretParams(
+    detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2
+  )
+  found, got = "", None
+  with pltpu.force_tpu_interpret_mode(parameters):
+    try:
+      if kernel == "product":
+        (got,) = pallas_tpu.row_products(x, (w,), groups, finish=one)
+      else:
+        got = pallas_tpu.outer(x, dy, groups, dtype=jnp.bfloat16)
+      got = np.asarray(jax.block_until_ready(got), np.float64)
+    except jax.errors.JaxRuntimeError as error:  # newer versions raise, older ones print
+      found = str(error)
+  found += "".join(capfd.readouterr())
+  assert ("RACE DETECTED" in found) == seeded
+  if not seeded:
+    want = products(x, w, sizes) if kernel == "product" else outer_products(x, dy, sizes)
+    close(got, want, "bfloat16")
 
 
 def test_gated(run):

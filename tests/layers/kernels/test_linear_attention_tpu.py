@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
@@ -85,12 +84,33 @@ def equations(jaxpr):
         yield from equations(value.jaxpr)
 
 
-def test_no_races(on_tpu):
-  """In TPU interpret mode, where copies run beside the kernel and unwritten memory reads as NaN."""
-  with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
-    got = jax.block_until_ready(run("kimi", "pallas_tpu", jit=jax.jit))
-  assert not interpret_pallas_call.races.races_found
-  close(got, expected("kimi"), 1e-5)
+def one_block_of_results(kernel, **keywords):
+  """All rows and heads write to one place, on two cores."""
+  fixed = lambda spec: pl.BlockSpec(spec.block_shape, lambda *_: (0,) * len(spec.block_shape))
+  is_spec = lambda x: isinstance(x, pl.BlockSpec)
+  out_specs = jax.tree.map(fixed, keywords["out_specs"], is_leaf=is_spec)
+  return pl.pallas_call(kernel, **keywords | {"out_specs": out_specs})
+
+
+@pytest.mark.parametrize("seeded", [False, True], ids=["as it is", "seeded"])
+def test_races(seeded, on_tpu, monkeypatch, capfd):
+  """Forward and backward on two cores, with memory that is NaN until written."""
+  if seeded:
+    names = vars(pl) | {"pallas_call": one_block_of_results}
+    monkeypatch.setattr(pallas_tpu, "pl", SimpleNamespace(**names))
+  parameters = pltpu.InterpretParams(
+    detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2
+  )
+  found, got = "", None
+  with pltpu.force_tpu_interpret_mode(parameters):
+    try:
+      got = jax.block_until_ready(run("kimi", "pallas_tpu", jit=jax.jit))
+    except jax.errors.JaxRuntimeError as error:  # newer versions raise, older ones print
+      found = str(error)
+  found += "".join(capfd.readouterr())
+  assert ("RACE DETECTED" in found) == seeded
+  if not seeded:
+    close(got, expected("kimi"), 1e-5)
 
 
 FORMS = {"none": (None, False), "head": (3, False), "channel": (4, False), "delta": (3, True)}

@@ -1,0 +1,156 @@
+"""What `plan` prints: memory by use, time by use, options side by side, machines."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from mesh.hardware import CHIPS, Chip, Topology
+
+from ..config import Config, ConfigError
+from ..training.setup import Setup
+from . import serving
+from .estimate import Memory, held, memory, memory_rows
+from .memory import gigabytes
+from .placement import mesh_axes
+from .search import Option, loses_by
+from .speed import bytes_received, count_work, mfu, time_rows
+from .traffic import Collective
+from .work import Op
+
+console = Console(highlight=False, soft_wrap=True)
+console.width = max(console.width, 160)  # a narrow terminal wraps lines, not columns
+
+
+def table(*columns: str) -> Table:
+  """The first column is text, the others are numbers."""
+  made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+  for i, column in enumerate(columns):
+    made.add_column(column, justify="right" if i else "left")
+  return made
+
+
+def print_memory(memory: Memory, available: int) -> None:
+  made = table("memory of a device", "bytes", "share")
+  for name, n in memory_rows(memory):
+    made.add_row(name, gigabytes(n), f"{n / available:.1%}")
+  verdict = "fits" if memory.total <= available else "does NOT fit"
+  made.add_row("peak", gigabytes(memory.total), f"{memory.total / available:.1%}")
+  console.print(made)
+  console.print(f"of {gigabytes(available)}: {verdict}\n")
+
+
+def print_largest(setup: Setup, count: int = 5) -> None:
+  """The largest arrays of a device's state, and the mesh axes that do not cut them."""
+  named = jax.tree_util.tree_leaves_with_path(
+    {"": setup.abstract.params, "optimizer": setup.abstract.opt_state}
+  )
+  leaves = sorted(named, key=lambda item: -held(item[1]))[:count]
+  made = table("largest arrays of the state", "of a device", "bytes", "not cut over")
+  for path, leaf in leaves:
+    used = {axis for dim in range(len(leaf.shape)) for axis in mesh_axes(leaf.sharding, dim)}
+    idle = [f"{axis}={n}" for axis, n in setup.mesh.shape.items() if n > 1 and axis not in used]
+    name = jax.tree_util.keystr(path, simple=True, separator="/").strip("/")
+    if name.startswith("optimizer"):  # optax's own layers of state say nothing
+      name = "optimizer " + name.split("inner_state/")[-1].lstrip("0123456789/")
+    local = leaf.sharding.shard_shape(leaf.shape)
+    text = f"{leaf.dtype}[{', '.join(map(str, local))}]"
+    made.add_row(name, text, gigabytes(held(leaf)), ", ".join(idle) or "-")
+  console.print(made)
+  console.print("")
+
+
+def print_time(option: Option, chip: Chip) -> None:
+  step = option.step
+  made = table("time of a step", "seconds", "share")
+  for name, seconds in time_rows(step):
+    if seconds:
+      made.add_row(name, f"{seconds:.3f}", f"{seconds / step.total:.1%}")
+  made.add_row("step", f"{step.total:.3f}", f"MFU {mfu(option.setup, chip, step.total):.1%}")
+  console.print(made)
+  axes = ", ".join(f"{axis} {seconds:.3f} s" for axis, seconds in step.traffic.items())
+  console.print(f"on the network: {axes or 'nothing'}\n")
+
+
+def print_options(options: Sequence[Option], chip: Chip, available: int, count: int = 8) -> None:
+  """The best ones, and why they are not the first."""
+  best = options[0]
+  made = table("mesh, recomputation, parts", "memory", "s a step", "MFU", "why not the first")
+  for option in options[:count]:
+    share = f"{gigabytes(option.memory.total)}"
+    if not option.fits:
+      over = option.memory.total - available
+      made.add_row(option.name, share, "", "", f"{gigabytes(max(over, 0))} too much")
+      continue
+    seconds = option.step.total
+    why = "" if option is best else loses_by(option, best)
+    made.add_row(
+      option.name, share, f"{seconds:.2f}", f"{mfu(option.setup, chip, seconds):.1%}", why
+    )
+  console.print(made)
+
+
+def print_compiled(setup: Setup, stated: Any, ops: list[Op], sends: list[Collective]) -> None:
+  """The estimate beside the compiler's `memory_analysis`, and what its program does."""
+  mine, devices = memory(setup), math.prod(setup.mesh.shape.values())
+  counted, received = count_work(setup), bytes_received(setup)
+  made = table("of a device", "estimate", "compiled")
+  size = lambda n: gigabytes(round(n))
+  made.add_row("arguments", size(mine.arguments), size(stated.argument_size_in_bytes))
+  made.add_row("peak of memory", size(mine.total), size(stated.peak_memory_in_bytes))
+  flop = [op for op in ops if op.kind in ("product", "kernel")]
+  again = sum(op.total for op in flop if op.recomputed)
+  for name, estimate, found in (
+    ("FLOP", sum(counted) / devices, sum(op.total for op in flop)),
+    ("of them repeated", sum(counted[3:]) / devices, again),
+  ):
+    made.add_row(name, f"{estimate:.3g}", f"{found:.3g}")
+  for axis, n in setup.mesh.shape.items():
+    if n > 1:
+      along = sum(c.total for c in sends if c.axes == (axis,))
+      made.add_row(f"received along {axis}", size(received[axis]), size(along))
+  several = sum(c.total for c in sends if len(c.axes) > 1)
+  if several:
+    made.add_row("received along several axes", "", size(several))
+  console.print(made)
+
+
+_BATCHES = (1, 8, 32, 128, 512)
+
+
+def print_serving(config: Config, topology: Topology | None, bits: int) -> None:
+  """Machines that hold the weights and the cache of one row, or batches on one of them."""
+  spec, length = config.model, config.data.row_length
+  if not spec.causal:
+    raise ConfigError(f"{config.name} is an encoder: it draws no tokens")
+  weights, cache = serving.weight_bytes(spec, bits), serving.cache_bytes(spec, length)
+  print(
+    f"{config.name}: weights of {bits} bits {gigabytes(weights)}, the cache of a row of {length:,} "
+    f"positions {gigabytes(cache)}\n"
+  )
+  columns = ("tokens/s", "tokens/s a chip", "ms a token", "bound by")
+  if topology is None:
+    made = table("smallest machine", "chips", *columns)
+    for name, chip, chips in serving.smallest(spec, 1, length, bits):
+      made.add_row(
+        name, str(chips), *_drawn(serving.serve(spec, chip, chips, 1, length, bits), chips)
+      )
+    print("One row:")
+  else:
+    chip, chips = CHIPS[topology.chip], topology.num_chips
+    made = table("batch", "memory a chip", *columns)
+    for batch in _BATCHES:
+      found = serving.serve(spec, chip, chips, batch, length, bits)
+      held_bytes = (weights + found.cache_bytes) / chips
+      cells = _drawn(found, chips) if found.fits else ("does not fit", "", "", "")
+      made.add_row(str(batch), gigabytes(round(held_bytes)), *cells)
+  console.print(made)
+  print("\nEstimates without traffic between chips.")
+
+
+def _drawn(found: serving.Serving, chips: int) -> tuple[str, ...]:
+  each = found.tokens_per_second(chips)
+  return f"{each * chips:,.0f}", f"{each:,.1f}", f"{1000 * found.seconds:.1f}", found.bound

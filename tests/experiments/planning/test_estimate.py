@@ -1,0 +1,121 @@
+"""Estimated memory and time of a step: against the compiler, and against counts by other means."""
+
+from dataclasses import replace
+
+import jax
+import pytest
+
+from experiments import cli
+from experiments.overrides import apply_overrides
+from experiments.plan import lower_step
+from experiments.planning import estimate, speed
+from experiments.planning.search import abstract_mesh, loses_by, search, start
+from experiments.training.setup import build, build_on
+from layers.count import count_params
+from mesh.hardware import CHIPS
+from mesh.topology import describe_devices
+
+
+def planned(name, sizes=None, **overrides):
+  paths = [(path.replace("__", "."), str(value)) for path, value in overrides.items()]
+  config = apply_overrides(cli.named_config(name), paths)
+  return build_on(config, abstract_mesh(sizes or {}), "tpu")
+
+
+# Sizes that libtpu 0.0.52 states for arguments of compiled programs.
+ALLOCATIONS = [
+  ((16, 64, 8192), 33_554_432), ((16, 8192, 64), 33_554_432), ((128_256, 64), 32_833_536),
+  ((16, 64, 32, 64), 16_777_216), ((16, 2048), 131_072), ((2048,), 8192), ((), 512),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "size"), ALLOCATIONS)
+def test_tiles_of_arguments(shape, size):
+  assert estimate.padded(shape, 4) == size
+
+
+@pytest.mark.parametrize(
+  ("name", "mesh"),
+  [("debug", {"fsdp": 4}), ("debug", {"fsdp": 2, "tensor": 2}), ("debug", {"expert": 4})],
+)
+def test_arguments_are_those_of_the_compiler(name, mesh):
+  config = cli.named_config(name)
+  config = replace(config, mesh=replace(config.mesh, **mesh))
+  setup = build(config, describe_devices("v5e:2x2"))
+  cached = jax.config.jax_enable_compilation_cache
+  jax.config.update("jax_enable_compilation_cache", False)  # nothing here reads a TPU's back
+  compiled = lower_step(setup).compile().memory_analysis()
+  jax.config.update("jax_enable_compilation_cache", cached)
+  found = estimate.memory(setup)
+  assert found.arguments == pytest.approx(compiled.argument_size_in_bytes, rel=0.01)
+
+
+def test_policies_and_parts_keep_less():
+  total = lambda **more: sum(
+    estimate.memory(planned("dense_1b", {"fsdp": 16}, **more)).kept.values()
+  )
+  policies = [total(train__remat=remat) for remat in ("none", "minimal", "dots", "full")]
+  assert policies == sorted(policies, reverse=True) and len(set(policies)) == 4
+  assert total(train__microbatches=4) == total() // 4
+  # All that `full` keeps: 16 layers' inputs of 16 rows a device, in bfloat16.
+  assert policies[-1] == 16 * 16 * 4096 * 2048 * 2
+
+
+@pytest.mark.parametrize("name", ["dense_1b", "gpt3:13b", "palm:8b", "deepseek:v3"])
+def test_products_are_six_a_parameter_and_token(name):
+  """What multiplies is every matrix that a token passes; vectors and tables do not."""
+  setup = planned(name)
+  config = setup.config
+  counts, tokens = count_params(config.model), config.data.batch_size * config.data.row_length
+  vectors = sum(
+    leaf.size
+    for leaf, names in zip(
+      jax.tree.leaves(setup.layout.shapes),
+      jax.tree.leaves(setup.layout.axes, is_leaf=lambda x: isinstance(x, tuple)),
+      strict=True,
+    )
+    if len([n for n in names if n not in ("layers", "expert")]) < 2
+  )
+  work = speed.count_work(setup)
+  assert work.products + work.experts == pytest.approx(
+    6 * (counts.active_matmul - vectors) * tokens, rel=1e-3
+  )
+  assert (work.experts > 0) == (name == "deepseek:v3")
+
+
+def test_recomputed_products():
+  """`full` repeats a layer but its last product and the head; `minimal` nothing."""
+  work = speed.count_work(planned("dense_1b", train__remat="full"))
+  tokens, down = 256 * 4096, 16 * 8192 * 2048
+  layers = count_params(cli.named_config("dense_1b").model).total - 128_256 * 2048 - 33 * 2048
+  assert work.repeated_products == 2 * tokens * (layers - down)
+  assert work.repeated_attention == work.attention / 3.5
+  minimal = speed.count_work(planned("dense_1b", train__remat="minimal"))
+  assert minimal.repeated_products == minimal.repeated_attention == 0
+
+
+def test_weights_on_the_network():
+  """Of FSDP: all weights twice in bfloat16 and their gradients in float32, less a device's own."""
+  received = speed.bytes_received(planned("dense_1b", {"fsdp": 16}))
+  total = count_params(cli.named_config("dense_1b").model).total
+  assert received["fsdp"] == (2 + 2 + 4) * total * 15 / 16
+  assert sum(received.values()) == received["fsdp"]
+
+
+def test_a_slow_network_changes_the_order_for_that_reason():
+  setup, chip = start(cli.named_config("moe_70b")), CHIPS["v5p"]
+  quick = search(setup, chip, 64, quick=True)
+  slow_chip = replace(chip, interconnect=chip.interconnect / 100)
+  slow = search(setup, slow_chip, 64, quick=True)
+  assert all(option.fits for option in (quick[0], slow[0]))
+  assert quick[0].setup.mesh.shape != slow[0].setup.mesh.shape
+  (former,) = (o for o in slow if o.setup.mesh.shape == quick[0].setup.mesh.shape)
+  assert former.step.total > 1.2 * slow[0].step.total
+  assert loses_by(former, slow[0]).startswith("traffic nothing hides")
+
+
+def test_what_does_not_fit_comes_last_and_is_said():
+  options = search(start(cli.named_config("moe_70b")), CHIPS["v5e"], 64, quick=True)
+  assert options and not any(option.fits for option in options)
+  sizes = [option.memory.total for option in options]
+  assert sizes == sorted(sizes) and sizes[0] > CHIPS["v5e"].hbm_bytes * 0.95

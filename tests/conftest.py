@@ -38,6 +38,17 @@ class _Grouped(LoadScopeScheduling):
   def _split_scope(self, nodeid: str) -> str:
     return _group(Path(self.config.rootpath) / nodeid.split("::")[0]) or nodeid
 
+  def remove_node(self, node):
+    """A test that ended its process, or hung until it was ended, is not run again in the next."""
+    workload = self.assigned_work.pop(node)
+    left = [test for unit in workload.values() for test, done in unit.items() if not done]
+    if left:
+      workload[self._split_scope(left[0])][left[0]] = True
+      self.workqueue.update({k: unit for k, unit in workload.items() if not all(unit.values())})
+      for other in self.assigned_work:
+        self._reschedule(other)
+    return left[0] if left else None
+
 
 @functools.cache
 def _group(path: Path) -> str | None:

@@ -82,14 +82,14 @@ def test_values_and_gradients(name, dtype, tolerance, monkeypatch):
 
 
 class Careless(mosaic_gpu._Ring):
-  """Fills buffers that are still read."""
+  """Gives buffers back before it reads them; arrivals stay paired, so nothing waits for ever."""
 
-  def fill(self, step, sources) -> None:
-    slot = jax.lax.rem(step, mosaic_gpu.STAGES)
-    for source, buffer in zip(sources, self.buffers, strict=True):
-      plgpu.copy_gmem_to_smem(source, buffer.at[slot], self.full.at[slot])
+  def wait(self, step):
+    views = super().wait(step)
+    super().release(step)
+    return views
 
-  def drain(self, steps) -> None:
+  def release(self, step) -> None:
     pass
 
 

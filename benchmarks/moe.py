@@ -21,7 +21,7 @@ import numpy as np
 
 from experiments import cli
 from experiments.overrides import apply_overrides
-from experiments.plan import lower_step
+from experiments.planning.compiling import lower_step
 from experiments.planning.program import compile_with_text
 from experiments.planning.traffic import by_axes, collectives
 from experiments.planning.work import totals, work

@@ -189,6 +189,12 @@ def config_flag() -> tuple[str, bool]:
   return _CONFIG.value, flags.FLAGS["config"].present > 0
 
 
+def config_arguments() -> list[str]:
+  """Flags that give another program the same config and topology."""
+  given = [f"--config.{path}={value}" for path, value in _overrides]
+  return [f"--config={_CONFIG.value}", f"--topology={_TOPOLOGY.value}", *given]
+
+
 def topology_flag() -> str:
   """The value of `--topology`; empty without it."""
   return _TOPOLOGY.value

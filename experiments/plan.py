@@ -7,32 +7,25 @@ accelerator's library. --compile asks the TPU's own compiler, from the libtpu pa
 """
 
 import math
-import time
+import sys
+import tempfile
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 from absl import flags
-from jax.sharding import NamedSharding
 
-from mesh.constrain import use_mesh
 from mesh.hardware import CHIPS, Chip, Topology, device_memory_bytes, find_chip, parse_topology
-from mesh.rules import spec_for
 
 from . import cli
 from .config import Config, ConfigError
 from .planning import budget, machines, page, tables
+from .planning.compiled import print_compiled, print_groups
+from .planning.compiling import CompilerError, compile_apart
 from .planning.cost import Prices
 from .planning.estimate import memory
 from .planning.machines import Run
-from .planning.memory import bytes_per_device, gigabytes, training_bytes
-from .planning.program import compile_with_text
 from .planning.search import ROOM, Option, abstract_mesh, move, search, start
 from .planning.speed import step_time
-from .planning.traffic import collectives
-from .planning.work import work
-from .training.setup import Setup, build, mesh_sizes
-from .training.step import make_train_step
+from .training.setup import build, mesh_sizes
 
 _COMPILE = flags.DEFINE_bool(
   "compile", False, "Compile the training step for --topology (TPUs) and show what it needs."
@@ -84,8 +77,7 @@ def main() -> int:
     machines.print_machines(config, run)
     return cli.FINISHED
   if _COMPILE.value:
-    compile_step(config)
-    return cli.FINISHED
+    return compile_step(config)
   chip = CHIPS[topology.chip]
   if not (chip.hbm_bytes and chip.flops_per_device and chip.interconnect):
     raise ConfigError(f"--topology: memory and speed of {chip.name!r} are not in mesh/hardware.py")
@@ -178,8 +170,8 @@ def _as_it_is(config: Config, topology: Topology, chip: Chip, available: int) ->
   return Option(setup, needed, step_time(setup, chip), needed.total <= ROOM * available)
 
 
-def compile_step(config: Config) -> None:
-  """What the compiler says of the training step.
+def compile_step(config: Config) -> int:
+  """What the compiler says of the training step; the exit code.
 
   Raises:
     ConfigError: it does not fit; libtpu is missing.
@@ -188,54 +180,19 @@ def compile_step(config: Config) -> None:
   assert devices is not None
   chip, hbm = find_chip(devices[0]), device_memory_bytes(devices[0])
   assert chip is not None and hbm is not None, devices[0].device_kind  # what libtpu describes
-  where = f"{len(devices) // chip.devices_per_chip} x {chip.name}"
   setup = build(config, devices)
   axes = " x ".join(f"{name}={size}" for name, size in setup.mesh.shape.items() if size > 1)
-  print(f"{config.name} on {where}, mesh {axes}")
-  print(
-    f"state    {gigabytes(training_bytes(setup))}, {gigabytes(bytes_per_device(setup))} a device"
-  )
-  jax.config.update("jax_enable_compilation_cache", False)  # it can't be read back without a TPU
-  began = time.monotonic()
-  try:
-    compiled, text = compile_with_text(lower_step(setup))
-  except jax.errors.JaxRuntimeError as e:
-    if "RESOURCE_EXHAUSTED" not in str(e):
-      raise
-    raise ConfigError(
-      f"{config.name} does not fit {where}: "
-      f"{str(e).splitlines()[0].removeprefix('RESOURCE_EXHAUSTED: ')} "
-      "Try more --config.train.microbatches, --config.train.remat=full, or a larger slice; "
-      "without --compile, plan searches for what fits."
-    ) from e
-  needed = compiled.memory_analysis()
-  print(f"compiled in {time.monotonic() - began:.0f} s")
-  verdict = "fits" if needed.peak_memory_in_bytes <= hbm else "does NOT fit"
-  print(
-    f"peak     {gigabytes(needed.peak_memory_in_bytes)} a device of {gigabytes(hbm)}: {verdict}\n"
-  )
-  tables.print_compiled(setup, needed, work(text), collectives(text, setup.mesh))
-
-
-def lower_step(setup: Setup) -> jax.stages.Lowered:
-  """The train step lowered for the setup's (described) devices, to be compiled."""
-  config = setup.config
-  step = make_train_step(
-    setup.model,
-    setup.optimizer,
-    seed=config.train.seed,
-    microbatches=setup.accumulate,
-    z_loss=config.train.z_loss,
-  )
-  placed = NamedSharding(setup.mesh, spec_for(("act_batch", "act_seq"), setup.rules, setup.mesh))
-  shape = (config.data.batch_size, config.data.row_length)
-  array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
-  names = ("tokens", "targets", "segments", "positions")
-  batch = {name: array(jnp.int32) for name in names} | {"weights": array(jnp.float32)}
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
-  with use_mesh(setup.mesh, setup.rules):
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    return jitted.lower(setup.abstract, batch)
+  print(f"{config.name} on {len(devices) // chip.devices_per_chip} x {chip.name}, mesh {axes}")
+  with tempfile.TemporaryDirectory() as folder:
+    try:
+      with tables.console.status("compiling: memory within seconds, the rest within minutes"):
+        on_memory = lambda peak: print_groups(memory(setup), peak, hbm)
+        found = compile_apart(cli.config_arguments(), Path(folder), on_memory)
+    except CompilerError as e:
+      print(f"error: {e}", file=sys.stderr)
+      return cli.OUR_FAULT
+  print_compiled(setup, found, chip)
+  return cli.FINISHED
 
 
 if __name__ == "__main__":

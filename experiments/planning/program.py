@@ -37,7 +37,7 @@ def lines(text: str) -> Iterator[Line]:
   Loops count as often as the constant in their condition says; both branches of a conditional
   count once.
   """
-  bodies, entry = _computations(text)
+  bodies, entry = computations(text)
 
   def walk(name: str, times: int) -> Iterator[Line]:
     for line in bodies[name]:
@@ -70,7 +70,7 @@ def op_name(line: str) -> str:
   return found[1] if found else ""
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+def computations(text: str) -> tuple[dict[str, list[str]], str]:
   bodies: dict[str, list[str]] = {}
   name = entry = ""
   for line in text.splitlines():

@@ -1,8 +1,6 @@
 """What `plan` prints: memory by use, time by use, options side by side, machines."""
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from rich.console import Console
@@ -13,13 +11,11 @@ from mesh.hardware import CHIPS, Chip, Topology
 from ..config import Config, ConfigError
 from ..training.setup import Setup
 from . import serving
-from .estimate import Memory, held, memory, memory_rows
+from .estimate import Memory, held, memory_rows
 from .memory import gigabytes
 from .placement import mesh_axes
 from .search import Option, loses_by
-from .speed import bytes_received, count_work, mfu, time_rows
-from .traffic import Collective
-from .work import Op
+from .speed import mfu, time_rows
 
 console = Console(highlight=False, soft_wrap=True)
 console.width = max(console.width, 160)  # a narrow terminal wraps lines, not columns
@@ -90,31 +86,6 @@ def print_options(options: Sequence[Option], chip: Chip, available: int, count: 
     made.add_row(
       option.name, share, f"{seconds:.2f}", f"{mfu(option.setup, chip, seconds):.1%}", why
     )
-  console.print(made)
-
-
-def print_compiled(setup: Setup, stated: Any, ops: list[Op], sends: list[Collective]) -> None:
-  """The estimate beside the compiler's `memory_analysis`, and what its program does."""
-  mine, devices = memory(setup), math.prod(setup.mesh.shape.values())
-  counted, received = count_work(setup), bytes_received(setup)
-  made = table("of a device", "estimate", "compiled")
-  size = lambda n: gigabytes(round(n))
-  made.add_row("arguments", size(mine.arguments), size(stated.argument_size_in_bytes))
-  made.add_row("peak of memory", size(mine.total), size(stated.peak_memory_in_bytes))
-  flop = [op for op in ops if op.kind in ("product", "kernel")]
-  again = sum(op.total for op in flop if op.recomputed)
-  for name, estimate, found in (
-    ("FLOP", sum(counted) / devices, sum(op.total for op in flop)),
-    ("of them repeated", sum(counted[3:]) / devices, again),
-  ):
-    made.add_row(name, f"{estimate:.3g}", f"{found:.3g}")
-  for axis, n in setup.mesh.shape.items():
-    if n > 1:
-      along = sum(c.total for c in sends if c.axes == (axis,))
-      made.add_row(f"received along {axis}", size(received[axis]), size(along))
-  several = sum(c.total for c in sends if len(c.axes) > 1)
-  if several:
-    made.add_row("received along several axes", "", size(several))
   console.print(made)
 
 

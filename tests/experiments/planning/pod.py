@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from experiments.config import Config, DataConfig, MeshConfig, TrainConfig
-from experiments.plan import lower_step
+from experiments.planning.compiling import lower_step
 from experiments.planning.program import compile_with_text
 from experiments.planning.traffic import Collective, collectives
 from experiments.training.setup import Setup, build

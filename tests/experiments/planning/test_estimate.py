@@ -7,8 +7,8 @@ import pytest
 
 from experiments import cli
 from experiments.overrides import apply_overrides
-from experiments.plan import lower_step
 from experiments.planning import estimate, speed
+from experiments.planning.compiling import lower_step
 from experiments.planning.search import abstract_mesh, loses_by, search, start
 from experiments.training.setup import build, build_on
 from layers.count import count_params

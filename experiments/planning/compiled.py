@@ -1,0 +1,185 @@
+"""What the compiler says of a step, beside the estimates: memory by use, work, time."""
+
+import math
+from collections.abc import Mapping
+
+from mesh.hardware import Chip
+
+from ..config import ConfigError
+from ..training.setup import Setup
+from . import conventions
+from .buffers import Peak, by_group
+from .compiling import Compiled
+from .estimate import Memory
+from .memory import gigabytes
+from .speed import Step, axis_speeds, bytes_received, count_work, rates_of, step_time
+from .tables import console, table
+from .traffic import Collective, collectives
+from .work import Op, work
+
+# Of the cycles that libtpu states; v5e and v5p from peak FLOP/s and matrix units, v4 from its paper
+# (ISCA 2023), the last two fitted to its own estimates of large products.
+CLOCK = {"v4": 1.05e9, "v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9, "tpu7x": 2.2e9}
+_LARGEST = 8
+_SHOWN = 5e-4  # share of the peak below which a row says nothing
+
+
+def print_groups(mine: Memory, peak: Peak, hbm: int) -> None:
+  """Bytes of a device by use; a layer's work is estimated as one.
+
+  Args:
+    hbm: bytes of a device.
+  """
+  found = by_group(peak.buffers)
+  made = table("memory of a device", "estimate", "compiled")
+  for name, estimate in _estimates(mine).items():
+    size = found.pop(name, 0)
+    if estimate or size:
+      made.add_row(name, gigabytes(estimate), gigabytes(size))
+  at_work = {name: size for name, size in found.items() if name.startswith("at work")}
+  made.add_row("a layer at work", gigabytes(mine.layer), gigabytes(sum(at_work.values())))
+  for name, size in found.items():
+    if size > _SHOWN * peak.total:
+      made.add_row(f"  {name}" if name in at_work else name, "", gigabytes(size))
+  made.add_row("gaps between them", "", gigabytes(peak.gaps))
+  made.add_row("peak", gigabytes(mine.total), gigabytes(peak.total))
+  console.print(made)
+  over = peak.total - hbm
+  console.print(
+    f"of {gigabytes(hbm)}: {'fits' if over <= 0 else f'does NOT fit, {gigabytes(over)} too much'}\n"
+  )
+  if over > 0:
+    print_buffers(peak)
+
+
+def print_compiled(setup: Setup, compiled: Compiled, chip: Chip) -> None:
+  """FLOP and time of a program.
+
+  Raises:
+    ConfigError: it does not fit.
+  """
+  if compiled.refused:
+    raise ConfigError(
+      f"{setup.config.name} does not fit. Try more --config.train.microbatches, "
+      "--config.train.remat=full or a larger slice; plan without --compile searches for what fits. "
+      f"The compiler: {compiled.refused}"
+    )
+  print(
+    f"compiled in {compiled.seconds:.0f} s ({compiled.cpu_seconds:.0f} CPU seconds, "
+    f"{gigabytes(compiled.host_bytes)} here); the code takes {gigabytes(compiled.code)}\n"
+  )
+  ops, sends = work(compiled.text), collectives(compiled.text, setup.mesh)
+  print_work(setup, ops, sends)
+  print_step(setup, chip, ops, sends)
+
+
+def _estimates(mine: Memory) -> dict[str, int]:
+  """The groups of `buffers.groups` that the estimate has, too."""
+  before_layers = mine.head if mine.head > mine.gradients + mine.layer else 0
+  return {
+    "parameters": mine.parameters,
+    "optimizer": mine.optimizer,
+    "batch": mine.batch,
+    **{f"kept: {kind}": 0 for kind in ("layer inputs", "attention", "mlp", "experts")},
+    **{f"kept: {kind}": size for kind, size in mine.kept.items()},
+    "gradients": 0 if before_layers else mine.gradients,
+    "the loss and its gradient": mine.head_gradient + before_layers,
+  }
+
+
+def print_buffers(peak: Peak, count: int = _LARGEST) -> None:
+  """The largest values that are there at the peak."""
+  made = table("largest at the peak", "of a device", "bytes", "made by")
+  made.columns[3].justify = "left"
+  for buffer in peak.buffers[:count]:
+    made.add_row(buffer.group, buffer.shape, gigabytes(buffer.size), scope(buffer.where))
+  console.print(made)
+  console.print("")
+
+
+def scope(where: str) -> str:
+  """The part of an operation's name that people wrote: from the layer on."""
+  for start in ("Block/", "TransformerLM)/", "TransformerLM))/", "state.", "jit(step)/"):
+    if start in where:
+      return where.split(start, 1)[1] if start != "state." else where
+  return where
+
+
+def print_work(setup: Setup, ops: list[Op], sends: list[Collective]) -> None:
+  """FLOP and bytes received, of a device in a step."""
+  devices = math.prod(setup.mesh.shape.values())
+  counted, received = count_work(setup), bytes_received(setup)
+  flop = [op for op in ops if op.kind in ("product", "kernel")]
+  data = setup.config.data
+  useful = conventions.flops_per_token(setup.config.model, data.row_length)
+  useful *= data.batch_size * data.row_length / devices
+  again = sum(op.total for op in flop if op.recomputed)
+  total = sum(op.total for op in flop)
+  made = table("work of a device", "estimate", "compiled")
+  for name, estimate, found in (
+    ("FLOP", sum(counted) / devices, total),
+    ("  recomputed", sum(counted[3:]) / devices, again),
+    ("  in kernels", None, sum(op.total for op in flop if op.kind == "kernel")),
+    ("model FLOP (PaLM's convention)", useful, None),
+  ):
+    made.add_row(name, *("" if n is None else f"{n:.3g}" for n in (estimate, found)))
+  for axis, n in setup.mesh.shape.items():
+    if n > 1:
+      along = sum(c.total for c in sends if c.axes == (axis,))
+      made.add_row(
+        f"received along {axis}", gigabytes(round(received[axis])), gigabytes(round(along))
+      )
+  if several := sum(c.total for c in sends if len(c.axes) > 1):
+    made.add_row("received along several axes", "", gigabytes(round(several)))
+  console.print(made)
+  console.print("")
+
+
+def print_step(setup: Setup, chip: Chip, ops: list[Op], sends: list[Collective]) -> None:
+  """Seconds: the estimate's, and those of the compiler's cycles and bytes."""
+  mine = step_time(setup, chip)
+  theirs = compiled_step(setup, chip, ops, sends)
+  assert chip.flops_per_device
+  devices = math.prod(setup.mesh.shape.values())
+  done = sum(op.total for op in ops if op.kind in ("product", "kernel"))
+  data = setup.config.data
+  each = conventions.flops_per_token(setup.config.model, data.row_length)
+  useful = each * data.batch_size * data.row_length / devices
+  made = table("seconds of a step", "estimate", "compiled", "share")
+  row = lambda name, a, b: made.add_row(name, f"{a:.3f}", f"{b:.3f}", f"{b / theirs.total:.0%}")
+  row("computing", mine.compute, theirs.compute)
+  made.add_row("  products and element-wise", "", f"{theirs.products:.3f}", "")
+  made.add_row("  kernels", "", f"{theirs.attention:.3f}", "")
+  for axis in sorted(mine.traffic.keys() | theirs.traffic.keys()):
+    row(f"network, {axis}", mine.traffic.get(axis, 0.0), theirs.traffic.get(axis, 0.0))
+  hidden = lambda step: sum(step.traffic.values()) - step.exposed
+  row("  behind the computing", hidden(mine), hidden(theirs))
+  row("  in the open", mine.exposed, theirs.exposed)
+  row("step", mine.total, theirs.total)
+  share = lambda flop, step: f"{flop / step.total / chip.flops_per_device:.1%}"
+  made.add_row("MFU", share(useful, mine), share(useful, theirs), "")
+  made.add_row("HFU, all FLOP done", "", share(done, theirs), "")
+  console.print(made)
+  console.print(
+    f"compiled: the compiler's cycles at {CLOCK[chip.name] / 1e9:g} GHz; kernels, for which it has "
+    "none, and the network at the estimates' shares of the peak"
+  )
+
+
+def compiled_step(setup: Setup, chip: Chip, ops: list[Op], sends: list[Collective]) -> Step:
+  """Products and fusions by the compiler's cycles (`products`), kernels (`attention`) by FLOP."""
+  rates, peak = rates_of(chip), chip.flops_per_device
+  assert peak
+  rate = lambda op: rates.attention if "attention" in op.name else rates.experts
+  cycles = sum(op.total for op in ops if op.kind == "cycles")
+  kernels = sum(op.total / (rate(op) * peak) for op in ops if op.kind == "kernel")
+  speeds: Mapping[str, float] = axis_speeds(setup.mesh.shape, chip)
+  traffic: dict[str, float] = {}
+  for one in sends:
+    # Over several axes at once: on the links of all of them.
+    name, speed = "+".join(one.axes), sum(speeds[axis] for axis in one.axes)
+    traffic[name] = traffic.get(name, 0.0) + one.total / (rates.network * speed)
+  step = Step(cycles / CLOCK[chip.name], kernels, 0.0, 0.0, 0.0, traffic, 0.0, 0.0)
+  weights = sum(t for name, t in traffic.items() if set(name.split("+")) <= {"data", "fsdp"})
+  open_to_all = sum(traffic.values()) - weights
+  return step._replace(exposed=max(0.0, weights - rates.overlap * step.compute) + open_to_all)

@@ -43,7 +43,7 @@ DOT_NAMES = tuple(name for name in MINIMAL_NAMES if name not in _KERNELS)
 def remat_policy(remat: str | Sequence[str]):
   """The `jax.checkpoint` policy for a name, or None when nothing is recomputed.
 
-  none: keep everything but weights gathered from other devices. full: keep only each group's
+  none: keep everything but weights gathered from other devices. full: keep only each layer's
   input. dots: keep matrix products with weights, experts' apart, and repeat kernels. minimal: keep
   every projection, so that only elementwise work is repeated. Otherwise a tuple of tensor names
   (see `MINIMAL_NAMES`) to keep.
@@ -95,7 +95,7 @@ def apply_segment(
   train: bool = False,
   remat: str | Sequence[str] = "none",
   unroll: int | None = None,
-  gather: Callable[[Any], Any] | None = None,
+  gather: Callable[[str, Any], Any] | None = None,
 ) -> tuple[jax.Array, tuple[MoeStats, ...], tuple[KVCache | LinearState, ...] | None]:
   """Scan groups of layers over `params` (each leaf `[repeats, ...]`).
 
@@ -105,37 +105,42 @@ def apply_segment(
     caches: one cache a layer of the group, stacked over repeats; written in place.
     remat: see `remat_policy`.
     unroll: repeats a loop iteration; None is all of them on CPU up to eight, else 1.
-    gather: makes the weights of one group whole; None where they are.
+    gather: makes the weights of the group's layer of that name whole; None where they are.
   """
   repeats = layers_L.shape[0]
   if unroll is None:
     unroll = repeats if jax.default_backend() == "cpu" and repeats <= _CPU_UNROLL else 1
 
+  policy = remat_policy(remat)
+  if policy is None and gather is not None:
+    policy = _all_but_weights
+
+  def run_layer(j, params, x_BTD, layer, cache) -> Any:
+    if gather is not None:
+      params = gather(f"layer_{j}", params)
+    here = rows
+    if rows.key_B is not None:
+      here = rows._replace(key_B=fold(rows.key_B, layer + j))
+    return blocks[j].apply({"params": params}, x_BTD, here, cache, train=train)
+
+  if policy is not None:
+    # Layer by layer: backward then holds what one of them needs, not what a group does. A lone
+    # layer in a loop needs no barrier; others would be recomputed early, or not at all.
+    barrier = unroll == repeats or len(blocks) > 1
+    run_layer = jax.checkpoint(run_layer, policy=policy, prevent_cse=barrier, static_argnums=0)
+
   def group(carry, scanned):
     (x_BTD, stacks), (repeat, layer, group_params) = carry, scanned
-    if gather is not None:
-      group_params = gather(group_params)
     stats = []
-    for j, block in enumerate(blocks):
-      here = rows
-      if rows.key_B is not None:
-        here = rows._replace(key_B=fold(rows.key_B, layer + j))
+    for j in range(len(blocks)):
       cache = None if stacks is None else of_layer(stacks[j], repeat)
-      variables = {"params": group_params[f"layer_{j}"]}
-      result: Any = block.apply(variables, x_BTD, here, cache, train=train)
-      x_BTD, layer_stats, cache = result
+      x_BTD, layer_stats, cache = run_layer(j, group_params[f"layer_{j}"], x_BTD, layer, cache)
       if layer_stats is not None:
         stats.append(layer_stats)
       if stacks is not None:
         stacks = (*stacks[:j], into_stack(stacks[j], cache, repeat), *stacks[j + 1 :])
     return (x_BTD, stacks), tuple(stats)
 
-  policy = remat_policy(remat)
-  if policy is None and gather is not None:
-    policy = _all_but_weights
-  if policy is not None:
-    # Inside a loop the compiler cannot merge the recomputation away; unrolled, it could.
-    group = jax.checkpoint(group, policy=policy, prevent_cse=unroll == repeats)
   x_BTD = constrain(x_BTD, "act_batch", "act_norm_seq", "act_embed")  # placed as blocks leave it
   if caches is not None:
     caches = tuple(map(place_stack, caches))
@@ -201,7 +206,7 @@ def run_segment(
   order = stage_order(segment.repeats, stages, circular) if staged and circular > 1 else None
 
   def local(params, x_BTD, rows, layers_L):
-    whole_weights = functools.partial(gather, region, axes=logical, exact=whole, dtype=x_BTD.dtype)
+    whole_weights = functools.partial(_whole, region, logical, whole, x_BTD.dtype)
     here = functools.partial(run, gather=whole_weights)
     if staged:
       x_BTD, stats = _through_stages(here, params, x_BTD, rows, layers_L, microbatches, circular)
@@ -223,6 +228,11 @@ def run_segment(
   if order is not None:
     stats = jax.tree.map(lambda s: take(s, order.argsort(), 0), stats)
   return x_BTD, stats, None
+
+
+def _whole(region: Region, logical, exact, dtype, layer: str, weights):
+  """Of one layer of a group, from this device's shards."""
+  return gather(region, weights, logical[layer], exact[layer], dtype)
 
 
 def is_staged(repeats: int, stages: int, circular: int) -> bool:

@@ -142,8 +142,8 @@ def _activations(setup: Setup) -> tuple[dict[str, int], int]:
     staged = is_staged(segment.repeats, stages, config.mesh.circular)
     # A stage runs its share of the layers on every part, and on nothing while it waits.
     times = segment.repeats * (parts + stages - 1) / stages if staged else segment.repeats
-    add("layer inputs", times * residual)
     for j, layer in enumerate(segment.layers):
+      add("layer inputs", times * residual)
       of = {"attention": 0, "mlp": 0, "experts": 0}
       for tensor in named(layer, B, T, D):
         of[_kind(tensor)] += size(tensor)

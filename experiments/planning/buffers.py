@@ -21,6 +21,7 @@ _INSTRUCTION = re.compile(
 _VALUE = re.compile(
   r" value: <\d+ ([^\s{]+)(?:\{([\d,]*)\})? (?:\(phi\) )?@0> \(size=(\d+),offset=(\d+)\)"
 )
+_FARTHEST = 50  # instructions between a value and who made it
 _COPIES = ("bitcast", "copy", "copy-done", "copy-start", "reshape", "transpose", "convert")
 _COLLECTIVE = re.compile(
   r"all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|async-collective"
@@ -190,7 +191,7 @@ class _Values:
     self._loops: dict[str, Instruction] = {}  # body -> its while
     self._users: dict[str, list[Instruction]] = {}
     self._inside: dict[str, list[str]] = {}  # computation -> where its instructions come from
-    self._updating: set[str] = set()  # computations that write into a part of an array
+    self._updating: dict[str, Instruction] = {}  # computation -> what writes a part of an array
     for computation, lines in bodies.items():
       for line in lines:
         if not (match := _INSTRUCTION.match(line)):
@@ -210,7 +211,7 @@ class _Values:
         if where := made.where:
           self._inside.setdefault(computation, []).append(where)
         if made.op == "dynamic-update-slice":
-          self._updating.add(computation)
+          self._updating[computation] = made
 
   def made_by(self, name: str, index: tuple[int, ...], seen: frozenset = frozenset()):
     """The instruction that fills a value: through tuples, loops and what only passes it on."""
@@ -264,7 +265,7 @@ class _Values:
     if "optimizer/" in where:
       return "the update", where
     if _called(made) in self._updating and "_segments" in where:
-      return ("gradients", where) if back else self._kept(made, where)
+      return ("gradients", where) if back else self._kept(made)
     if (
       where.startswith("state.")
       or _COLLECTIVE.search(made.op + made.name)
@@ -281,14 +282,32 @@ class _Values:
       return self._taken(made), where
     return OTHER, where
 
-  def _kept(self, made: Instruction, where: str) -> tuple[str, str]:
+  def _kept(self, made: Instruction) -> tuple[str, str]:
     """What a layer of the forward pass leaves for the backward pass, by who made it."""
-    for source in self._sources(made):
-      if re.search(r"Block/\w+/add$", source):  # what the last layer left
+    where = self._written(made)
+    # What a layer hands to the next one is a sum, of branches that may be normalised.
+    kind = "" if re.search(r"Block/\w+/add$", where) else kind_of(where)
+    return f"kept: {kind or 'layer inputs'}", where or made.where
+
+  def _written(self, made: Instruction) -> str:
+    """Where in a layer the part comes from that a fusion writes into an array."""
+    here, source = made, self._by_name.get(self._updating[_called(made)].operands[1])
+    for _ in range(_FARTHEST):
+      if source is None:
         break
-      if kind := kind_of(source):
-        return f"kept: {kind}", source
-    return "kept: layer inputs", where
+      root = self._roots.get(_called(source))
+      for where in (source.where, root.where if root else ""):
+        if "Block/" in where:
+          return where
+      if source.op == "parameter":
+        number = re.search(r"parameter\((\d+)\)", source.line)
+        if source.computation != _called(here) or number is None:
+          return ""  # the loop's own argument
+        source = self.made_by(here.operands[int(number[1])], ())
+        here = source if source is not None else here
+      else:
+        source = self._by_name.get(source.operands[0]) if source.operands else None
+    return ""
 
   def _taken(self, made: Instruction) -> str:
     """The group of a layer's part of what all layers keep, or of their weights."""

@@ -25,7 +25,7 @@ SUBLANES = 8  # of a TPU's tile, whose other side is LANES
 
 # Fitted. How many times a branch's named tensors are there while its backward pass runs (values,
 # gradients, float32 between them), and the residual stream.
-ATTENTION_WORK, EXPERT_WORK, GATED_WORK, PLAIN_WORK, RESIDUAL_WORK = 3.5, 2.3, 3.0, 9.5, 5.0
+ATTENTION_WORK, EXPERT_WORK, GATED_WORK, PLAIN_WORK, RESIDUAL_WORK = 3.5, 2.3, 3.0, 5.7, 5.0
 # Whole weights of a layer in bfloat16, and as many bytes of gradients not yet summed.
 WEIGHT_WORK = 2.0
 # Without recomputation, what is kept beside the named tensors: float32 inside of activations and

@@ -5,6 +5,7 @@ Every field has a class that says what may change when a run is resumed from its
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,16 +17,11 @@ class ConfigError(ValueError):
   """A user's mistake in a config, a flag or an input: one sentence, exit code 2."""
 
 
-def free(default: Any) -> Any:
-  return dataclasses.field(default=default, metadata={"change": "free"})
+def _field(change: str) -> Callable[[Any], Any]:
+  return lambda default: dataclasses.field(default=default, metadata={"change": change})
 
 
-def intervention(default: Any) -> Any:
-  return dataclasses.field(default=default, metadata={"change": "intervention"})
-
-
-def identity(default: Any) -> Any:
-  return dataclasses.field(default=default, metadata={"change": "identity"})
+free, intervention, identity = map(_field, ("free", "intervention", "identity"))
 
 
 def _at_least(section: Any, name: str, **least: float) -> None:
@@ -119,6 +115,8 @@ class OptimizerConfig:
   weight_decay: float = intervention(0.1)  # on matrices only
   clip_norm: float | None = intervention(1.0)  # global gradient norm
   momentum: float = intervention(0.95)  # muon, sgd
+  # Of the first moment (adamw, lion; the momentum of muon, sgd) between steps; sums are float32.
+  moment_dtype: Literal["float32", "bfloat16"] = intervention("float32")
   adam_learning_rate: float | None = intervention(None)  # muon: embeddings, head, norms; None: same
 
 

@@ -22,6 +22,7 @@ from .planning.compiled import print_compiled, print_groups
 from .planning.compiling import CompilerError, compile_apart
 from .planning.cost import Prices
 from .planning.estimate import memory
+from .planning.fixes import fixes
 from .planning.machines import Run
 from .planning.search import ROOM, Option, abstract_mesh, move, search, start
 from .planning.speed import step_time
@@ -85,7 +86,7 @@ def main() -> int:
   if _PRINT_OVERRIDES.value:
     if not options or not options[0].fits:
       raise ConfigError(f"{config.name} fits no mesh of {topology.num_chips} x {chip.name}")
-    print(" ".join(options[0].overrides))
+    print(" ".join(options[0].overrides(config)))
     return cli.FINISHED
   show(config, topology, chip, options, run)
   return cli.FINISHED
@@ -131,24 +132,26 @@ def show(config: Config, topology: Topology, chip: Chip, options: list[Option], 
   tables.print_memory(own.memory, available)
   if not own.fits:
     tables.print_largest(own.setup)
+    found = fixes(own.setup, chip, available, options)
+    tables.print_fixes(found, config, int(ROOM * available))
   tables.print_time(own, chip)
   machines.print_bill(own, chip, topology.num_chips, run)
   if not options:
     print("No other mesh of these chips divides the model and its batch.")
   else:
-    _show_options(options, chip, available)
+    _show_options(config, options, chip, available)
   if _REPORT.value:
     title = f"{config.name} on {topology.num_chips} x {chip.name}"
     cost = machines.bill_of(own, chip, topology.num_chips, run)
     _write(Path(_REPORT.value), page.write_page(title, own, options, chip, available, cost))
 
 
-def _show_options(options: list[Option], chip: Chip, available: int) -> None:
+def _show_options(config: Config, options: list[Option], chip: Chip, available: int) -> None:
   title = "Options, the quickest first" if options[0].fits else "Nothing fits; nearest first"
   print(f"{title} (estimates):")
   tables.print_options(options, chip, int(ROOM * available))
   if options[0].fits:
-    print(f"\nthe first: {' '.join(options[0].overrides)}")
+    print(f"\nthe first: {' '.join(options[0].overrides(config))}")
 
 
 def _write(path: Path, text: str) -> None:

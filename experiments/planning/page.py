@@ -71,7 +71,9 @@ def write_page(
     head = ("mesh, recomputation, parts", "memory", "seconds", "MFU", "why not the first")
     parts += ["<h2>Options</h2>", _table(head, rows, text=(4,))]
   if best is not None:
-    parts.append(f"<p>The first: <code>{_text(' '.join(best.overrides))}</code></p>")
+    parts.append(
+      f"<p>The first: <code>{_text(' '.join(best.overrides(own.setup.config)))}</code></p>"
+    )
   body = "\n".join(parts)
   return (
     f"<!doctype html>\n<html lang=en><head><meta charset=utf-8><title>{_text(title)}</title>"

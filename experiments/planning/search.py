@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,9 +11,11 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from layers.spec import AttentionSpec, MoeSpec
 from mesh.axes import MESH_AXES
 from mesh.hardware import Chip
-from mesh.rules import parse_rules
+from mesh.rules import parse_rules, validate
 
 from ..config import Config, ConfigError, MeshConfig
+from ..overrides import flatten
+from ..training.optimizer import make_optimizer
 from ..training.setup import Setup, build_on, check_batch, check_parallel
 from ..training.state import abstract_state
 from .estimate import Memory, memory
@@ -32,18 +34,9 @@ class Option(NamedTuple):
   step: Step
   fits: bool
 
-  @property
-  def overrides(self) -> list[str]:
-    """What to write on a command line to get it."""
-    mesh, train = self.setup.config.mesh, self.setup.config.train
-    sizes = [f"--config.mesh.{a}={n}" for a in MESH_AXES if (n := getattr(mesh, a)) is not None]
-    rules = [] if mesh.rules == "all" else [f"--config.mesh.rules={mesh.rules}"]
-    return [
-      *rules,
-      *(size for size in sizes if not size.endswith("=1")),
-      f"--config.train.remat={train.remat}",
-      f"--config.train.microbatches={train.microbatches}",
-    ]
+  def overrides(self, base: Config) -> list[str]:
+    """What to write on a command line with the config `base` to get it."""
+    return changes(base, self.setup.config, always=("train.remat", "train.microbatches"))
 
   @property
   def name(self) -> str:
@@ -52,6 +45,22 @@ class Option(NamedTuple):
     train = self.setup.config.train
     parts = f", {train.microbatches} microbatches" if train.microbatches > 1 else ""
     return f"{sizes or 'one device'}, {train.remat}{parts}"
+
+
+def changes(base: Config, config: Config, always: Sequence[str] = ()) -> list[str]:
+  """The overrides that make `config` of `base`, and those of the fields in `always`."""
+  was, now = ({**flatten(c), **_sizes(c.mesh)} for c in (base, config))
+  text = lambda value: ",".join(value) if isinstance(value, tuple) else str(value).lower()
+  return [
+    f"--config.{path}={text(value)}"
+    for path, value in now.items()
+    if path in always or value != was[path]
+  ]
+
+
+def _sizes(mesh: MeshConfig) -> dict[str, int]:
+  """By path; what is not given is 1 beside what is."""
+  return {f"mesh.{axis}": getattr(mesh, axis) or 1 for axis in MESH_AXES}
 
 
 def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
@@ -72,14 +81,20 @@ def move(setup: Setup, config: Config, mesh: Mesh | AbstractMesh) -> Setup:
   For planners, which compare hundreds; the model is not the one that would run. Errors as in
   `build`.
   """
+  layout, optimizer = setup.layout, setup.optimizer
   try:
-    check_batch(config, setup.rules, mesh)
+    rules = parse_rules(config.mesh.rules)
+    validate(rules, mesh)
+    check_batch(config, rules, mesh)
     check_parallel(config, mesh)
-    circular = config.mesh.circular
-    abstract = abstract_state(setup.layout, setup.optimizer, mesh, setup.rules, circular)
+    if config.optimizer != setup.config.optimizer:
+      optimizer = make_optimizer(config.optimizer, setup.schedule, layout.axes, layout.trainable)
+    abstract = abstract_state(layout, optimizer, mesh, rules, config.mesh.circular)
   except ValueError as e:
     raise ConfigError(str(e).splitlines()[0]) from e
-  return setup._replace(config=config, mesh=mesh, abstract=abstract)
+  return setup._replace(
+    config=config, mesh=mesh, rules=rules, optimizer=optimizer, abstract=abstract
+  )
 
 
 def search(setup: Setup, chip: Chip, chips: int, *, quick: bool = False) -> list[Option]:
@@ -91,20 +106,26 @@ def search(setup: Setup, chip: Chip, chips: int, *, quick: bool = False) -> list
   """
   assert chip.hbm_bytes
   room = ROOM * chip.hbm_bytes / chip.devices_per_chip
+  whole = replace(setup.config, train=replace(setup.config.train, microbatches=1))
   found = []
-  for sizes in meshes(setup.config, chips * chip.devices_per_chip, quick=quick):
-    rules = _rules(setup.config, sizes["tensor"])
-    config = replace(setup.config, mesh=replace(setup.config.mesh, **sizes, rules=rules))
-    whole = replace(config, train=replace(config.train, microbatches=1))
-    try:
-      moved = move(setup._replace(rules=parse_rules(rules)), whole, abstract_mesh(sizes))
-    except ConfigError:  # sizes that do not divide
-      continue
+  for moved in moves(setup, whole, chips * chip.devices_per_chip, quick=quick):
     here = [o for policy in _POLICIES if (o := _with_policy(moved, chip, policy, room))]
     fits = [option for option in here if option.fits]
     found += sorted(fits, key=_rank)[:1] or sorted(here, key=lambda o: o.memory.total)[:1]
   fits = sorted((o for o in found if o.fits), key=_rank)
   return fits + sorted((o for o in found if not o.fits), key=lambda o: o.memory.total)
+
+
+def moves(setup: Setup, config: Config, devices: int, *, quick: bool = False) -> Iterator[Setup]:
+  """`config` on every mesh of so many devices that divides it."""
+  for sizes in meshes(config, devices, quick=quick):
+    for rules in _rules(config, sizes["tensor"]):
+      try:
+        here = replace(config, mesh=replace(config.mesh, **sizes, rules=rules))
+        yield move(setup, here, abstract_mesh(sizes))
+        break
+      except ConfigError:  # sizes that do not divide, or that these rules do not use
+        continue
 
 
 def loses_by(option: Option, best: Option) -> str:
@@ -120,12 +141,18 @@ def _rank(option: Option) -> tuple[float, int]:
   return float(f"{option.step.total:.3g}"), option.memory.total
 
 
-def _rules(config: Config, tensor: int) -> str:
-  """The config's, but key heads fewer than `tensor` devices are copied to each."""
+def _rules(config: Config, tensor: int) -> list[str]:
+  """The config's, or else those of every axis, with its changes.
+
+  Other presets are no others: each is `all` on a mesh without the axes it leaves out. Key heads
+  fewer than `tensor` devices are copied to each.
+  """
+  _, comma, changed = config.mesh.rules.partition(",")
   heads = [a.kv_heads for layer in config.model.layers
            if isinstance(a := layer.attention, AttentionSpec)]  # fmt: skip
-  whole = all(n % tensor == 0 for n in heads)
-  return config.mesh.rules + ("" if whole else ",kv_heads=,act_kv_heads=")
+  whole = all(n % tensor == 0 for n in heads) or "kv_heads=" in changed
+  names = dict.fromkeys((config.mesh.rules, "all" + comma + changed))
+  return [name + ("" if whole else ",kv_heads=,act_kv_heads=") for name in names]
 
 
 def _with_policy(moved: Setup, chip: Chip, policy: str, room: float) -> Option | None:

@@ -12,6 +12,7 @@ from ..config import Config, ConfigError
 from ..training.setup import Setup
 from . import serving
 from .estimate import Memory, held, memory_rows
+from .fixes import Fix, no_fix
 from .memory import gigabytes
 from .placement import mesh_axes
 from .search import Option, loses_by
@@ -56,6 +57,21 @@ def print_largest(setup: Setup, count: int = 5) -> None:
     text = f"{leaf.dtype}[{', '.join(map(str, local))}]"
     made.add_row(name, text, gigabytes(held(leaf)), ", ".join(idle) or "-")
   console.print(made)
+  console.print("")
+
+
+def print_fixes(fixes: Sequence[Fix], config: Config, available: int) -> None:
+  """What to change, those that suffice first."""
+  made = table("fix", "saves", "peak", "adds to a step", "")
+  for fix in fixes:
+    over = gigabytes(fix.peak - available)
+    cost = f"{fix.seconds:+.2f} s" if round(fix.seconds, 2) else "nothing"
+    row = (gigabytes(fix.saves), gigabytes(fix.peak), cost)
+    made.add_row(" ".join(fix.overrides), *row, "fits" if fix.fits else f"{over} too much")
+  if fixes:
+    console.print(made)
+  if not any(fix.fits for fix in fixes):
+    console.print(no_fix(config))
   console.print("")
 
 

@@ -130,8 +130,8 @@ class Checkpoints:
       saved_kind, kind = (have[name].shape, have[name].dtype), (leaf.shape, leaf.dtype)
       if saved_kind != kind:
         raise ConfigError(
-          f"checkpoint of step {step}: {item}/{name} is {saved_kind[1]}{list(saved_kind[0])}, "
-          f"the config needs {kind[1]}{list(kind[0])}"
+          f"checkpoint of step {step}: {item}/{name} is {saved_kind[1]}{list(saved_kind[0])}, the "
+          f"config needs {kind[1]}{list(kind[0])}; the {_owner(item)} must be as it was saved"
         )
 
 

@@ -68,13 +68,8 @@ def _between_features(slices: stacked.Slices) -> bool:
 
 def global_norm(gradients: Any, trainable_tree: Any) -> jax.Array:
   """Float32 Euclidean norm of all trained leaves together."""
-  squares = [
-    jnp.sum(jnp.square(g.astype(jnp.float32)))
-    for g, trainable in zip(
-      jax.tree.leaves(gradients), jax.tree.leaves(trainable_tree), strict=True
-    )
-    if trainable
-  ]
+  square = lambda g, trained: jnp.sum(jnp.square(g.astype(jnp.float32))) if trained else 0.0
+  squares = jax.tree.leaves(jax.tree.map(square, gradients, trainable_tree))
   return jnp.sqrt(sum(squares, jnp.float32(0)))
 
 
@@ -92,6 +87,7 @@ def make_optimizer(
     `adam_learning_rate`, which replaces the peak of the same schedule;
   * sgd: momentum, Nesterov's.
 
+  All but adafactor, which has no first moment, read moment_dtype; second moments are float32.
   Leaves that are not trained have no state, a zero update and no part in the global norm.
 
   Args:
@@ -112,7 +108,7 @@ def make_optimizer(
   labels = jax.tree.map(lambda leaf: leaf.rule, rules)
   parts = {
     name: optax.chain(
-      _core(config, name, rules),
+      _moments_in(config.moment_dtype, _core(config, name, rules)),
       optax.add_decayed_weights(config.weight_decay, decay_mask),
       optax.scale_by_learning_rate(_learning_rate(config, name, schedule)),
     )
@@ -124,9 +120,8 @@ def make_optimizer(
 
 def _core(config: OptimizerConfig, name: str, rules: Any) -> optax.GradientTransformation:
   # Other rules' leaves are absent from the trees that this one sees: optax masks them.
-  slices = jax.tree.map(
-    lambda leaf: leaf.slices if leaf.rule == name else optax.MaskedNode(), rules
-  )
+  masked = optax.MaskedNode()
+  slices = jax.tree.map(lambda leaf: leaf.slices if leaf.rule == name else masked, rules)
   match name:
     case "adamw":
       return optax.scale_by_adam(config.beta1, config.beta2, config.eps)
@@ -139,6 +134,23 @@ def _core(config: OptimizerConfig, name: str, rules: Any) -> optax.GradientTrans
     case "sgd":
       return optax.trace(config.momentum, nesterov=True)
   raise ConfigError(f"optimizer.name={name}: no such rule")
+
+
+def _moments_in(dtype: str, core: optax.GradientTransformation) -> optax.GradientTransformation:
+  """`core` with its first moment rounded to `dtype` between steps, and float32 within one.
+
+  optax's own `mu_dtype` multiplies in the narrow type as well, and so rounds twice.
+  """
+
+  def cast(state, to):
+    moments = {"mu", "trace"} & set(state._fields)
+    return state._replace(**{name: optax.tree.cast(getattr(state, name), to) for name in moments})
+
+  def update(gradients, state, params=None):
+    updates, state = core.update(gradients, cast(state, "float32"), params)
+    return updates, cast(state, dtype)
+
+  return optax.GradientTransformation(lambda params: cast(core.init(params), dtype), update)
 
 
 def _learning_rate(config: OptimizerConfig, name: str, schedule: optax.Schedule) -> optax.Schedule:
@@ -178,8 +190,7 @@ def state_axes(state: Any, axes_tree: Any) -> Any:
     The state's structure with a tuple of logical names a leaf: the parameter's for a moment of
     its shape; its batch dims' for Adafactor's factored statistics, which are small; () for counts.
   """
-  flat_axes, _ = jax.tree_util.tree_flatten_with_path(axes_tree, is_leaf=_is_axes)
-  table = dict(flat_axes)
+  table = dict(jax.tree.leaves_with_path(axes_tree, is_leaf=_is_axes))
 
   def leaf_axes(path, leaf):
     for start in range(len(path)):
@@ -212,6 +223,10 @@ def _check(config: OptimizerConfig) -> None:
       raise ConfigError(f"optimizer.{field}={value}: must be positive")
   if config.weight_decay < 0:
     raise ConfigError(f"optimizer.weight_decay={config.weight_decay}: must not be negative")
+  if config.name == "adafactor" and config.moment_dtype != "float32":
+    raise ConfigError(
+      f"optimizer.moment_dtype={config.moment_dtype}: adafactor keeps no first moment; use float32"
+    )
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:

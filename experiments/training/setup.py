@@ -70,11 +70,9 @@ def mesh_sizes(config: Config, num_devices: int, num_slices: int = 1) -> dict[st
   asked = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
   dcn = {axis: getattr(config.mesh, f"dcn_{axis}") for axis in DCN_AXES}
   # Dropless rows that travel need room for the worst case: not unless asked for.
+  moes = [layer.mlp for layer in config.model.layers if isinstance(layer.mlp, MoeSpec)]
   experts = [
-    layer.mlp.num_experts
-    for layer in config.model.layers
-    if isinstance(layer.mlp, MoeSpec)
-    and (layer.mlp.dispatch != "dropless" or layer.mlp.exchange != "auto")
+    moe.num_experts for moe in moes if (moe.dispatch, moe.exchange) != ("dropless", "auto")
   ]
   rules = parse_rules(config.mesh.rules)
   num_experts = min(experts, default=None) if "expert" in rules.mesh_axes else None
@@ -131,17 +129,13 @@ def check_batch(config: Config, rules: Rules, mesh: Mesh | AbstractMesh) -> None
   """Raise ConfigError where a (micro)batch does not divide over the mesh."""
   rows = config.data.batch_size // config.train.microbatches
   length = config.data.row_length
-  for name, size, axes in zip(
-    (f"{rows} rows", f"{length} positions"),
-    (rows, length),
-    assign(("act_batch", "act_seq"), rules, mesh.shape),
-    strict=True,
-  ):
+  of_rows, of_positions = assign(("act_batch", "act_seq"), rules, mesh.shape)
+  for name, size, axes in (("rows", rows, of_rows), ("positions", length, of_positions)):
     shards = math.prod(mesh.shape[axis] for axis in axes)
     if size % shards:
       over = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
       raise ConfigError(
-        f"a (micro)batch of {name} does not divide over mesh {over}: data.batch_size="
+        f"a (micro)batch of {size} {name} does not divide over mesh {over}: data.batch_size="
         f"{config.data.batch_size} / train.microbatches={config.train.microbatches} must be a "
         f"multiple of the batch axes, data.row_length={length} of context"
       )

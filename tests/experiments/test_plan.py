@@ -114,11 +114,30 @@ def test_pipeline_stages_wait():
   )}  # fmt: skip
   waiting = seconds.pop("waiting for other stages")
   assert waiting == pytest.approx(sum(seconds.values()) / 4, rel=0.01)
-  assert "stage" not in out[out.index("the first: ") :]
+  assert "stage=" not in out[out.index("mesh, recomputation") : out.index("the first: ")]
+  assert "--config.mesh.stage=1 " in out[out.index("the first: ") :]  # in place of the 2 above
+
+
+def test_fixes_of_what_does_not_fit():
+  """After the largest arrays: what to paste, and nothing of it where the config fits."""
+  arguments = ("plan", "--config=dense_1b", "--topology=v5e-16")
+  out = call(*arguments).out
+  fix, saves, peak, cost, verdict = re.search(
+    r"^fix +saves +peak +adds to a step +\n(\S+) +([\d.]+) GB +([\d.]+) GB +(\S+) +(\S+)$",
+    out[out.index("largest arrays") : out.index("time of a step")],
+    re.MULTILINE,
+  ).groups()
+  assert (fix, cost, verdict) == ("--config.train.microbatches=8", "nothing", "fits")
+  (before,) = re.findall(r"^peak +([\d.]+) GB", out, re.MULTILINE)
+  assert float(before) == pytest.approx(float(saves) + float(peak), abs=0.11)
+  again = call(*arguments, fix).out
+  assert re.search(rf"^peak +{peak} GB", again, re.MULTILINE) and ": fits\n" in again
+  assert "\nfix " not in again
 
 
 def test_nothing_fits():
   out = call("plan", "--config=moe_70b", "--topology=v5e:2x2").out
+  assert "No change makes it fit this machine" in out
   assert "does NOT fit" in out and "Nothing fits; nearest first" in out and "too much" in out
   result = call("plan", "--config=moe_70b", "--topology=v5e:2x2", "--print_overrides")
   assert result.code == 2 and "moe_70b fits no mesh of 4 x v5e" in result.err

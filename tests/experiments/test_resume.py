@@ -195,6 +195,7 @@ def test_allowed_change_of_data_reads_the_new_data_from_its_start(copy, tmp_path
   (
     (["--config.model.embed_dim=32", "--allow_config_change"], "params/embedding/table"),
     (["--config.optimizer.name=lion", "--reason=try"], "optimizer/opt_state"),
+    (["--config.optimizer.moment_dtype=bfloat16", "--reason=try"], "the config needs bfloat16"),
   ),
 )
 def test_a_change_that_does_not_fit_the_checkpoint_loses_nothing(copy, changes, leaf):

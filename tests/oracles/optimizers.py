@@ -5,22 +5,29 @@ import math
 import numpy as np
 
 
-def adamw(w, gradients, *, rates, beta1, beta2, eps, decay):
+def adamw(w, gradients, *, rates, beta1, beta2, eps, decay, keep=lambda m: m):
   """Weights after each gradient: Loshchilov & Hutter, arXiv 1711.05101, algorithm 2.
 
-  As in PyTorch, the decay is multiplied by the whole learning rate of the step.
+  As in PyTorch, the decay is multiplied by the whole learning rate of the step. `keep` is what
+  becomes of the first moment between steps.
   """
   w = np.asarray(w, np.float64)
   m, v = np.zeros_like(w), np.zeros_like(w)
   history = []
   for t, (g, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
     g = np.asarray(g, np.float64)
-    m = beta1 * m + (1 - beta1) * g
+    m = beta1 * keep(m) + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
     m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
     w = w - rate * (m_hat / (np.sqrt(v_hat) + eps) + decay * w)
     history.append(w)
   return history
+
+
+def to_bfloat16(x):
+  """The nearest number of 8 significant bits, ties to the even one, in float64."""
+  fraction, exponent = np.frexp(np.asarray(x, np.float64))
+  return np.ldexp(np.rint(fraction * 256) / 256, exponent)
 
 
 def learning_rate(kind, step, *, peak, warmup, end, final, stable):

@@ -69,6 +69,13 @@ W = np.zeros((8, 4), np.float32)
   ("target", "message"),
   (
     (state(w=W.astype(jnp.bfloat16)), "params/w is float32[8, 4], the config needs bfloat16[8, 4]"),
+    (
+      state()._replace(
+        opt_state=({"w": W.astype(jnp.bfloat16), "b": W[0]}, {"count": np.int32(3)})
+      ),
+      "optimizer/opt_state/0/w is float32[8, 4], the config needs bfloat16[8, 4]; the optimizer "
+      "must be as it was saved",
+    ),
     (state(w=W[:, :2]), "params/w is float32[8, 4], the config needs float32[8, 2]"),
     (state(w=W.T), "params/w is float32[8, 4], the config needs float32[4, 8]"),
     (state(extra=W), "params/extra is not in the checkpoint"),

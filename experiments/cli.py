@@ -208,7 +208,10 @@ def described_devices(config: Config) -> list[Any] | None:
   try:
     return describe_devices(_TOPOLOGY.value, num_slices=slices)
   except ModuleNotFoundError as e:
-    raise ConfigError("describing a TPU needs libtpu: pip install 'meshyard[test]'") from e
+    raise ConfigError(
+      "describing a TPU needs the package libtpu (Linux on x86-64): "
+      "pip install 'meshyard[tpu]', or 'meshyard[test]' for the tests' too"
+    ) from e
   except ValueError as e:
     raise ConfigError(str(e)) from e
 

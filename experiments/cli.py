@@ -27,8 +27,9 @@ FINISHED, OUR_FAULT, USER_MISTAKE, RESTART, INTERRUPTED = 0, 1, 2, 75, 130
 _CONFIG = flags.DEFINE_string("config", "moe_tiny", "A named config, or FAMILY:SIZE.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run directory; default runs/CONFIG.")
 _TOPOLOGY = flags.DEFINE_string(
-  "topology", "", "For plan and --show_mesh, TPUs that are not here: v5p:4x4x4, or v5p-128."
-)
+  "topology", "", "For plan and --show_mesh, TPUs that are not here: v5p:4x4x4, or v5p-128. "
+  "For plan also GPUs, h100:4x8 (4 nodes of 8), or here: the accelerators that are.",
+)  # fmt: skip
 
 # libtpu then neither asks a cloud what it runs on, nor complains that nobody told it.
 _NO_TPU_HERE = {

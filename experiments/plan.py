@@ -1,9 +1,9 @@
 """See a run before renting the machine: where it fits, how fast it would be, on which mesh.
 
 `python -m experiments.plan --config=moe_70b` lists machines that hold it. With --topology
-(v5p:4x4x4, or a cloud name: v5p-128, or GPUs: h100:16) it shows memory and time on that one and
-searches for better meshes. These are estimates from shapes and data sheets, and need no
-accelerator's library. --compile asks the TPU's own compiler, from the libtpu package.
+(v5p:4x4x4, or a cloud name: v5p-128, or GPUs: h100:16, or here: what JAX sees) it shows memory and
+time on that one and searches for better meshes. These are estimates from shapes and data sheets,
+and need no accelerator's library. --compile asks the TPU's own compiler, from the libtpu package.
 """
 
 import math
@@ -31,8 +31,10 @@ from .planning.search import ROOM, Option, abstract_mesh, move, search, start
 from .planning.speed import step_time
 from .planning.traffic import collectives
 from .planning.work import work
-from .training.setup import Setup, build, mesh_sizes
+from .training.setup import Setup, build, devices_here, mesh_sizes
 from .training.step import make_train_step
+
+HERE = "here"  # value of --topology: the accelerators that JAX sees
 
 _COMPILE = flags.DEFINE_bool(
   "compile", False, "Compile the training step for --topology (TPUs) and show what it needs."
@@ -87,8 +89,6 @@ def main() -> int:
     compile_step(config)
     return cli.FINISHED
   chip = CHIPS[topology.chip]
-  if not (chip.hbm_bytes and chip.flops_per_device and chip.interconnect):
-    raise ConfigError(f"--topology: memory and speed of {chip.name!r} are not in mesh/hardware.py")
   options = search(start(config), chip, topology.num_chips)
   if _PRINT_OVERRIDES.value:
     if not options or not options[0].fits:
@@ -101,6 +101,8 @@ def main() -> int:
 
 def _topology() -> Topology | None:
   """What `--topology` names; None without it."""
+  if cli.topology_flag() == HERE:
+    return machines.topology_of(devices_here())
   try:
     return parse_topology(cli.topology_flag()) if cli.topology_flag() else None
   except ValueError as e:
@@ -182,10 +184,12 @@ def compile_step(config: Config) -> None:
   """What the compiler says of the training step.
 
   Raises:
-    ConfigError: it does not fit; libtpu is missing.
+    ConfigError: no TPUs, it does not fit, or libtpu is missing.
   """
-  devices = cli.described_devices(config)
+  devices = devices_here() if cli.topology_flag() == HERE else cli.described_devices(config)
   assert devices is not None
+  if devices[0].platform != "tpu":
+    raise ConfigError("--compile asks the TPU's compiler: only TPUs can be compiled for")
   chip, hbm = find_chip(devices[0]), device_memory_bytes(devices[0])
   assert chip is not None and hbm is not None, devices[0].device_kind  # what libtpu describes
   where = f"{len(devices) // chip.devices_per_chip} x {chip.name}"

@@ -16,7 +16,7 @@ from mesh.rules import parse_rules
 from ..config import Config, ConfigError, MeshConfig
 from ..training.setup import Setup, build_on, check_batch, check_parallel
 from ..training.state import abstract_state
-from .estimate import Memory, memory
+from .estimate import Memory, Weights, memory, weights_of
 from .speed import Step, step_time, time_rows
 
 ROOM = 0.95  # of a chip's memory that a program can have
@@ -76,7 +76,8 @@ def move(setup: Setup, config: Config, mesh: Mesh | AbstractMesh) -> Setup:
     check_batch(config, setup.rules, mesh)
     check_parallel(config, mesh)
     circular = config.mesh.circular
-    abstract = abstract_state(setup.layout, setup.optimizer, mesh, setup.rules, circular)
+    shapes = setup.abstract.opt_state  # the same on every mesh
+    abstract = abstract_state(setup.layout, shapes, mesh, setup.rules, circular)
   except ValueError as e:
     raise ConfigError(str(e).splitlines()[0]) from e
   return setup._replace(config=config, mesh=mesh, abstract=abstract)
@@ -100,7 +101,8 @@ def search(setup: Setup, chip: Chip, chips: int, *, quick: bool = False) -> list
       moved = move(setup._replace(rules=parse_rules(rules)), whole, abstract_mesh(sizes))
     except ConfigError:  # sizes that do not divide
       continue
-    here = [o for policy in _POLICIES if (o := _with_policy(moved, chip, policy, room))]
+    weights = weights_of(moved)
+    here = [o for policy in _POLICIES if (o := _with_policy(moved, weights, chip, policy, room))]
     fits = [option for option in here if option.fits]
     found += sorted(fits, key=_rank)[:1] or sorted(here, key=lambda o: o.memory.total)[:1]
   fits = sorted((o for o in found if o.fits), key=_rank)
@@ -128,9 +130,11 @@ def _rules(config: Config, tensor: int) -> str:
   return config.mesh.rules + ("" if whole else ",kv_heads=,act_kv_heads=")
 
 
-def _with_policy(moved: Setup, chip: Chip, policy: str, room: float) -> Option | None:
+def _with_policy(
+  moved: Setup, weights: Weights, chip: Chip, policy: str, room: float
+) -> Option | None:
   """With as many microbatches as it takes to fit (more only repeat the gathers), or the most."""
-  config, option = moved.config, None
+  config, last = moved.config, None
   for parts in _parts(config):
     train = replace(config.train, remat=policy, microbatches=parts)
     setup = moved._replace(config=replace(config, train=train))
@@ -138,11 +142,14 @@ def _with_policy(moved: Setup, chip: Chip, policy: str, room: float) -> Option |
       check_batch(setup.config, setup.rules, setup.mesh)
     except ConfigError:
       break
-    needed = memory(setup)
-    option = Option(setup, needed, step_time(setup, chip), needed.total <= room)
-    if option.fits:
+    needed = memory(setup, weights)
+    last = setup, needed
+    if needed.total <= room:
       break
-  return option
+  if last is None:
+    return None
+  setup, needed = last
+  return Option(setup, needed, step_time(setup, chip), needed.total <= room)
 
 
 def _parts(config: Config) -> Iterator[int]:

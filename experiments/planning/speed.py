@@ -218,11 +218,11 @@ def _element_wise(setup: Setup) -> float:
   """Bytes a device moves between products, in all of a batch."""
   config = setup.config
   B, T, D = config.data.batch_size, config.data.row_length, config.model.embed_dim
-  total = 0.0
+  total, size = 0.0, local_bytes(setup)
   for segment in config.model.segments:
     for layer in segment.layers:
       tensors = [layer_input(B, T, D), *named(layer, B, T, D)]
-      total += segment.repeats * PASSES * sum(local_bytes(setup, t) for t in tensors)
+      total += segment.repeats * PASSES * sum(map(size, tensors))
   return total / setup.mesh.shape["stage"]
 
 

@@ -104,7 +104,8 @@ def build_on(
     layout = param_layout(model, config.data.row_length)
     schedule = make_schedule(config.optimizer, config.train.steps)
     optimizer = make_optimizer(config.optimizer, schedule, layout.axes, layout.trainable)
-    abstract = abstract_state(layout, optimizer, mesh, rules, config.mesh.circular)
+    opt_shapes = jax.eval_shape(optimizer.init, layout.shapes)
+    abstract = abstract_state(layout, opt_shapes, mesh, rules, config.mesh.circular)
   except (ValueError, NotImplementedError) as e:
     raise ConfigError(str(e).splitlines()[0]) from e
   return Setup(config, mesh, rules, model, optimizer, schedule, layout, abstract)

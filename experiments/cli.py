@@ -27,8 +27,9 @@ FINISHED, OUR_FAULT, USER_MISTAKE, RESTART, INTERRUPTED = 0, 1, 2, 75, 130
 _CONFIG = flags.DEFINE_string("config", "moe_tiny", "A named config, or FAMILY:SIZE.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run directory; default runs/CONFIG.")
 _TOPOLOGY = flags.DEFINE_string(
-  "topology", "", "For plan and --show_mesh, TPUs that are not here: v5p:4x4x4, or v5p-128."
-)
+  "topology", "", "For plan and --show_mesh, TPUs that are not here: v5p:4x4x4, or v5p-128. "
+  "For plan also GPUs, h100:4x8 (4 nodes of 8), or here: the accelerators that are.",
+)  # fmt: skip
 
 # libtpu then neither asks a cloud what it runs on, nor complains that nobody told it.
 _NO_TPU_HERE = {
@@ -189,10 +190,10 @@ def config_flag() -> tuple[str, bool]:
   return _CONFIG.value, flags.FLAGS["config"].present > 0
 
 
-def config_arguments() -> list[str]:
-  """Flags that give another program the same config and topology."""
+def config_arguments(topology: str) -> list[str]:
+  """Flags that give another program the same config, and this topology."""
   given = [f"--config.{path}={value}" for path, value in _overrides]
-  return [f"--config={_CONFIG.value}", f"--topology={_TOPOLOGY.value}", *given]
+  return [f"--config={_CONFIG.value}", f"--topology={topology}", *given]
 
 
 def topology_flag() -> str:
@@ -200,21 +201,28 @@ def topology_flag() -> str:
   return _TOPOLOGY.value
 
 
-def described_devices(config: Config) -> list[Any] | None:
+def described_devices(config: Config, topology: str = "") -> list[Any] | None:
   """Devices of `--topology`, as many slices of it as the config's mesh spans; None without it.
+
+  Args:
+    topology: in place of the flag.
 
   Raises:
     ConfigError: no such topology, or libtpu is not installed.
   """
-  if not _TOPOLOGY.value:
+  topology = topology or _TOPOLOGY.value
+  if not topology:
     return None
   for name, value in _NO_TPU_HERE.items():
     os.environ.setdefault(name, value)
   slices = config.mesh.dcn_data * config.mesh.dcn_stage * config.mesh.dcn_fsdp
   try:
-    return describe_devices(_TOPOLOGY.value, num_slices=slices)
+    return describe_devices(topology, num_slices=slices)
   except ModuleNotFoundError as e:
-    raise ConfigError("describing a TPU needs libtpu: pip install 'meshyard[test]'") from e
+    raise ConfigError(
+      "describing a TPU needs the package libtpu (Linux on x86-64): "
+      "pip install 'meshyard[tpu]', or 'meshyard[test]' for the tests' too"
+    ) from e
   except ValueError as e:
     raise ConfigError(str(e)) from e
 

@@ -1,9 +1,9 @@
 """See a run before renting the machine: where it fits, how fast it would be, on which mesh.
 
 `python -m experiments.plan --config=moe_70b` lists machines that hold it. With --topology
-(v5p:4x4x4, or a cloud name: v5p-128, or GPUs: h100:16) it shows memory and time on that one and
-searches for better meshes. These are estimates from shapes and data sheets, and need no
-accelerator's library. --compile asks the TPU's own compiler, from the libtpu package.
+(v5p:4x4x4, or a cloud name: v5p-128, or GPUs: h100:16, or here: what JAX sees) it shows memory and
+time on that one and searches for better meshes. These are estimates from shapes and data sheets,
+and need no accelerator's library. --compile asks the TPU's own compiler, from the libtpu package.
 """
 
 import math
@@ -26,7 +26,9 @@ from .planning.fixes import fixes
 from .planning.machines import Run
 from .planning.search import ROOM, Option, abstract_mesh, move, search, start
 from .planning.speed import step_time
-from .training.setup import build, mesh_sizes
+from .training.setup import build, devices_here, mesh_sizes
+
+HERE = "here"  # value of --topology: the accelerators that JAX sees
 
 _COMPILE = flags.DEFINE_bool(
   "compile", False, "Compile the training step for --topology (TPUs) and show what it needs."
@@ -78,10 +80,8 @@ def main() -> int:
     machines.print_machines(config, run)
     return cli.FINISHED
   if _COMPILE.value:
-    return compile_step(config)
+    return compile_step(config, topology)
   chip = CHIPS[topology.chip]
-  if not (chip.hbm_bytes and chip.flops_per_device and chip.interconnect):
-    raise ConfigError(f"--topology: memory and speed of {chip.name!r} are not in mesh/hardware.py")
   options = search(start(config), chip, topology.num_chips)
   if _PRINT_OVERRIDES.value:
     if not options or not options[0].fits:
@@ -94,6 +94,8 @@ def main() -> int:
 
 def _topology() -> Topology | None:
   """What `--topology` names; None without it."""
+  if cli.topology_flag() == HERE:
+    return machines.topology_of(devices_here())
   try:
     return parse_topology(cli.topology_flag()) if cli.topology_flag() else None
   except ValueError as e:
@@ -173,13 +175,15 @@ def _as_it_is(config: Config, topology: Topology, chip: Chip, available: int) ->
   return Option(setup, needed, step_time(setup, chip), needed.total <= ROOM * available)
 
 
-def compile_step(config: Config) -> int:
+def compile_step(config: Config, topology: Topology) -> int:
   """What the compiler says of the training step; the exit code.
 
   Raises:
-    ConfigError: it does not fit; libtpu is missing.
+    ConfigError: no TPUs, it does not fit, or libtpu is missing.
   """
-  devices = cli.described_devices(config)
+  if not CHIPS[topology.chip].is_tpu:
+    raise ConfigError("--compile asks the TPU's compiler: only TPUs can be compiled for")
+  devices = cli.described_devices(config, topology.name)
   assert devices is not None
   chip, hbm = find_chip(devices[0]), device_memory_bytes(devices[0])
   assert chip is not None and hbm is not None, devices[0].device_kind  # what libtpu describes
@@ -190,7 +194,7 @@ def compile_step(config: Config) -> int:
     try:
       with tables.console.status("compiling: memory within seconds, the rest within minutes"):
         on_memory = lambda peak: print_groups(memory(setup), peak, hbm)
-        found = compile_apart(cli.config_arguments(), Path(folder), on_memory)
+        found = compile_apart(cli.config_arguments(topology.name), Path(folder), on_memory)
     except CompilerError as e:
       print(f"error: {e}", file=sys.stderr)
       return cli.OUR_FAULT

@@ -78,12 +78,12 @@ def train_flops_per_token(spec: ModelSpec, length: int, *, mean_keys: bool = Fal
   for layer in spec.layers:
     a = layer.attention
     if isinstance(a, LatentAttentionSpec):
-      keys = _seen_on_average(a, length) if mean_keys else length
+      keys = keys_seen(a, length) if mean_keys else length
       attention += 6 * a.num_heads * (a.nope_dim + a.rope_dim + a.value_dim) * keys
     elif isinstance(a, LinearAttentionSpec):
       attention += (18 if a.kind == "delta" else 12) * a.num_heads * a.head_dim * a.value_size
     else:
-      keys = _seen_on_average(a, length) if mean_keys else _seen(a, length)
+      keys = keys_seen(a, length) if mean_keys else _seen(a, length)
       attention += 12 * a.num_heads * a.head_dim * keys
   return 6.0 * count_params(spec).active_matmul + attention
 
@@ -91,7 +91,7 @@ def train_flops_per_token(spec: ModelSpec, length: int, *, mean_keys: bool = Fal
 def _seen(spec: AttentionSpec, length: int) -> float:
   """Keys of the last query of a causal layer, of the average one of another; a mean over heads."""
   if not spec.causal:
-    return _seen_on_average(spec, length)
+    return keys_seen(spec, length)
   keys = min(x for x in (length, spec.window, spec.chunk) if x is not None)
   if spec.mask is None:
     return keys
@@ -100,7 +100,8 @@ def _seen(spec: AttentionSpec, length: int) -> float:
 
 
 @functools.cache
-def _seen_on_average(spec: AttentionSpec | LatentAttentionSpec, length: int) -> float:
+def keys_seen(spec: AttentionSpec | LatentAttentionSpec, length: int) -> float:
+  """Keys that a layer's mask shows to a query in a row of `length`, on average."""
   return _mean_over_heads(spec, lambda one: one.density(length) * length)
 
 

@@ -112,7 +112,7 @@ NETWORK = {
 }  # fmt: skip
 
 MODULES_TO_TRAIN = 99
-LINES_TO_TRAIN = 16_000
+LINES_TO_TRAIN = 16_200
 
 
 class Import(NamedTuple):

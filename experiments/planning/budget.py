@@ -16,6 +16,9 @@ from .speed import rates_of
 
 _SMALLER = (2, 4, 8)  # times fewer parameters than the best
 _HOUR = 3600.0
+# FLOP about which the laws are asked. Their runs took 6e18 to 3e21 (arXiv 2203.15556, section 3.2):
+# much below, they name models worse than an even guess, and far above nothing was ever trained.
+_LEAST, _MOST = 1e16, 1e30
 
 
 def flops_of_days(topology: Topology, days: float) -> tuple[float, str]:
@@ -37,7 +40,8 @@ def flops_of_dollars(topology: Topology, usd: float, prices: Prices) -> tuple[fl
   if price is None:
     raise ConfigError(f"no price of {name} with a source is known: give one with --prices=FILE")
   hours = usd / price.usd_per_hour
-  grounds = f"{usd:,.0f} USD: {hours:,.0f} hours of {name} at {price.usd_per_hour:g} USD "
+  amount = lambda x: f"{x:,.0f}" if x >= 1 else f"{x:.2g}"
+  grounds = f"{amount(usd)} USD: {amount(hours)} hours of {name} at {price.usd_per_hour:g} USD "
   return hours * _HOUR * peak * share, grounds + f"({price.source}), at an MFU of {share:.0%}"
 
 
@@ -50,7 +54,20 @@ def _rate(topology: Topology) -> tuple[float, float, str]:
 
 
 def print_budget(flops: float, grounds: str) -> None:
-  """Best sizes by each law, smaller models as good as the best, and shipped configs near it."""
+  """Best sizes by each law, smaller models as good as the best, and shipped configs near it.
+
+  Raises:
+    ConfigError: a budget of which the laws know nothing.
+  """
+  if not _LEAST <= flops <= _MOST:
+    amount, hint = "much", "give less"
+    if flops < _LEAST:
+      amount = "little"
+      hint = f"give at least {_LEAST:g}, or fit a law to your own small runs with --fit"
+    raise ConfigError(
+      f"{flops:.3g} model FLOP ({grounds}) is too {amount} for the published laws, whose runs took "
+      f"6e18 to 3e21: {hint}"
+    )
   best, band = EPOCH.optimum(flops), EPOCH.band(flops)
   assert band is not None
   print(f"{flops:.3g} model FLOP ({grounds})\n")

@@ -73,20 +73,39 @@ def memory_rows(memory: Memory) -> list[tuple[str, int]]:
   ]
 
 
-def memory(setup: Setup) -> Memory:
-  """What the step of `setup` needs on its mesh, which may be numbers only."""
+class Weights(NamedTuple):
+  """Bytes of a device that the mesh alone decides, not the policy or the parts of a batch."""
+
+  parameters: int
+  optimizer: int
+  gathered: dict[tuple[int, int], int]  # by segment and layer: see `_gathered`
+
+
+def weights_of(setup: Setup) -> Weights:
+  """To be counted once where many policies are compared on a mesh."""
   tree = lambda x: sum(map(held, jax.tree.leaves(x)))
+  layers = [(i, j) for i, s in enumerate(setup.config.model.segments) for j in range(len(s.layers))]
+  gathered = {layer: _gathered(setup, *layer) for layer in layers}
+  return Weights(tree(setup.abstract.params), tree(setup.abstract.opt_state), gathered)
+
+
+def memory(setup: Setup, weights: Weights | None = None) -> Memory:
+  """What the step of `setup` needs on its mesh, which may be numbers only.
+
+  Args:
+    weights: of `weights_of` a setup on the same mesh, where that is known.
+  """
+  weights = weights or weights_of(setup)
   rows = (setup.config.data.batch_size, setup.config.data.row_length)
-  parameters = tree(setup.abstract.params)
   # With parts of a batch, the sum of their gradients and those of one.
   copies = 1 if setup.accumulate == 1 else 2
-  kept, layer = _activations(setup)
+  kept, layer = _activations(setup, weights)
   head_gradient, head = _head(setup)
   return Memory(
-    parameters=parameters,
-    optimizer=tree(setup.abstract.opt_state),
-    batch=5 * local_bytes(setup, Tensor("", rows, ("act_batch", "act_seq"), 4)),
-    gradients=copies * parameters,
+    parameters=weights.parameters,
+    optimizer=weights.optimizer,
+    batch=5 * local_bytes(setup)(Tensor("", rows, ("act_batch", "act_seq"), 4)),
+    gradients=copies * weights.parameters,
     kept=kept,
     head_gradient=head_gradient,
     layer=layer,
@@ -111,12 +130,20 @@ def padded(shape: tuple[int, ...], itemsize: int) -> int:
   return round(size * itemsize * min(tiled))
 
 
-def local_bytes(setup: Setup, tensor: Tensor, parts: int = 1) -> int:
-  """A device's share of one of `parts` equal parts of the rows."""
+def local_bytes(setup: Setup, parts: int = 1) -> Callable[[Tensor], int]:
+  """A function of a tensor: a device's share of one of `parts` equal parts of its rows."""
   sizes = setup.mesh.shape
-  cut = [math.prod(sizes[a] for a in axes) for axes in assign(tensor.axes, setup.rules, sizes)]
-  first, *rest = (-(-n // count) for n, count in zip(tensor.shape, cut, strict=True))
-  return padded((-(-first // parts), *rest), tensor.itemsize)
+  cuts: dict[tuple[str | None, ...], list[int]] = {}
+
+  def share(tensor: Tensor) -> int:
+    cut = cuts.get(tensor.axes)
+    if cut is None:  # a model has many tensors and few kinds of axes
+      found = assign(tensor.axes, setup.rules, sizes)
+      cut = cuts[tensor.axes] = [math.prod(sizes[a] for a in axes) for axes in found]
+    first, *rest = (-(-n // count) for n, count in zip(tensor.shape, cut, strict=True))
+    return padded((-(-first // parts), *rest), tensor.itemsize)
+
+  return share
 
 
 def kept_names(remat: str | Sequence[str]) -> tuple[str, ...]:
@@ -127,12 +154,12 @@ def kept_names(remat: str | Sequence[str]) -> tuple[str, ...]:
   return every.get(remat, (remat,))
 
 
-def _activations(setup: Setup) -> tuple[dict[str, int], int]:
+def _activations(setup: Setup, weights: Weights) -> tuple[dict[str, int], int]:
   """(kept for the backward pass by kind, needed while one layer runs)."""
   config, sizes = setup.config, setup.mesh.shape
   B, T, D = config.data.batch_size, config.data.row_length, config.model.embed_dim
   stages, parts = sizes["stage"], config.train.microbatches
-  size: Callable[[Tensor], int] = lambda tensor: local_bytes(setup, tensor, parts)
+  size = local_bytes(setup, parts)
   names = kept_names(config.train.remat)
   kept: dict[str, int] = {}
   work = 0
@@ -146,16 +173,17 @@ def _activations(setup: Setup) -> tuple[dict[str, int], int]:
       add("layer inputs", times * residual)
       of = {"attention": 0, "mlp": 0, "experts": 0}
       for tensor in named(layer, B, T, D):
-        of[_kind(tensor)] += size(tensor)
+        local = size(tensor)
+        of[_kind(tensor)] += local
         if tensor.name in names:
-          add(_kind(tensor), times * size(tensor))
+          add(_kind(tensor), times * local)
       if config.train.remat == "none":
         amounts = zip(REST, (of["mlp"] + of["experts"], of["attention"], residual), strict=True)
         add("without recomputation", times * sum(factor * n for factor, n in amounts))
       gated = isinstance(layer.mlp, MoeSpec) or layer.mlp.gated
       mlp = (GATED_WORK if gated else PLAIN_WORK) * of["mlp"] + EXPERT_WORK * of["experts"]
       branch = max(mlp, ATTENTION_WORK * of["attention"]) + RESIDUAL_WORK * residual
-      work = max(work, int(branch + WEIGHT_WORK * _gathered(setup, i, j)))
+      work = max(work, int(branch + WEIGHT_WORK * weights.gathered[i, j]))
   return kept, work
 
 

@@ -1,14 +1,16 @@
 """Machines that hold a config, the best mesh of each, and what a run on it would take."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 
 from layers.count import count_params
-from mesh.hardware import CHIPS, GPU_NODES, Chip, cloud_slices
+from mesh.hardware import CHIPS, GPU_NODES, Chip, Topology, cloud_slices, find_chip
+from mesh.topology import count_slices
 
-from ..config import Config
+from ..config import Config, ConfigError
 from ..training.setup import Setup
 from . import tables
 from .cost import Bill, Prices, bill
@@ -46,6 +48,30 @@ def fitting(config: Config) -> list[Machine]:
         found.append(Machine(label, chip, chips, options[0]))
         count += 1
   return found
+
+
+def topology_of(devices: Sequence[Any]) -> Topology:
+  """The machine that these devices are, as `--topology` would name it.
+
+  Raises:
+    ConfigError: no accelerator, one that is not in mesh/hardware.py, or several TPU slices.
+  """
+  first, instead = devices[0], "name a machine instead: --topology=v5p:4x4x4, v5p-128 or h100:8"
+  if first.platform == "cpu":
+    raise ConfigError(f"--topology=here: there is no accelerator here, only CPUs; {instead}")
+  chip = find_chip(first)
+  if chip is None:
+    raise ConfigError(
+      f"--topology=here: memory and speed of {first.device_kind!r} are not in mesh/hardware.py; "
+      f"{instead}"
+    )
+  if (slices := count_slices(devices)) > 1:
+    raise ConfigError(f"--topology=here: {slices} TPU slices, of which plan knows one; {instead}")
+  count = len(devices) // chip.devices_per_chip
+  if not chip.is_tpu:
+    return Topology(chip.name, (count,), count)
+  sides = tuple(len(set(column)) for column in zip(*(d.coords for d in devices), strict=True))
+  return Topology(chip.name, sides[:2] if chip.name in ("v5e", "v6e") else sides, count)
 
 
 def _sizes(chip: Chip) -> list[tuple[str, int]]:

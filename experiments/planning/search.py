@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from layers.spec import AttentionSpec, MoeSpec
@@ -18,7 +19,7 @@ from ..overrides import flatten
 from ..training.optimizer import make_optimizer
 from ..training.setup import Setup, build_on, check_batch, check_parallel
 from ..training.state import abstract_state
-from .estimate import Memory, memory
+from .estimate import Memory, Weights, memory, weights_of
 from .speed import Step, step_time, time_rows
 
 ROOM = 0.95  # of a chip's memory that a program can have
@@ -87,9 +88,11 @@ def move(setup: Setup, config: Config, mesh: Mesh | AbstractMesh) -> Setup:
     validate(rules, mesh)
     check_batch(config, rules, mesh)
     check_parallel(config, mesh)
+    shapes = setup.abstract.opt_state  # the same on every mesh
     if config.optimizer != setup.config.optimizer:
       optimizer = make_optimizer(config.optimizer, setup.schedule, layout.axes, layout.trainable)
-    abstract = abstract_state(layout, optimizer, mesh, rules, config.mesh.circular)
+      shapes = jax.eval_shape(optimizer.init, layout.shapes)
+    abstract = abstract_state(layout, shapes, mesh, rules, config.mesh.circular)
   except ValueError as e:
     raise ConfigError(str(e).splitlines()[0]) from e
   return setup._replace(
@@ -109,7 +112,8 @@ def search(setup: Setup, chip: Chip, chips: int, *, quick: bool = False) -> list
   whole = replace(setup.config, train=replace(setup.config.train, microbatches=1))
   found = []
   for moved in moves(setup, whole, chips * chip.devices_per_chip, quick=quick):
-    here = [o for policy in _POLICIES if (o := _with_policy(moved, chip, policy, room))]
+    weights = weights_of(moved)
+    here = [o for policy in _POLICIES if (o := _with_policy(moved, weights, chip, policy, room))]
     fits = [option for option in here if option.fits]
     found += sorted(fits, key=_rank)[:1] or sorted(here, key=lambda o: o.memory.total)[:1]
   fits = sorted((o for o in found if o.fits), key=_rank)
@@ -155,9 +159,11 @@ def _rules(config: Config, tensor: int) -> list[str]:
   return [name + ("" if whole else ",kv_heads=,act_kv_heads=") for name in names]
 
 
-def _with_policy(moved: Setup, chip: Chip, policy: str, room: float) -> Option | None:
+def _with_policy(
+  moved: Setup, weights: Weights, chip: Chip, policy: str, room: float
+) -> Option | None:
   """With as many microbatches as it takes to fit (more only repeat the gathers), or the most."""
-  config, option = moved.config, None
+  config, last = moved.config, None
   for parts in _parts(config):
     train = replace(config.train, remat=policy, microbatches=parts)
     setup = moved._replace(config=replace(config, train=train))
@@ -165,11 +171,14 @@ def _with_policy(moved: Setup, chip: Chip, policy: str, room: float) -> Option |
       check_batch(setup.config, setup.rules, setup.mesh)
     except ConfigError:
       break
-    needed = memory(setup)
-    option = Option(setup, needed, step_time(setup, chip), needed.total <= room)
-    if option.fits:
+    needed = memory(setup, weights)
+    last = setup, needed
+    if needed.total <= room:
       break
-  return option
+  if last is None:
+    return None
+  setup, needed = last
+  return Option(setup, needed, step_time(setup, chip), needed.total <= room)
 
 
 def _parts(config: Config) -> Iterator[int]:

@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 import jax
 
-from layers.attention import layer_mask
-from layers.kernels.attention.blocks import reach_of
+from layers.count import keys_seen
 from layers.spec import AttentionSpec, LatentAttentionSpec, LayerSpec, LinearAttentionSpec, MoeSpec
 from mesh.hardware import Chip
 
@@ -200,29 +199,25 @@ def _made_by(weight: str, expert: bool, branch: str) -> str:
 
 
 def _attention(layer: LayerSpec, B: int, T: int) -> float:
-  """FLOP of a layer's attention in a forward pass: blocks that the mask leaves."""
+  """FLOP of a layer's attention in a forward pass: pairs that the mask leaves."""
   spec = layer.attention
   if isinstance(spec, LinearAttentionSpec):
     return 8.0 * B * T * spec.num_heads * spec.head_dim * spec.value_size
   if isinstance(spec, LatentAttentionSpec):
     sizes = spec.nope_dim + spec.rope_dim + spec.value_dim
-    return 2.0 * B * spec.num_heads * sizes * T * T / 2
-  before, after = reach_of(layer_mask(spec))
-  keys = T / 2 if spec.causal else T
-  if before is not None and (after is not None):
-    keys = min(keys, before + after + 1)
-  return 4.0 * B * T * spec.num_heads * max(spec.head_dim, 128) * keys
+    return 2.0 * B * T * spec.num_heads * sizes * keys_seen(spec, T)
+  return 4.0 * B * T * spec.num_heads * max(spec.head_dim, 128) * keys_seen(spec, T)
 
 
 def _element_wise(setup: Setup) -> float:
   """Bytes a device moves between products, in all of a batch."""
   config = setup.config
   B, T, D = config.data.batch_size, config.data.row_length, config.model.embed_dim
-  total = 0.0
+  total, size = 0.0, local_bytes(setup)
   for segment in config.model.segments:
     for layer in segment.layers:
       tensors = [layer_input(B, T, D), *named(layer, B, T, D)]
-      total += segment.repeats * PASSES * sum(local_bytes(setup, t) for t in tensors)
+      total += segment.repeats * PASSES * sum(map(size, tensors))
   return total / setup.mesh.shape["stage"]
 
 

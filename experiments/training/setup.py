@@ -51,7 +51,7 @@ def build(config: Config, devices: list[jax.Device] | None = None, *, batch: boo
     ConfigError: an impossible mesh, a size its mesh axes do not divide, an unknown remat policy,
       rows that do not suit the model, a kernel that can't run here, no device at all.
   """
-  devices = _devices() if devices is None else devices
+  devices = devices_here() if devices is None else devices
   try:
     sizes = mesh_sizes(config, len(devices), count_slices(devices))
     dcn = {axis: getattr(config.mesh, f"dcn_{axis}") for axis in DCN_AXES}
@@ -102,13 +102,15 @@ def build_on(
     layout = param_layout(model, config.data.row_length)
     schedule = make_schedule(config.optimizer, config.train.steps)
     optimizer = make_optimizer(config.optimizer, schedule, layout.axes, layout.trainable)
-    abstract = abstract_state(layout, optimizer, mesh, rules, config.mesh.circular)
+    opt_shapes = jax.eval_shape(optimizer.init, layout.shapes)
+    abstract = abstract_state(layout, opt_shapes, mesh, rules, config.mesh.circular)
   except (ValueError, NotImplementedError) as e:
     raise ConfigError(str(e).splitlines()[0]) from e
   return Setup(config, mesh, rules, model, optimizer, schedule, layout, abstract)
 
 
-def _devices() -> list[jax.Device]:
+def devices_here() -> list[jax.Device]:
+  """Those that JAX finds; ConfigError where it finds none."""
   try:
     return jax.devices()
   except (RuntimeError, AssertionError) as e:  # JAX_PLATFORMS names what is not there

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from layers.params import axes, trainable, unbox
 from layers.stack import is_staged
@@ -49,8 +49,8 @@ def param_layout(model: TransformerLM, row_length: int = 1) -> Layout:
 
 def abstract_state(
   layout: Layout,
-  optimizer: optax.GradientTransformation,
-  mesh: Mesh,
+  opt_shapes: optax.OptState,
+  mesh: Mesh | AbstractMesh,
   rules: Rules,
   circular: int = 1,
 ) -> TrainState:
@@ -59,6 +59,7 @@ def abstract_state(
   Moments are placed like their parameter; counts and factored statistics are small.
 
   Args:
+    opt_shapes: of the optimizer's state, which no mesh changes: `jax.eval_shape` of its `init`.
     circular: see `layers.stack`: segments that do not divide into so many rounds of the pipeline
       stages lie on all of them.
 
@@ -80,7 +81,6 @@ def abstract_state(
       f"mesh stage={stages} with circular={circular}: no segment of the model has a multiple of "
       f"{stages * circular} repeats"
     )
-  opt_shapes = jax.eval_shape(optimizer.init, layout.shapes)
   place = lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s)
   put = lambda axes, shapes: jax.tree.map(place, shapes, shardings(axes, shapes, rules, mesh))
   step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))

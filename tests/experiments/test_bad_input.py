@@ -5,11 +5,12 @@ import os
 import resource
 import shutil
 import subprocess
+import tomllib
 
 import pytest
 
 from experiments.training.checkpoint import Checkpoints, saved_steps
-from tests.experiments.programs import ONE, QUICK, call, spawn, state_hash, steps
+from tests.experiments.programs import ONE, QUICK, ROOT, call, spawn, state_hash, steps
 
 pytestmark = pytest.mark.xdist_group("run")
 
@@ -244,23 +245,44 @@ def test_generate_refuses(trained, arguments, pieces):
   (
     (["--compile"], "--compile needs a --topology"),
     (["--print_overrides"], "--print_overrides needs a --topology"),
-    (["--topology=nonsense"], "not of the form"),
-    (["--topology=v9:2x2"], "'v9'"),
-    (["--topology=cpu:8"], "'cpu' are not in mesh/hardware.py"),
+    (["--topology=nonsense"], "of the form v5p:4x4x4, v5p-128, h100:8 or h100:4x8 (4 nodes of 8)"),
+    (["--topology=v9:2x2"], "'v9' is none of v4, v5e, v5p"),
+    (["--topology=v5p-100"], "the nearest are v5p-64 (2x4x4) and v5p-128 (4x4x4)"),
+    (["--topology=v5p:3x5x7", "--compile"], "the nearest are v5p:4x4x4 and v5p:4x4x8"),
+    (["--topology=a100:9x7"], "a100:8x8, or a100:63 in all"),
     (["--topology=h100:8", "--compile"], "only TPUs"),
     (["--topology=v5e:2x2", "--config.mesh.fsdp=3"], "3"),
     (["--budget_usd=100"], "--budget_usd needs a --topology"),
     (["--budget_flops=-1"], "must be positive"),
+    (["--budget_flops=1e3"], "1e+03 model FLOP (as asked) is too little for the published laws"),
+    (["--budget_flops=1e300"], "is too much for the published laws"),
+    (["--days=1e-9", "--topology=h100:8"], "8 h100 for 1e-09 days at an MFU of 45%) is too"),
+    (["--budget_usd=0.001", "--topology=h100:8"], "(0.001 USD: 0.00025 hours of h100"),
     (["--days=3", "--budget_flops=1e20", "--topology=h100:8"], "two budgets"),
     (["--topology=tpu7x:2x2x1", "--budget_usd=100"], "--prices=FILE"),
     (["--prices=/nowhere.toml"], "can't read the prices"),
     (["--fit=/nowhere/*"], "no such folder"),
-    (["--topology=v5p:4x4"], "3 sides"),
+    (["--topology=v5p:4x4"], "v5p has no such slice"),
   ),
 )
 def test_plan_refuses(arguments, piece):
   result = call("plan", "--config=debug", *arguments)
   assert result.code == 2 and piece in result.err and result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+  ("program", "arguments"), (("plan", ["--compile"]), ("run", ["--show_mesh=embedding/table"]))
+)
+def test_describing_without_libtpu_names_the_package(program, arguments, tmp_path):
+  """In a process that cannot import it."""
+  script = "import sys; sys.modules['libtpu'] = None"
+  arguments = ["--config=debug", "--topology=v5e:2x2", *arguments]
+  result = spawn(tmp_path, program, *arguments, script=script)
+  assert (result.code, result.out) == (2, ""), result.err
+  assert "pip install 'meshyard[tpu]'" in result.err and result.err.count("\n") == 1
+  extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+  assert any(name.startswith("jax[tpu]") for name in extras["tpu"])  # jax's own brings libtpu
+  assert any(name.startswith("libtpu") for name in extras["test"])
 
 
 @contextlib.contextmanager

@@ -3,12 +3,16 @@
 Mistakes are in `test_bad_input`.
 """
 
+import itertools
 import re
+from types import SimpleNamespace
 
 import pytest
 from jax.experimental import topologies
 
+from experiments import plan
 from experiments.planning import compiling
+from mesh.hardware import parse_topology
 from tests.experiments.programs import call, spawn
 
 
@@ -79,6 +83,51 @@ def test_the_overrides_that_are_printed_give_what_was_shown():
   assert re.search(rf"^peak +{memory} ", again.out, re.MULTILINE)
   (step,) = re.findall(r"^step +([\d.]+) ", again.out, re.MULTILINE)
   assert float(step) == pytest.approx(float(seconds), abs=0.006)
+
+
+def tpus(kind, *sides, cores=1):
+  """What JAX would list on such a slice."""
+  return [
+    SimpleNamespace(platform="tpu", device_kind=kind, coords=place, slice_index=0)
+    for place in itertools.product(*map(range, sides))
+    for _ in range(cores)
+  ]
+
+
+@pytest.mark.parametrize(
+  ("devices", "same"),
+  (
+    (tpus("TPU v5", 2, 2, 4), "v5p-32"),
+    (tpus("TPU v6 lite", 2, 4, 1), "v6e:2x4"),
+    (tpus("TPU7x", 2, 2, 1, cores=2), "tpu7x:2x2x1"),
+    ([SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")] * 8, "h200:8"),
+  ),
+)
+def test_the_devices_that_are_here(devices, same, monkeypatch):
+  monkeypatch.setattr(plan, "devices_here", lambda: devices)
+  assert plan.machines.topology_of(devices) == parse_topology(same)
+  here = call("plan", "--config=debug", "--topology=here", "--config.data.batch_size=16")
+  named = call("plan", "--config=debug", f"--topology={same}", "--config.data.batch_size=16")
+  assert here.code == 0 and here == named
+
+
+def test_devices_that_plan_does_not_know(monkeypatch):
+  """CPUs for real; the others are made up."""
+  result = call("plan", "--config=debug", "--topology=here")
+  assert result.code == 2 and result.err.count("\n") == 1
+  assert "there is no accelerator here, only CPUs; name a machine instead" in result.err
+  for devices, piece in (
+    ([SimpleNamespace(platform="gpu", device_kind="NVIDIA L40S")], "'NVIDIA L40S' are not in"),
+    ([*tpus("TPU v4", 2, 2, 1), *(SimpleNamespace(**vars(d) | {"slice_index": 1})
+      for d in tpus("TPU v4", 2, 2, 1))], "2 TPU slices, of which plan knows one"),
+  ):  # fmt: skip
+    monkeypatch.setattr(plan, "devices_here", lambda devices=devices: devices)
+    result = call("plan", "--config=debug", "--topology=here")
+    assert result.code == 2 and piece in result.err
+  gpus = [SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")]
+  monkeypatch.setattr(plan, "devices_here", lambda: gpus)
+  result = call("plan", "--config=debug", "--topology=here", "--compile")
+  assert result.code == 2 and "only TPUs" in result.err
 
 
 def test_parts_add_up():

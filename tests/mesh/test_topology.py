@@ -329,9 +329,8 @@ def test_a_mesh_that_leaves_a_host_idle_is_refused():
   assert len(set(few.devices.flat)) == 3
 
 
-@needs_libtpu
 def test_topologies_that_do_not_exist_are_refused():
-  with pytest.raises(ValueError, match="libtpu refuses topology v5e:2x3"):
+  with pytest.raises(ValueError, match="v5e has no such slice"):
     describe_devices("v5e:2x3")
   with pytest.raises(ValueError, match="only TPUs can be described"):
     describe_devices("h100:8")

@@ -76,6 +76,38 @@ def test_recomputed_products():
   assert minimal.repeated_products == minimal.repeated_attention == 0
 
 
+def test_attention_follows_the_pairs_that_a_mask_leaves():
+  """Pairs counted by hand, in rows of 8 positions."""
+  layer = cli.named_config("debug").model.layers[0]
+  plain = {"window": None, "chunk": None, "mask": None, "causal": True}
+  for fields, pairs in (
+    (plain, 1 + 2 + 3 + 4 + 5 + 6 + 7 + 8),
+    (plain | {"causal": False}, 8 * 8),
+    (plain | {"window": 3}, 1 + 2 + 6 * 3),
+    (plain | {"chunk": 4}, 2 * (1 + 2 + 3 + 4)),
+    (plain | {"mask": "Strided(4)"}, 4 * 1 + 4 * 2),
+  ):
+    attention = replace(layer.attention, **fields)
+    each = 2 * 2 * 128 * attention.num_heads  # two products; heads are padded to 128
+    found = speed._attention(replace(layer, attention=attention), 3, 8)
+    assert found == pytest.approx(3 * pairs * each), fields
+
+
+def test_a_sparse_encoder_pays_for_what_it_sees():
+  """BigBird's 64 blocks by hand: the first and the last see all; the 60 inner ones the two globals,
+  themselves with both neighbours and 3 drawn ones; for the two beside the ends a neighbour is a
+  global."""
+  setup = planned("bigbird:base")
+  spec = setup.config.model
+  whole = lambda layer: replace(layer, attention=replace(layer.attention, mask=None))
+  segments = tuple(replace(s, layers=tuple(map(whole, s.layers))) for s in spec.segments)
+  dense = replace(setup.config, model=replace(spec, segments=segments))
+  seen, all_pairs = (speed.count_work(setup._replace(config=c)) for c in (setup.config, dense))
+  assert seen.attention / all_pairs.attention == pytest.approx(
+    (2 * 64 + 60 * (2 + 3 + 3) + 2 * (2 + 2 + 3)) / 64**2
+  )
+
+
 def test_weights_on_the_network():
   """Of FSDP: all weights twice in bfloat16 and their gradients in float32, less a device's own."""
   received = speed.bytes_received(planned("dense_1b", {"fsdp": 16}))

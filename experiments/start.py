@@ -1,8 +1,12 @@
 """What `run` does around training: which config, may it run here, and what to say at the end."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+import jax
 
 from layers.count import count_params
 from mesh.multihost import is_primary
@@ -96,13 +100,15 @@ def _run(request: Request, profile: Profile | None) -> int | None:
     return lines
 
   with writing(folder):
-    outcome = train(
-      setup, dataset, folder, profile=profile, resume=request.resume, baselines=baselines
-    )
+    with _explained(setup):
+      outcome = train(
+        setup, dataset, folder, profile=profile, resume=request.resume, baselines=baselines
+      )
     if _stopped(outcome):
       return outcome.stopped_by
     if twin is not None:
-      beside = _train_twin(twin, dataset, folder / twin.config.name)
+      with _explained(twin):
+        beside = _train_twin(twin, dataset, folder / twin.config.name)
       if beside is not None and _stopped(beside):
         return beside.stopped_by
       if beside is not None:
@@ -112,6 +118,20 @@ def _run(request: Request, profile: Profile | None) -> int | None:
   if config.eval.sample_prompt and dataset.tokenizer is not None and generates:
     print_sample(outcome, dataset.tokenizer, show=is_primary())  # all compute, one speaks
   return None
+
+
+@contextlib.contextmanager
+def _explained(setup: Setup) -> Iterator[None]:
+  """Says what filled the memory of a device where it ran out, and what would fit."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as e:
+    if "RESOURCE_EXHAUSTED" not in str(e):
+      raise
+    # The planner's estimates, which training needs in this case only.
+    from .planning.exhausted import explain
+
+    raise ConfigError(explain(setup, e)) from e
 
 
 def _stopped(outcome: Outcome) -> bool:

@@ -41,6 +41,7 @@ LATE_IMPORTS = {
   ("experiments/training/report.py", "matplotlib"): "a second to import, only to draw a report",
   ("experiments/training/report.py", "matplotlib.figure"): "the same",
   ("experiments/show.py", "experiments.show_mesh"): "drawing, which training never does",
+  ("experiments/start.py", "experiments.planning.exhausted"): "only where memory runs out",
   ("experiments/show_mesh.py", "matplotlib"): "a second to import, only to draw",
   ("experiments/show_mesh.py", "matplotlib.collections"): "the same",
   ("experiments/show_mesh.py", "matplotlib.figure"): "the same",

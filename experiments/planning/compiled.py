@@ -11,9 +11,11 @@ from . import conventions
 from .buffers import Peak, by_group
 from .compiling import Compiled
 from .estimate import Memory
+from .fixes import fixes
 from .memory import gigabytes
+from .search import ROOM
 from .speed import Step, axis_speeds, bytes_received, count_work, rates_of, step_time
-from .tables import console, table
+from .tables import console, print_fixes, table
 from .traffic import Collective, collectives
 from .work import Op, work
 
@@ -59,11 +61,10 @@ def print_compiled(setup: Setup, compiled: Compiled, chip: Chip) -> None:
     ConfigError: it does not fit.
   """
   if compiled.refused:
-    raise ConfigError(
-      f"{setup.config.name} does not fit. Try more --config.train.microbatches, "
-      "--config.train.remat=full or a larger slice; plan without --compile searches for what fits. "
-      f"The compiler: {compiled.refused}"
-    )
+    assert chip.hbm_bytes
+    hbm, config = chip.hbm_bytes // chip.devices_per_chip, setup.config
+    print_fixes(fixes(setup, chip, hbm), config, int(ROOM * hbm))
+    raise ConfigError(f"{config.name} does not fit; the compiler: {compiled.refused}")
   print(
     f"compiled in {compiled.seconds:.0f} s ({compiled.cpu_seconds:.0f} CPU seconds, "
     f"{gigabytes(compiled.host_bytes)} here); the code takes {gigabytes(compiled.code)}\n"

@@ -17,9 +17,8 @@ from mesh.hardware import CHIPS, Chip, Topology, device_memory_bytes, find_chip,
 
 from . import cli
 from .config import Config, ConfigError
-from .planning import budget, machines, page, tables
-from .planning.compiled import print_compiled, print_groups
-from .planning.compiling import CompilerError, compile_apart
+from .planning import budget, compiling, decoding, machines, page, tables
+from .planning.compiled import print_cached, print_compiled, print_decoding, print_groups
 from .planning.cost import Prices
 from .planning.estimate import memory
 from .planning.fixes import fixes
@@ -31,7 +30,7 @@ from .training.setup import build, devices_here, mesh_sizes
 HERE = "here"  # value of --topology: the accelerators that JAX sees
 
 _COMPILE = flags.DEFINE_bool(
-  "compile", False, "Compile the training step for --topology (TPUs) and show what it needs."
+  "compile", False, "Compile the training step, or with --inference the step that draws a token."
 )
 _PRINT_OVERRIDES = flags.DEFINE_bool(
   "print_overrides", False, "Print only the overrides of the quickest option on --topology."
@@ -70,7 +69,7 @@ def main() -> int:
   config = cli.requested_config()
   tokens = config.train.steps * config.data.batch_size * config.data.row_length
   run = Run(_TOKENS.value or tokens, prices)
-  if _INFERENCE.value:
+  if _INFERENCE.value and not _COMPILE.value:
     tables.print_serving(config, topology, _WEIGHT_BITS.value)
     return cli.FINISHED
   if topology is None:
@@ -176,7 +175,7 @@ def _as_it_is(config: Config, topology: Topology, chip: Chip, available: int) ->
 
 
 def compile_step(config: Config, topology: Topology) -> int:
-  """What the compiler says of the training step; the exit code.
+  """What the compiler says of the training step, or of drawing a token; the exit code.
 
   Raises:
     ConfigError: no TPUs, it does not fit, or libtpu is missing.
@@ -190,15 +189,18 @@ def compile_step(config: Config, topology: Topology) -> int:
   setup = build(config, devices)
   axes = " x ".join(f"{name}={size}" for name, size in setup.mesh.shape.items() if size > 1)
   print(f"{config.name} on {len(devices) // chip.devices_per_chip} x {chip.name}, mesh {axes}")
+  program, on_memory = compiling.__name__, lambda peak: print_groups(memory(setup), peak, hbm)
+  if _INFERENCE.value:
+    program, on_memory = decoding.__name__, lambda peak: print_cached(setup, peak, hbm)
   with tempfile.TemporaryDirectory() as folder:
     try:
       with tables.console.status("compiling: memory within seconds, the rest within minutes"):
-        on_memory = lambda peak: print_groups(memory(setup), peak, hbm)
-        found = compile_apart(cli.config_arguments(topology.name), Path(folder), on_memory)
-    except CompilerError as e:
+        arguments = cli.config_arguments(topology.name)
+        found = compiling.compile_apart(arguments, Path(folder), on_memory, program)
+    except compiling.CompilerError as e:
       print(f"error: {e}", file=sys.stderr)
       return cli.OUR_FAULT
-  print_compiled(setup, found, chip)
+  (print_decoding if _INFERENCE.value else print_compiled)(setup, found, chip)
   return cli.FINISHED
 
 

@@ -169,14 +169,19 @@ def of_layer(stack: KVCache | LinearState, layer: jax.Array) -> KVCache | Linear
   return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), stack)
 
 
+def stack_axes(stack: KVCache | LinearState) -> Any:
+  """Logical axes of each array of stacked caches, in their place."""
+  kept: Any = (None, "cache_batch", "cache_seq", "cache_heads", None)
+  if isinstance(stack, KVCache):
+    return KVCache(kept, kept)
+  state: Any = (None, "cache_batch", "cache_heads", None, None)
+  seen: Any = (None, "cache_batch", None, "cache_heads", None)
+  return LinearState(state, (seen,) * len(stack.inputs))
+
+
 def place_stack(stack: KVCache | LinearState) -> KVCache | LinearState:
   """Stacked caches, laid out over devices as layers give them back."""
-  if isinstance(stack, KVCache):
-    place = lambda x: constrain(x, None, "cache_batch", "cache_seq", "cache_heads", None)
-    return jax.tree.map(place, stack)
-  state = constrain(stack.state_BNHU, None, "cache_batch", "cache_heads", None, None)
-  place = lambda x: constrain(x, None, "cache_batch", None, "cache_heads", None)
-  return LinearState(state, jax.tree.map(place, stack.inputs))
+  return jax.tree.map(lambda x, names: constrain(x, *names), stack, stack_axes(stack))
 
 
 def into_stack(stack: Any, cache: KVCache | LinearState, layer: jax.Array) -> Any:

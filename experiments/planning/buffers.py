@@ -21,6 +21,7 @@ _INSTRUCTION = re.compile(
 _VALUE = re.compile(
   r" value: <\d+ ([^\s{]+)(?:\{([\d,]*)\})? (?:\(phi\) )?@0> \(size=(\d+),offset=(\d+)\)"
 )
+_ARGUMENTS = {"params": "parameters", "opt": "optimizer", "step": "optimizer", "caches": "caches"}
 _FARTHEST = 50  # instructions between a value and who made it
 _COPIES = ("bitcast", "copy", "copy-done", "copy-start", "reshape", "transpose", "convert")
 _COLLECTIVE = re.compile(
@@ -54,7 +55,8 @@ class Instruction(NamedTuple):
 def groups() -> list[str]:
   """In the order they are shown."""
   return [
-    "parameters", "optimizer", "batch", "kept: layer inputs", *(f"kept: {kind}" for kind in KINDS),
+    *("parameters", "optimizer", "caches", "batch", "kept: layer inputs"),
+    *(f"kept: {kind}" for kind in KINDS),
     "gradients", "the loss and its gradient", *(f"at work: {kind}" for kind in KINDS),
     TRAFFIC, "the update", OTHER,
   ]  # fmt: skip
@@ -84,12 +86,14 @@ def at_peak(folder: Path) -> Peak:
   total, kept, temporary = _placed(places.read_text())
   buffers = []
   for same in kept:
-    buffers += _named(values, same)[:1]
+    found = _named(values, same)
+    given = [buffer for buffer in found if buffer.group in groups()[:4]]  # not what overwrites it
+    buffers += (given or found)[:1]
   for same in _fullest(temporary, lives):
     found = _named(values, same)
     telling = [buffer for buffer in found if buffer.group != OTHER] or found
     # What is an argument here is a copy of one.
-    is_copy = telling and telling[0].group in groups()[:3]
+    is_copy = telling and telling[0].group in groups()[:4]
     buffers += [telling[0]._replace(group=TRAFFIC)] if is_copy else telling[:1]
   return Peak(total, sorted(buffers, key=lambda buffer: -buffer.size))
 
@@ -255,10 +259,7 @@ class _Values:
     """(one of `groups`, where in the model)."""
     where = self._where(made)
     if made.op == "parameter" and made.computation == self._entry:
-      kind = "optimizer"
-      if where.startswith("state.params"):
-        kind = "parameters"
-      return ("batch" if where.startswith("batch") else kind), where
+      return _ARGUMENTS.get(re.split(r"[\[_]", where.removeprefix("state."))[0], "batch"), where
     back = "transpose(" in where
     if "/head" in where or "_head/" in where or "cross_entropy" in where:
       return "the loss and its gradient", where

@@ -14,6 +14,7 @@ from .estimate import Memory
 from .fixes import fixes
 from .memory import gigabytes
 from .search import ROOM
+from .serving import cache_bytes, serve, weight_bytes
 from .speed import Step, axis_speeds, bytes_received, count_work, rates_of, step_time
 from .tables import console, print_fixes, table
 from .traffic import Collective, collectives
@@ -46,16 +47,56 @@ def print_groups(mine: Memory, peak: Peak, hbm: int) -> None:
   made.add_row("gaps between them", "", gigabytes(peak.gaps))
   made.add_row("peak", gigabytes(mine.total), gigabytes(peak.total))
   console.print(made)
-  over = peak.total - hbm
+  _print_verdict(peak, hbm)
+
+
+def print_cached(setup: Setup, peak: Peak, hbm: int) -> None:
+  """Bytes of a device by use while a token is drawn for each row of the config's batch."""
+  config, devices = setup.config, setup.mesh.size
+  caches = config.data.batch_size * cache_bytes(config.model, config.data.row_length)
+  mine = {"parameters": weight_bytes(config.model, 16), "caches": caches}
+  rows, length = config.data.batch_size, config.data.row_length
+  console.print(f"a token for {rows:,} rows of {length:,} positions, weights in bfloat16\n")
+  made = table("memory of a device", "estimate", "compiled")
+  for name, size in by_group(peak.buffers).items():
+    if name in mine or size > _SHOWN * peak.total:
+      made.add_row(name, gigabytes(mine[name] // devices) if name in mine else "", gigabytes(size))
+  made.add_row("gaps between them", "", gigabytes(peak.gaps))
+  made.add_row("peak", "", gigabytes(peak.total))
+  console.print(made)
+  _print_verdict(peak, hbm)
+
+
+def print_decoding(setup: Setup, compiled: Compiled, chip: Chip) -> None:
+  """Seconds of a token, and tokens a second.
+
+  Raises:
+    ConfigError: it does not fit.
+  """
+  config = setup.config
+  if compiled.refused:
+    raise ConfigError(f"{config.name} does not fit; the compiler: {compiled.refused}")
+  _print_took(compiled)
+  rows = config.data.batch_size
+  step = compiled_step(setup, chip, work(compiled.text), collectives(compiled.text, setup.mesh))
+  seconds = step.compute + sum(step.traffic.values())
+  chips = setup.mesh.size // chip.devices_per_chip
+  ideal = serve(config.model, chip, chips, rows, config.data.row_length, 16)
+  made = table("a token of each row", "estimate", "compiled")
+  made.add_row("computing, reading memory", f"{1000 * ideal.seconds:.2f} ms",
+               f"{1000 * step.compute:.2f} ms")  # fmt: skip
+  for axis, time in step.traffic.items():
+    made.add_row(f"network, {axis}", "", f"{1000 * time:.2f} ms")
+  made.add_row("tokens/s", f"{rows / ideal.seconds:,.0f}", f"{rows / seconds:,.0f}")
+  console.print(made)
   console.print(
-    f"of {gigabytes(hbm)}: {'fits' if over <= 0 else f'does NOT fit, {gigabytes(over)} too much'}\n"
+    f"estimate: bound by {ideal.bound}, all spread evenly, no traffic; "
+    f"compiled: the compiler's cycles at {CLOCK[chip.name] / 1e9:g} GHz, nothing overlapped"
   )
-  if over > 0:
-    print_buffers(peak)
 
 
 def print_compiled(setup: Setup, compiled: Compiled, chip: Chip) -> None:
-  """FLOP and time of a program.
+  """FLOP and time of a training step.
 
   Raises:
     ConfigError: it does not fit.
@@ -65,13 +106,25 @@ def print_compiled(setup: Setup, compiled: Compiled, chip: Chip) -> None:
     hbm, config = chip.hbm_bytes // chip.devices_per_chip, setup.config
     print_fixes(fixes(setup, chip, hbm), config, int(ROOM * hbm))
     raise ConfigError(f"{config.name} does not fit; the compiler: {compiled.refused}")
-  print(
-    f"compiled in {compiled.seconds:.0f} s ({compiled.cpu_seconds:.0f} CPU seconds, "
-    f"{gigabytes(compiled.host_bytes)} here); the code takes {gigabytes(compiled.code)}\n"
-  )
+  _print_took(compiled)
   ops, sends = work(compiled.text), collectives(compiled.text, setup.mesh)
   print_work(setup, ops, sends)
   print_step(setup, chip, ops, sends)
+
+
+def _print_took(compiled: Compiled) -> None:
+  console.print(
+    f"compiled in {compiled.seconds:.0f} s ({compiled.cpu_seconds:.0f} CPU seconds, "
+    f"{gigabytes(compiled.host_bytes)} here); the code takes {gigabytes(compiled.code)}\n"
+  )
+
+
+def _print_verdict(peak: Peak, hbm: int) -> None:
+  over = peak.total - hbm
+  verdict = "fits" if over <= 0 else f"does NOT fit, {gigabytes(over)} too much"
+  console.print(f"of {gigabytes(hbm)}: {verdict}\n")
+  if over > 0:
+    print_buffers(peak)
 
 
 def _estimates(mine: Memory) -> dict[str, int]:

@@ -48,9 +48,12 @@ class Compiled(NamedTuple):
 
 
 def compile_apart(
-  arguments: list[str], folder: Path, on_memory: Callable[[Peak], None]
+  arguments: list[str],
+  folder: Path,
+  on_memory: Callable[[Peak], None],
+  program: str = __name__,
 ) -> Compiled:
-  """Run this file with flags for config and topology.
+  """Run this file, or another such program, with flags for config and topology.
 
   Args:
     folder: an empty one.
@@ -59,7 +62,7 @@ def compile_apart(
   Raises:
     CompilerError: the process did not finish.
   """
-  with _start(arguments, folder) as process:
+  with _start(arguments, folder, program) as process:
     try:
       _wait_for_memory(process, folder)
       if _laid_out(folder):
@@ -88,9 +91,9 @@ def memory_apart(arguments: list[str], folder: Path) -> Peak:
   return at_peak(folder)
 
 
-def _start(arguments: list[str], folder: Path) -> subprocess.Popen:
+def _start(arguments: list[str], folder: Path, program: str = __name__) -> subprocess.Popen:
   """The process, whose words go to a file in the folder."""
-  command = [sys.executable, "-m", __name__, f"--workdir={folder}", *arguments]
+  command = [sys.executable, "-m", program, f"--workdir={folder}", *arguments]
   with (folder / _WORDS).open("wb") as words:
     return subprocess.Popen(command, stderr=words)
 
@@ -140,10 +143,8 @@ def lower_step(setup: Setup) -> jax.stages.Lowered:
     return jitted.lower(setup.abstract, batch)
 
 
-def main() -> None:
-  """Compile, and leave a summary and XLA's dump."""
-  folder, config = cli.workdir(""), cli.requested_config()
-  lowered = lower_step(build(config, cli.described_devices(config)))
+def compile_here(lowered: jax.stages.Lowered, folder: Path) -> None:
+  """Leave a summary and XLA's dump."""
   jax.config.update("jax_enable_compilation_cache", False)  # it can't be read back without a TPU
   began, refused, arguments, code = time.monotonic(), "", 0, 0
   try:
@@ -165,6 +166,12 @@ def main() -> None:
     "host_bytes": 1024 * used.ru_maxrss,
   }
   (folder / SUMMARY).write_text(json.dumps(summary))
+
+
+def main() -> None:
+  """Compile the training step."""
+  config = cli.requested_config()
+  compile_here(lower_step(build(config, cli.described_devices(config))), cli.workdir(""))
 
 
 if __name__ == "__main__":

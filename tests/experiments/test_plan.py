@@ -219,6 +219,25 @@ def test_a_model_that_does_not_fit_is_said_in_one_line():
   assert re.search(r"^kept: mlp +bf16\[16,8,4096,8192\] +8\.6 GB", result.out, re.MULTILINE)
 
 
+def test_the_step_that_draws_a_token(tmp_path):
+  """Llama 3.2 1B in bfloat16 on four v5e, 32 rows: weights and caches in four parts, in place."""
+  pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu, Linux x86-64 only")
+  changed = ("--config.data.batch_size=32", "--config.mesh.fsdp=1", "--config.mesh.tensor=4")
+  result = call(
+    "plan", "--config=dense_1b", "--topology=v5e:2x2", "--compile", "--inference", *changed
+  )
+  assert result.code == 0, result.err
+  cells = dict(
+    re.findall(r"^(parameters|caches) +[\d.]+ [GM]B +([\d.]+) [GM]B$", result.out, re.MULTILINE)
+  )
+  assert float(cells["parameters"]) == pytest.approx(1235.8 * 2 / 4, rel=0.01)
+  assert float(cells["caches"]) == pytest.approx(
+    16 * 32 * 4096 * 8 * 64 * 2 * 2 / 4 / 1e9, abs=0.05
+  )
+  seconds = re.search(r"computing, reading memory +([\d.]+) ms +([\d.]+) ms", result.out)
+  assert float(seconds[1]) < float(seconds[2])  # the estimate is the least that memory allows
+
+
 def test_a_compiler_that_dies_takes_nobody_with_it(monkeypatch):
   pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu, Linux x86-64 only")
   monkeypatch.setattr(compiling.sys, "executable", "/bin/false")

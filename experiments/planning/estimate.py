@@ -28,6 +28,8 @@ SUBLANES = 8  # of a TPU's tile, whose other side is LANES
 ATTENTION_WORK, EXPERT_WORK, GATED_WORK, PLAIN_WORK, RESIDUAL_WORK = 3.5, 2.3, 3.0, 5.7, 5.0
 # Whole weights of a layer in bfloat16, and as many bytes of gradients not yet summed.
 WEIGHT_WORK = 2.0
+# Of the rows of a pipeline: what enters and what leaves it, each once a stage, and their gradients.
+PIPELINE_WORK = 5.0
 # Without recomputation, what is kept beside the named tensors: float32 inside of activations and
 # norms, and inputs of products; times the tensors of the MLP, of the attention, of the residual.
 REST = (3.5, 0.5, 5.0)
@@ -165,6 +167,8 @@ def _activations(setup: Setup, weights: Weights) -> tuple[dict[str, int], int]:
   work = 0
   add = lambda kind, amount: kept.update({kind: kept.get(kind, 0) + int(amount)})
   residual = size(layer_input(B, T, D))
+  if stages > 1:
+    add("ends of the pipeline", PIPELINE_WORK * local_bytes(setup, layer_input(B, T, D)))
   for i, segment in enumerate(config.model.segments):
     staged = is_staged(segment.repeats, stages, config.mesh.circular)
     # A stage runs its share of the layers on every part, and on nothing while it waits.

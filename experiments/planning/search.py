@@ -10,6 +10,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from layers.spec import AttentionSpec, MoeSpec
+from layers.stack import is_staged
 from mesh.axes import MESH_AXES
 from mesh.hardware import Chip
 from mesh.rules import parse_rules, validate
@@ -24,6 +25,7 @@ from .speed import Step, step_time, time_rows
 
 ROOM = 0.95  # of a chip's memory that a program can have
 MAX_TENSOR, MAX_PARTS = 16, 32
+STAGES = (2, 4, 8)
 _POLICIES = ("none", "minimal", "full")
 
 
@@ -105,7 +107,7 @@ def search(setup: Setup, chip: Chip, chips: int, *, quick: bool = False) -> list
 
   Args:
     setup: of `start`.
-    quick: without the axes that are seldom the best, data and context.
+    quick: without the axes that are seldom the best: data, stage and context.
   """
   assert chip.hbm_bytes
   room = ROOM * chip.hbm_bytes / chip.devices_per_chip
@@ -162,9 +164,15 @@ def _rules(config: Config, tensor: int) -> list[str]:
 def _with_policy(
   moved: Setup, weights: Weights, chip: Chip, policy: str, room: float
 ) -> Option | None:
-  """With as many microbatches as it takes to fit (more only repeat the gathers), or the most."""
-  config, last = moved.config, None
+  """With the microbatches it takes to fit, or the most.
+
+  More of them only repeat the gathers; but stages wait less, so there the quickest counts.
+  """
+  config, best, last = moved.config, None, None
+  stages = moved.mesh.shape["stage"]
   for parts in _parts(config):
+    if parts < stages:
+      continue
     train = replace(config.train, remat=policy, microbatches=parts)
     setup = moved._replace(config=replace(config, train=train))
     try:
@@ -173,10 +181,15 @@ def _with_policy(
       break
     needed = memory(setup, weights)
     last = setup, needed
-    if needed.total <= room:
-      break
-  if last is None:
-    return None
+    if needed.total > room and stages == 1:
+      continue  # timed only if it stays the last
+    option = Option(setup, needed, step_time(setup, chip), needed.total <= room)
+    if best is None or not best.fits or (option.fits and _rank(option) < _rank(best)):
+      best = option
+    if stages == 1:
+      return best
+  if best is not None or last is None:
+    return best
   setup, needed = last
   return Option(setup, needed, step_time(setup, chip), needed.total <= room)
 
@@ -189,19 +202,34 @@ def _parts(config: Config) -> Iterator[int]:
 
 
 def meshes(config: Config, devices: int, *, quick: bool = False) -> Iterator[dict[str, int]]:
-  """Sizes of all axes whose product is `devices`; no pipeline stages."""
+  """Sizes of all axes whose product is `devices`.
+
+  Pipeline stages come without tensor and context, whose traffic inside of stages nobody fitted.
+  """
   experts = [m.mlp.num_experts for m in config.model.layers if isinstance(m.mlp, MoeSpec)]
   common = math.gcd(devices, *experts) if experts else 1
   divisors = lambda n, most: [d for d in range(1, min(n, most) + 1) if n % d == 0]
   powers = lambda n, most: [d for d in divisors(n, most) if d & (d - 1) == 0]
-  choices = (divisors(devices, MAX_TENSOR), divisors(common, devices), (1,) if quick else (1, 2, 4))
-  for tensor, expert, context in itertools.product(*choices):
-    inner = tensor * expert * context
-    if devices % inner:
+  choices = (
+    (1,) if quick else _stages(config),
+    divisors(devices, MAX_TENSOR),
+    divisors(common, devices),
+    (1,) if quick else (1, 2, 4),
+  )
+  for stage, tensor, expert, context in itertools.product(*choices):
+    inner = stage * tensor * expert * context
+    if devices % inner or (stage > 1 and tensor * context > 1):
       continue
     rest = devices // inner
     for data in powers(rest, 1 if quick else 8):
       yield {
-        "data": data, "stage": 1, "fsdp": rest // data, "expert": expert, "context": context,
+        "data": data, "stage": stage, "fsdp": rest // data, "expert": expert, "context": context,
         "tensor": tensor,
       }  # fmt: skip
+
+
+def _stages(config: Config) -> list[int]:
+  """Pipeline stages that the largest segment divides into."""
+  repeats = max(config.model.segments, key=lambda s: s.repeats * len(s.layers)).repeats
+  circular = config.mesh.circular
+  return [1, *(n for n in STAGES if is_staged(repeats, n, circular))]

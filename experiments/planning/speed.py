@@ -240,14 +240,21 @@ def bytes_received(setup: Setup) -> dict[str, float]:
   """By a device in a step, along each mesh axis."""
   config, sizes = setup.config, setup.mesh.shape
   spec, T = config.model, config.data.row_length
-  rounds = setup.accumulate
   found = dict.fromkeys(sizes, 0.0)
-  total = sum(leaf.size for leaf in jax.tree.leaves(setup.layout.shapes))
+  parameters = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+  shapes = setup.layout.shapes
+  stacked = parameters([shapes[f"segment_{i}"] for i in range(len(spec.segments))])
   cut = sizes["tensor"] * sizes["expert"] * sizes["stage"]
-  weights = total / cut
+  weights = parameters(shapes) / cut
   if sizes["fsdp"] > 1:
-    # Gathered in bfloat16 forward and backward; gradients are summed in float32.
-    found["fsdp"] = rounds * (2 * 2 + 4) * weights * (1 - 1 / sizes["fsdp"])
+    # Gathered in bfloat16 forward and backward; gradients are summed in float32. Stages gather
+    # their layers each time they run them; else all weights are, for each part of the batch.
+    gathered = setup.accumulate * weights
+    if sizes["stage"] > 1:
+      gathered = (turns(setup) * stacked / sizes["stage"] + parameters(shapes) - stacked) / (
+        sizes["tensor"] * sizes["expert"]
+      )
+    found["fsdp"] = (2 * 2 + 4) * gathered * (1 - 1 / sizes["fsdp"])
   if sizes["data"] > 1:
     found["data"] = 2 * 4 * weights / sizes["fsdp"] * (1 - 1 / sizes["data"])
   rows = config.data.batch_size / (sizes["data"] * sizes["fsdp"] * sizes["expert"])
@@ -267,8 +274,16 @@ def bytes_received(setup: Setup) -> dict[str, float]:
     sent = sum(expert_rows(moe, B, T) for moe in moes) / B * rows / sizes["context"]
     found["expert"] = passes * 2 * 2 * sent * spec.embed_dim * (1 - 1 / e) / sizes["stage"]
   if (s := sizes["stage"]) > 1:
-    found["stage"] = 2 * 2 * tokens * spec.embed_dim * config.mesh.circular * (1 - 1 / s)
+    # A microbatch moves on at each tick, both ways; then all of them from the last stage to all.
+    on = 2 * turns(setup) * config.mesh.circular / config.train.microbatches + 2 * 2 * (1 - 1 / s)
+    found["stage"] = on * 2 * tokens * spec.embed_dim
   return found
+
+
+def turns(setup: Setup) -> float:
+  """How often a pipeline stage runs its layers in a forward pass, idle ticks included."""
+  config, stages = setup.config, setup.mesh.shape["stage"]
+  return config.train.microbatches + (stages - 1) / config.mesh.circular
 
 
 def axis_speeds(sizes: Mapping[str, int], chip: Chip) -> dict[str, float]:

@@ -116,6 +116,30 @@ def test_weights_on_the_network():
   assert sum(received.values()) == received["fsdp"]
 
 
+def test_stages_on_the_network():
+  """Two stages gather their half of the layers at five ticks each way, the rest once."""
+  received = speed.bytes_received(
+    planned("dense_1b", {"stage": 2, "fsdp": 8}, train__microbatches=4)
+  )
+  counts = count_params(cli.named_config("dense_1b").model)
+  rest = 128_256 * 2048 + 2048  # the vocabulary and the last norm
+  assert received["fsdp"] == (2 + 2 + 4) * (5 * (counts.total - rest) / 2 + rest) * 7 / 8
+  # 32 rows of 4096 x 2048 in bfloat16: a quarter moves at each tick, both ways; then the last
+  # stage's go to both, and their gradients back, by sums that receive 2 (1 - 1/2) times as much.
+  assert received["stage"] == 32 * 4096 * 2048 * 2 * (2 * 5 / 4 + 2)
+
+
+def test_stages_win_where_the_network_is_slow():
+  setup, chip = start(cli.named_config("dense_1b")), CHIPS["h100"]
+  assert search(setup, chip, 64)[0].setup.mesh.shape["stage"] == 1
+  slow = search(setup, replace(chip, interconnect=chip.interconnect / 50), 64)
+  sizes, best = slow[0].setup.mesh.shape, slow[0].setup.config
+  assert sizes["stage"] > 1 and best.train.microbatches >= sizes["stage"]
+  assert f"--config.mesh.stage={sizes['stage']}" in slow[0].overrides(setup.config)
+  (whole,) = (o for o in slow if o.setup.mesh.shape == {**sizes, "stage": 1, "fsdp": 64, "data": 1})
+  assert loses_by(whole, slow[0]).startswith("traffic nothing hides")
+
+
 def test_a_slow_network_changes_the_order_for_that_reason():
   setup, chip = start(cli.named_config("moe_70b")), CHIPS["v5p"]
   quick = search(setup, chip, 64, quick=True)

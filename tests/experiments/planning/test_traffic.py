@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.planning.speed import bytes_received
 from experiments.planning.traffic import by_axes, collectives
 from layers.dispatch import expert_capacity
 from mesh.topology import make_mesh
@@ -148,6 +149,11 @@ def test_pipeline_permutes_activations():
   ticks = 8 + 4 - 1
   assert 2 * ticks * tick <= moved <= 2.2 * ticks * tick  # forward and backward
   assert_sums_in_float32(program)
+  # The estimate of `plan`, which knows nothing of what the compiler adds.
+  estimate = bytes_received(program.setup)
+  for axis in ("stage", "fsdp"):
+    along = sum(c.total for c in program.found if c.axes == (axis,))
+    assert 0.5 * along <= estimate[axis] <= 1.2 * along, axis
 
 
 @pytest.mark.full

@@ -16,8 +16,9 @@ from absl import flags
 from jax.sharding import NamedSharding
 
 from mesh.constrain import use_mesh
-from mesh.hardware import CHIPS, Chip, Topology, device_memory_bytes, find_chip, parse_topology
+from mesh.hardware import CHIPS, Chip, device_memory_bytes, find_chip
 from mesh.rules import spec_for
+from mesh.slices import Topology, parse_topology
 
 from . import cli
 from .config import Config, ConfigError

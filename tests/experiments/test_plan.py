@@ -12,7 +12,7 @@ import pytest
 from jax.experimental import topologies
 
 from experiments import plan
-from mesh.hardware import parse_topology
+from mesh.slices import parse_topology
 from tests.experiments.programs import call, spawn
 
 

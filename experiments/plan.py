@@ -149,9 +149,8 @@ def show(config: Config, topology: Topology, chip: Chip, options: list[Option], 
   else:
     _show_options(options, chip, available)
   if _REPORT.value:
-    title = f"{config.name} on {topology.num_chips} x {chip.name}"
     cost = machines.bill_of(own, chip, topology.num_chips, run)
-    _write(Path(_REPORT.value), page.write_page(title, own, options, chip, available, cost))
+    _write(Path(_REPORT.value), page.write_page(topology, own, options, available, cost))
 
 
 def _show_options(options: list[Option], chip: Chip, available: int) -> None:

@@ -76,6 +76,8 @@ def main() -> int:
     return cli.FINISHED
   config = cli.requested_config()
   tokens = config.train.steps * config.data.batch_size * config.data.row_length
+  if _TOKENS.value is not None and not 0 < _TOKENS.value < math.inf:
+    raise ConfigError(f"--tokens={_TOKENS.value:g}: must be positive")
   run = Run(_TOKENS.value or tokens, prices)
   if _INFERENCE.value:
     tables.print_serving(config, topology, _WEIGHT_BITS.value)
@@ -171,6 +173,12 @@ def _write(path: Path, text: str) -> None:
 
 def _as_it_is(config: Config, topology: Topology, chip: Chip, available: int) -> Option:
   """The config with its own mesh, policy and microbatches."""
+  slices = config.mesh.dcn_data * config.mesh.dcn_stage * config.mesh.dcn_fsdp
+  if chip.is_tpu and slices > 1:
+    raise ConfigError(
+      f"the config's mesh spans {slices} slices (mesh.dcn_...), and plan estimates one; "
+      "--compile takes several"
+    )
   try:
     sizes = mesh_sizes(config, topology.num_chips * chip.devices_per_chip)
   except ValueError as e:

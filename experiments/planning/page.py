@@ -143,9 +143,8 @@ def _time(option: Option, chip: Chip) -> str:
 
 def _mesh(option: Option, topology: Topology) -> str:
   """Each axis on the machine."""
-  config, sizes = option.setup.config.mesh, option.setup.mesh.shape
-  slices = config.dcn_data * config.dcn_stage * config.dcn_fsdp
-  found = places(topology, sizes, slices)
+  sizes = option.setup.mesh.shape
+  found = places(topology, sizes)
   figures = []
   for i, (axis, size) in enumerate(sizes.items()):
     if size > 1:

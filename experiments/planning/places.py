@@ -39,12 +39,8 @@ class Places(NamedTuple):
   known: bool  # False: devices one after the other, since their places show only where they run
 
 
-def places(topology: Topology, sizes: Mapping[str, int], slices: int = 1) -> Places:
-  """Where `make_mesh` would put each device of a mesh.
-
-  Args:
-    slices: that the mesh spans; of one of them the topology is known, but not which.
-  """
+def places(topology: Topology, sizes: Mapping[str, int]) -> Places:
+  """Where `make_mesh` would put each device of a mesh."""
   shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
   chip = CHIPS[topology.chip]
   number = np.arange(math.prod(shape))
@@ -52,7 +48,7 @@ def places(topology: Topology, sizes: Mapping[str, int], slices: int = 1) -> Pla
   if not chip.is_tpu:
     return Places(lay(number % NODE, 0, number // NODE, 0), ("GPU", "", "node", ""), True)
   whole = math.prod(shape) == topology.num_chips * chip.devices_per_chip
-  if not whole or slices > 1 or math.prod(topology.shape) != topology.num_chips:
+  if not whole or math.prod(topology.shape) != topology.num_chips:
     return Places(lay(number % _ROW, number // _ROW, 0, 0), ("x", "y", "z", "core"), False)
   x, y, z = (*topology.shape, 1)[:3]
   cores = range(chip.devices_per_chip)

@@ -52,6 +52,11 @@ def _inside(chip: Chip) -> str:
   return "NVLink" if chip.interconnect >= 300e9 else "PCIe"
 
 
+def duration(seconds: float, total: float) -> str:
+  """Of a part of `total`, which sets the unit."""
+  return f"{1000 * seconds:.3f} ms" if total < 0.1 else f"{seconds:.3f} s"
+
+
 def timeline(found: dict[str, list[tuple]], total: float) -> str:
   """The tracks, one below the other, over a step of `total` seconds."""
   place = lambda seconds: _LEFT + seconds / total * (_WIDTH - _LEFT)
@@ -65,12 +70,12 @@ def timeline(found: dict[str, list[tuple]], total: float) -> str:
       wide = place(end) - place(begin)
       if wide <= 0:
         continue
-      label = f"{html.escape(part)} {end - begin:.3f} s"
+      label = f"{html.escape(part)} {duration(end - begin, total)}"
       drawn.append(_rect(place(begin), top, wide, color, label))
       if text := next((t for t in (label, html.escape(part)) if wide > 7.5 * len(t)), ""):
         drawn.append(f'<text class="on" x="{place(begin) + 6:.1f}" y="{top + 18}">{text}</text>')
   drawn.append(f'<text x="{_LEFT}" y="{height + 12}">0</text>')
-  drawn.append(f'<text class="end" x="{_WIDTH}" y="{height + 12}">{total:.3f} s</text>')
+  drawn.append(f'<text class="end" x="{_WIDTH}" y="{height + 12}">{duration(total, total)}</text>')
   return _svg(_WIDTH, height + 18, drawn)
 
 

@@ -112,28 +112,29 @@ def _memory(option: Option, available: int) -> str:
 
 def _time(option: Option, chip: Chip) -> str:
   step = option.step
-  amounts = [(name, seconds, f"{seconds:.3f} s") for name, seconds in time_rows(step)]
+  text = lambda seconds: drawing.duration(seconds, step.total)
+  amounts = [(name, seconds, text(seconds)) for name, seconds in time_rows(step)]
   found = drawing.tracks(step, dict(option.setup.mesh.shape), chip)
-  share = f"{step.total:.3f} s, MFU {mfu(option.setup, chip, step.total):.1%}"
+  share = f"{text(step.total)}, MFU {mfu(option.setup, chip, step.total):.1%}"
   kinds = ((drawing.HIDDEN, "hidden under the computing"), (drawing.EXPOSED, "hidden by nothing"))
   legend = [
-    (color, f"{axis} {end - begin:.3f} s, {kind}")
+    (color, f"{axis} {text(end - begin)}, {kind}")
     for color, kind in kinds
     for parts in found.values()
     for axis, begin, end, shown in parts
     if shown == color and end > begin
   ]
   if step.bubble:
-    legend.append((drawing.WAITING, f"waiting for other stages {step.bubble:.3f} s"))
-  drawn = "".join(f'<span><i style="background:{c}"></i>{text}</span>' for c, text in legend)
+    legend.append((drawing.WAITING, f"waiting for other stages {text(step.bubble)}"))
+  drawn = "".join(f'<span><i style="background:{c}"></i>{line}</span>' for c, line in legend)
   idle = [track for track, parts in found.items() if not parts]
   notes = [
     f"As the estimate has it: traffic of weights and gradients ({', '.join(HIDDEN_AXES)}) runs "
     "while layers compute, the rest on its own. In a step both come layer by layer."
   ]
   if idle:
-    why = ", since this is one slice" if chip.is_tpu and "DCN" in idle else ""
-    notes.append(f"Nothing goes over {' or '.join(idle)}{why}.")
+    why = ", since this is one slice" if idle == ["DCN"] else ""
+    notes.append(f"Nothing goes over {' or '.join(idle).replace('network', 'the network')}{why}.")
   return (
     f"{_bar(amounts, step.total)}<p>{share}</p>"
     f"<figure>{drawing.timeline(found, step.total)}</figure><div class=legend>{drawn}</div>"
@@ -144,6 +145,8 @@ def _time(option: Option, chip: Chip) -> str:
 def _mesh(option: Option, topology: Topology) -> str:
   """Each axis on the machine."""
   sizes = option.setup.mesh.shape
+  if option.setup.mesh.size == 1:
+    return "<p class=quiet>One device.</p>"
   found = places(topology, sizes)
   figures = []
   for i, (axis, size) in enumerate(sizes.items()):

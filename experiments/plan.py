@@ -13,7 +13,8 @@ from pathlib import Path
 
 from absl import flags
 
-from mesh.hardware import CHIPS, Chip, Topology, device_memory_bytes, find_chip, parse_topology
+from mesh.hardware import CHIPS, Chip, device_memory_bytes, find_chip
+from mesh.slices import Topology, parse_topology
 
 from . import cli
 from .config import Config, ConfigError
@@ -68,6 +69,8 @@ def main() -> int:
     return cli.FINISHED
   config = cli.requested_config()
   tokens = config.train.steps * config.data.batch_size * config.data.row_length
+  if _TOKENS.value is not None and not 0 < _TOKENS.value < math.inf:
+    raise ConfigError(f"--tokens={_TOKENS.value:g}: must be positive")
   run = Run(_TOKENS.value or tokens, prices)
   if _INFERENCE.value and not _COMPILE.value:
     tables.print_serving(config, topology, _WEIGHT_BITS.value)
@@ -142,9 +145,8 @@ def show(config: Config, topology: Topology, chip: Chip, options: list[Option], 
   else:
     _show_options(config, options, chip, available)
   if _REPORT.value:
-    title = f"{config.name} on {topology.num_chips} x {chip.name}"
     cost = machines.bill_of(own, chip, topology.num_chips, run)
-    _write(Path(_REPORT.value), page.write_page(title, own, options, chip, available, cost))
+    _write(Path(_REPORT.value), page.write_page(topology, own, options, available, cost))
 
 
 def _show_options(config: Config, options: list[Option], chip: Chip, available: int) -> None:
@@ -165,6 +167,12 @@ def _write(path: Path, text: str) -> None:
 
 def _as_it_is(config: Config, topology: Topology, chip: Chip, available: int) -> Option:
   """The config with its own mesh, policy and microbatches."""
+  slices = config.mesh.dcn_data * config.mesh.dcn_stage * config.mesh.dcn_fsdp
+  if chip.is_tpu and slices > 1:
+    raise ConfigError(
+      f"the config's mesh spans {slices} slices (mesh.dcn_...), and plan estimates one; "
+      "--compile takes several"
+    )
   try:
     sizes = mesh_sizes(config, topology.num_chips * chip.devices_per_chip)
   except ValueError as e:

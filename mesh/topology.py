@@ -12,7 +12,6 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
 from .axes import MESH_AXES
-from .hardware import parse_topology
 
 # Axes that may also span the slow network between slices: what they exchange is rare or small.
 DCN_AXES = ("data", "stage", "fsdp")
@@ -167,7 +166,7 @@ def make_mesh(
   if idle:
     raise ValueError(f"a mesh of {count} of {len(devices)} devices leaves {len(idle)} hosts idle")
   whole = count == len(devices)
-  placed = np.stack([_arrange(part, within, whole) for part in used]).reshape(across + within)
+  placed = np.stack([arrange(part, within, whole) for part in used]).reshape(across + within)
   outer_inner = [i for pair in enumerate(range(len(shape), 2 * len(shape))) for i in pair]
   axis_types = (AxisType.Explicit if explicit else AxisType.Auto,) * len(shape)
   return Mesh(placed.transpose(outer_inner).reshape(shape), MESH_AXES, axis_types=axis_types)
@@ -203,8 +202,14 @@ def _split(
   return parts, tuple(across.values())
 
 
-def _arrange(devices: list[Any], shape: tuple[int, ...], whole: bool) -> np.ndarray:
-  """Devices of one slice as an array of this shape."""
+def arrange(devices: list[Any], shape: tuple[int, ...], whole: bool = True) -> np.ndarray:
+  """Devices of one slice as an array of this shape, one size for each of MESH_AXES.
+
+  Of TPUs only `device_kind`, `coords` and `core_on_chip` are asked, so they need not be there.
+
+  Args:
+    whole: whether these are all devices of the slice.
+  """
   if not whole:  # part of a torus has no physical shape to respect
     return np.array(devices).reshape(shape)
   usual = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -293,6 +298,8 @@ def describe_devices(topology: str, *, num_slices: int = 1) -> list[Any]:
     ValueError: a chip other than a TPU, or a shape that libtpu refuses.
     ModuleNotFoundError: libtpu is not installed.
   """
+  from .slices import parse_topology  # names of machines: a training run has none to read
+
   chip, shape, _ = parse_topology(topology)
   if chip not in ("v4", "v5e", "v5p", "v6e", "tpu7x"):
     raise ValueError(f"topology {topology!r}: only TPUs can be described without hardware")

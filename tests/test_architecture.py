@@ -83,6 +83,7 @@ LATE_IMPORTS = {
     "layers.kernels.linear_attention.pallas_gpu",
   ): "the same",
   ("experiments/data/load.py", "experiments.data.masking"): "of use to encoders only",
+  ("mesh/topology.py", "mesh.slices"): "names of machines that are not here, which no run needs",
   ("layers/params.py", "flax.nnx"): "a second module system, which most programs never load",
 }
 

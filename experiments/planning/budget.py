@@ -4,7 +4,8 @@ import glob
 from pathlib import Path
 
 from layers.count import count_params
-from mesh.hardware import CHIPS, Topology
+from mesh.hardware import CHIPS
+from mesh.slices import Topology
 
 from .. import cli
 from ..config import ConfigError

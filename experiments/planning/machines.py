@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 
 from layers.count import count_params
-from mesh.hardware import CHIPS, GPU_NODES, Chip, Topology, cloud_slices, find_chip
+from mesh.hardware import CHIPS, GPU_NODES, Chip, cloud_slices, find_chip
+from mesh.slices import Topology
 from mesh.topology import count_slices
 
 from ..config import Config, ConfigError

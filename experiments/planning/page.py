@@ -7,19 +7,21 @@ import html
 import math
 from collections.abc import Iterable, Sequence
 
-from mesh.hardware import Chip
+from mesh.hardware import CHIPS, Chip
+from mesh.slices import Topology
 
+from . import drawing
 from .cost import Bill
 from .estimate import memory_rows
 from .memory import gigabytes
+from .places import Places, places, run_of
 from .search import Option, loses_by
-from .speed import mfu, time_rows
+from .speed import HIDDEN_AXES, NODE, mfu, time_rows
 
 _COLORS = (
   "#3b6ea5", "#7aa6d2", "#c0392b", "#e08e79", "#4f8f5b", "#9cc5a1", "#8e6bb0", "#c9b3dd", "#b8860b",
   "#e3c878", "#5f6a72",
 )  # fmt: skip
-_AXIS_SHOWN = 16  # devices of an axis that are drawn one by one
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 68rem;
   padding: 0 1rem; }
@@ -30,11 +32,11 @@ p { margin: .3rem 0; } .quiet { color: #666; } .bad { color: #c0392b; font-weigh
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: .4rem 0; font-size: 13px; }
 .legend i { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px;
   margin-right: .4rem; vertical-align: -1px; }
-.track { display: grid; grid-template-columns: 8rem 1fr 5rem; gap: .6rem; align-items: center;
-  margin: .25rem 0; font-size: 13px; } .track .bar { height: 1rem; }
-.axis { display: grid; grid-template-columns: 8rem 1fr; gap: .6rem; align-items: center;
-  margin: .25rem 0; } .cells { display: flex; gap: 2px; }
-.cells b { flex: 0 0 1.1rem; height: 1.1rem; background: #3b6ea5; border-radius: 2px; }
+figure { margin: .8rem 0 0; overflow-x: auto; } figcaption { font-size: 13px; }
+svg { display: block; font-size: 12px; max-width: 100%; height: auto; } svg .on { fill: #fff; }
+svg .end { text-anchor: end; } svg .in { font-size: 9px; text-anchor: middle; }
+svg .under { fill: #666; font-size: 11px; }
+.mesh { display: flex; flex-wrap: wrap; gap: 0 2rem; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th, td { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child, td.text, th.text { text-align: left; }
@@ -44,15 +46,18 @@ code { background: #f3f3f3; padding: .1rem .3rem; border-radius: 3px; word-break
 
 
 def write_page(
-  title: str, own: Option, options: Sequence[Option], chip: Chip, available: int, bill: Bill
+  topology: Topology, own: Option, options: Sequence[Option], available: int, bill: Bill
 ) -> str:
   """The whole file.
 
   Args:
+    topology: the machine.
     own: the config as it is.
     options: of `search`.
     available: bytes of a device.
   """
+  chip = CHIPS[topology.chip]
+  title = f"{own.setup.config.name} on {topology.num_chips} x {chip.name}"
   best = options[0] if options and options[0].fits else None
   parts = [
     f"<h1>{_text(title)}</h1>",
@@ -62,7 +67,7 @@ def write_page(
     "<h2>Time of a step</h2>",
     _time(own, chip),
     "<h2>Mesh</h2>",
-    _mesh(own),
+    _mesh(own, topology),
     "<h2>The run</h2>",
     _table(("", "", "on which grounds"), bill.rows(), text=(2,)),
   ]
@@ -109,33 +114,64 @@ def _memory(option: Option, available: int) -> str:
 
 def _time(option: Option, chip: Chip) -> str:
   step = option.step
-  amounts = [(name, seconds, f"{seconds:.3f} s") for name, seconds in time_rows(step)]
-  tracks = [("computing", step.compute), *step.traffic.items()]
-  lines = []
-  for name, seconds in tracks:
-    width = min(100.0, 100 * seconds / step.total)
-    color = "#3b6ea5" if name == "computing" else "#b8860b"
-    lines.append(
-      f'<div class=track><span>{_text(name)}</span><div class=bar><span style="background:{color};'
-      f'width:{width:.2f}%"></span></div><span>{seconds:.3f} s</span></div>'
-    )
-  share = f"{step.total:.3f} s, MFU {mfu(option.setup, chip, step.total):.1%}"
-  hidden = sum(step.traffic.values()) - step.exposed
-  note = f"traffic behind the computing {hidden:.3f} s, in the open {step.exposed:.3f} s"
-  return f"{_bar(amounts, step.total)}<p>{share}; {note}</p>{''.join(lines)}"
+  text = lambda seconds: drawing.duration(seconds, step.total)
+  amounts = [(name, seconds, text(seconds)) for name, seconds in time_rows(step)]
+  found = drawing.tracks(step, dict(option.setup.mesh.shape), chip)
+  share = f"{text(step.total)}, MFU {mfu(option.setup, chip, step.total):.1%}"
+  kinds = ((drawing.HIDDEN, "hidden under the computing"), (drawing.EXPOSED, "hidden by nothing"))
+  legend = [
+    (color, f"{axis} {text(end - begin)}, {kind}")
+    for color, kind in kinds
+    for parts in found.values()
+    for axis, begin, end, shown in parts
+    if shown == color and end > begin
+  ]
+  if step.bubble:
+    legend.append((drawing.WAITING, f"waiting for other stages {text(step.bubble)}"))
+  drawn = "".join(f'<span><i style="background:{c}"></i>{line}</span>' for c, line in legend)
+  idle = [track for track, parts in found.items() if not parts]
+  notes = [
+    f"As the estimate has it: traffic of weights and gradients ({', '.join(HIDDEN_AXES)}) runs "
+    "while layers compute, the rest on its own. In a step both come layer by layer."
+  ]
+  if idle:
+    why = ", since this is one slice" if idle == ["DCN"] else ""
+    notes.append(f"Nothing goes over {' or '.join(idle).replace('network', 'the network')}{why}.")
+  return (
+    f"{_bar(amounts, step.total)}<p>{share}</p>"
+    f"<figure>{drawing.timeline(found, step.total)}</figure><div class=legend>{drawn}</div>"
+    f"<p class=quiet>{' '.join(notes)}</p>"
+  )
 
 
-def _mesh(option: Option) -> str:
-  """Each axis with its devices."""
-  lines = []
-  for axis, size in option.setup.mesh.shape.items():
+def _mesh(option: Option, topology: Topology) -> str:
+  """Each axis on the machine."""
+  sizes = option.setup.mesh.shape
+  if option.setup.mesh.size == 1:
+    return "<p class=quiet>One device.</p>"
+  found = places(topology, sizes)
+  figures = []
+  for i, (axis, size) in enumerate(sizes.items()):
     if size > 1:
-      more = f" … {size}" if size > _AXIS_SHOWN else ""
-      cells = "<b></b>" * min(size, _AXIS_SHOWN)
-      name = f"<span>{_text(axis)} {size}</span>"
-      lines.append(f"<div class=axis>{name}<div class=cells>{cells}{more}</div></div>")
-  devices = math.prod(option.setup.mesh.shape.values())
-  return "".join(lines) + f"<p class=quiet>{devices} devices</p>"
+      picture, part = drawing.mesh_picture(found, i)
+      text = "; ".join(([run_of(found, i)] if found.known else []) + ([part] if part else []))
+      name = f"<b>{_text(axis)} {size}</b> {_text(text)}"
+      figures.append(f"<figure><figcaption>{name}</figcaption>{picture}</figure>")
+  return (
+    f"<p class=quiet>{_text(_where(topology, found))}</p><div class=mesh>{''.join(figures)}</div>"
+  )
+
+
+def _where(topology: Topology, found: Places) -> str:
+  count = math.prod(found.places.shape[:-1])
+  numbers = "A number, and a color, is a device's place along the axis."
+  if not found.known:
+    why = "their places on the machine show only where it runs"
+    return f"{count} devices in the order of the mesh: {why}. {numbers}"
+  if found.names[2] == "node":
+    return f"{count} GPUs in nodes of {NODE}, in their order. {numbers}"
+  sides = " x ".join(map(str, topology.shape))
+  return f"{count} devices on {sides} chips, laid as a run would lay them. {numbers}"
 
 
 def _row(option: Option, best: Option, chip: Chip, available: int) -> tuple[str, ...]:

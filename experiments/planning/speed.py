@@ -49,6 +49,8 @@ PASSES = 8
 # Between nodes of GPUs: bytes/s a GPU, each direction (400 Gb/s).
 NODE_NETWORK = 50e9
 NODE = 8  # GPUs
+# Mesh axes along which weights and gradients travel, which computing hides.
+HIDDEN_AXES = ("fsdp", "data")
 
 
 class Step(NamedTuple):
@@ -112,8 +114,8 @@ def step_time(setup: Setup, chip: Chip) -> Step:
   stages, parts = setup.mesh.shape["stage"], setup.config.train.microbatches
   bubble = (stages - 1) / (parts * setup.config.mesh.circular) if stages > 1 else 0.0
   hidden = rates.overlap * seconds.compute
-  weights = sum(t for axis, t in seconds.traffic.items() if axis in ("data", "fsdp"))
-  rest = sum(t for axis, t in seconds.traffic.items() if axis not in ("data", "fsdp"))
+  weights = sum(t for axis, t in seconds.traffic.items() if axis in HIDDEN_AXES)
+  rest = sum(t for axis, t in seconds.traffic.items() if axis not in HIDDEN_AXES)
   return seconds._replace(
     exposed=max(0.0, weights - hidden) + rest, bubble=bubble * seconds.compute
   )
@@ -302,10 +304,17 @@ def axis_speeds(sizes: Mapping[str, int], chip: Chip) -> dict[str, float]:
       if size > 1:
         speeds[axis] = full * math.log(size) / math.log(devices)
     return speeds
-  inside = 1
+  for axis, before in leaving(sizes).items():
+    shared = max(1, NODE // before)  # a node's GPUs each fetch a part of what all need
+    speeds[axis] = min(full, NODE_NETWORK * shared)
+  return speeds
+
+
+def leaving(sizes: Mapping[str, int]) -> dict[str, int]:
+  """Mesh axes that leave a node of GPUs, with the devices of the axes inside each."""
+  found, inside = {}, 1
   for axis in reversed(tuple(sizes)):  # inner axes last
     before, inside = inside, inside * sizes[axis]
     if inside > NODE:
-      shared = max(1, NODE // before)  # a node's GPUs each fetch a part of what all need
-      speeds[axis] = min(full, NODE_NETWORK * shared)
-  return speeds
+      found[axis] = before
+  return found

@@ -6,7 +6,8 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from mesh.hardware import CHIPS, Chip, Topology
+from mesh.hardware import CHIPS, Chip
+from mesh.slices import Topology
 
 from ..config import Config, ConfigError
 from ..training.setup import Setup

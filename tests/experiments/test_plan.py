@@ -12,7 +12,7 @@ from jax.experimental import topologies
 
 from experiments import plan
 from experiments.planning import compiling
-from mesh.hardware import parse_topology
+from mesh.slices import parse_topology
 from tests.experiments.programs import call, spawn
 
 

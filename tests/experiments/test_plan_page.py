@@ -7,6 +7,8 @@ from html.parser import HTMLParser
 
 import pytest
 
+from experiments.planning import drawing, speed
+from mesh.hardware import CHIPS
 from tests.experiments.programs import call
 
 BROWSER = next(
@@ -72,6 +74,67 @@ def test_bars_are_as_long_as_their_parts(plan):
   used, available = re.search(r"<p>([\d.]+) GB of ([\d.]+) GB: fits", path.read_text()).groups()
   assert widths[0] == pytest.approx(100 * float(used) / float(available), abs=0.5)
   assert widths[1] == pytest.approx(100, abs=0.5)
+
+
+def parts(track, *named):
+  return [(name, begin, end) for name, begin, end, color in track if color in named]
+
+
+def test_the_time_line_of_a_step():
+  """By hand: 10 s of computing, under which 6.5 s of weights travel; tensor's 2 s do not hide."""
+  step = speed.Step(
+    products=6.0, attention=1.0, repeated=2.0, memory=0.5, optimizer=0.5,
+    traffic={"data": 1.5, "fsdp": 5.0, "tensor": 2.0}, exposed=2.0, bubble=1.0,
+  )  # fmt: skip
+  sizes = {"data": 2, "fsdp": 2, "tensor": 8}
+  found = drawing.tracks(step, sizes, CHIPS["h100"])
+  assert list(found) == ["compute", "NVLink", "network"]  # eight of tensor fill a node
+  hidden = parts(found["network"], drawing.HIDDEN)
+  assert [p for p in hidden if p[1] < p[2]] == [("fsdp", 0.0, 5.0), ("data", 5.0, 6.5)]
+  assert parts(found["NVLink"], drawing.EXPOSED) == [("tensor", 11.0, 13.0)]
+  assert parts(found["compute"], drawing.WAITING) == [("waiting for other stages", 10.0, 11.0)]
+  # Of 9 s of weights 8 hide.
+  step = step._replace(traffic={"data": 2.0, "fsdp": 7.0}, exposed=1.0, bubble=0.0)
+  found = drawing.tracks(step, {"data": 2, "fsdp": 2}, CHIPS["v5p"])
+  assert found["DCN"] == []
+  begun = [p for p in parts(found["ICI"], drawing.HIDDEN, drawing.EXPOSED) if p[1] < p[2]]
+  assert begun == [("fsdp", 0.0, 7.0), ("data", 7.0, 8.0), ("data", 10.0, 11.0)]
+
+
+def squares(page):
+  """Devices drawn of each mesh axis, by their place along it."""
+  found = {}
+  for path, name, value in re.findall(r'<path d="(.*?)".*?<title>(\w+) (\d+)</title>', page):
+    found.setdefault(name, {})[int(value)] = path.count("z")
+  return found
+
+
+def test_the_mesh_on_its_slice(tmp_path):
+  """4 x 4 x 4 chips as four planes; each place along an axis has its share of the chips."""
+  path = tmp_path / "plan.html"
+  call("plan", "--config=moe_70b", "--topology=v5p:4x4x4", f"--report={path}")
+  page = path.read_text()
+  assert squares(page) == {
+    "fsdp": dict.fromkeys(range(4), 16),
+    "expert": dict.fromkeys(range(16), 4),
+  }
+  assert "64 devices on 4 x 4 x 4 chips" in page
+  assert re.findall(r">z=(\d)<", page) == ["0", "1", "2", "3"] * 2
+  assert "<b>expert 16</b> 4 along x, 4 along y" in page and "<b>fsdp 4</b> 4 along z" in page
+  for track in ("compute", "ICI", "DCN"):
+    assert f">{track}</text>" in page
+  assert "Nothing goes over DCN, since this is one slice." in page
+
+
+def test_a_large_machine_stays_readable(tmp_path):
+  path = tmp_path / "plan.html"
+  sizes = ("--config.mesh.data=4", "--config.mesh.fsdp=256", "--config.data.batch_size=1024")
+  call("plan", "--config=dense_1b", "--topology=h100:128x8", *sizes, f"--report={path}")
+  page = path.read_text()
+  assert sum(squares(page)["data"].values()) == 512
+  assert squares(page)["data"] == dict.fromkeys(range(4), 128)
+  assert "drawn is one in 2 of 128 nodes" in page and "node 126" in page
+  assert len(page) < 300_000
 
 
 def test_a_folder_that_is_not_there_is_said():

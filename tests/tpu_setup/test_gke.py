@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mesh.hardware import cloud_slices, parse_topology
+from mesh.hardware import cloud_slices
+from mesh.slices import parse_topology
 
 SCHEMA = json.loads((Path(__file__).parent / "jobset.schema.json").read_text())
 KINDS = {

@@ -168,7 +168,7 @@ def _activations(setup: Setup, weights: Weights) -> tuple[dict[str, int], int]:
   add = lambda kind, amount: kept.update({kind: kept.get(kind, 0) + int(amount)})
   residual = size(layer_input(B, T, D))
   if stages > 1:
-    add("ends of the pipeline", PIPELINE_WORK * local_bytes(setup, layer_input(B, T, D)))
+    add("ends of the pipeline", PIPELINE_WORK * local_bytes(setup)(layer_input(B, T, D)))
   for i, segment in enumerate(config.model.segments):
     staged = is_staged(segment.repeats, stages, config.mesh.circular)
     # A stage runs its share of the layers on every part, and on nothing while it waits.

@@ -27,7 +27,7 @@ from .planning.estimate import memory
 from .planning.fixes import fixes
 from .planning.machines import Run
 from .planning.memory import bytes_per_device, gigabytes, training_bytes
-from .planning.program import compile_with_text
+from .planning.program import compile_with_text, device_peak
 from .planning.search import ROOM, Option, abstract_mesh, move, search, start
 from .planning.speed import step_time
 from .planning.traffic import collectives
@@ -213,10 +213,9 @@ def compile_step(config: Config) -> None:
     ) from e
   needed = compiled.memory_analysis()
   print(f"compiled in {time.monotonic() - began:.0f} s")
-  verdict = "fits" if needed.peak_memory_in_bytes <= hbm else "does NOT fit"
-  print(
-    f"peak     {gigabytes(needed.peak_memory_in_bytes)} a device of {gigabytes(hbm)}: {verdict}\n"
-  )
+  peak = device_peak(needed)
+  verdict = "fits" if peak <= hbm else "does NOT fit"
+  print(f"peak     {gigabytes(peak)} a device of {gigabytes(hbm)}: {verdict}\n")
   tables.print_compiled(setup, needed, work(text), collectives(text, setup.mesh))
 
 

@@ -17,6 +17,7 @@ from .estimate import Memory, held, memory, memory_rows
 from .fixes import Fix, no_fix
 from .memory import gigabytes
 from .placement import mesh_axes
+from .program import device_peak
 from .search import Option, loses_by
 from .speed import bytes_received, count_work, mfu, time_rows
 from .traffic import Collective
@@ -116,7 +117,7 @@ def print_compiled(setup: Setup, stated: Any, ops: list[Op], sends: list[Collect
   made = table("of a device", "estimate", "compiled")
   size = lambda n: gigabytes(round(n))
   made.add_row("arguments", size(mine.arguments), size(stated.argument_size_in_bytes))
-  made.add_row("peak of memory", size(mine.total), size(stated.peak_memory_in_bytes))
+  made.add_row("peak of memory", size(mine.total), size(device_peak(stated)))
   flop = [op for op in ops if op.kind in ("product", "kernel")]
   again = sum(op.total for op in flop if op.recomputed)
   for name, estimate, found in (

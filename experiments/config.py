@@ -125,7 +125,7 @@ class TrainConfig:
   steps: int = free(1000)
   microbatches: int = intervention(1)  # gradient accumulation: the batch in this many parts
   compute_dtype: Literal["auto", "float32", "bfloat16"] = intervention("auto")  # f32 on CPU
-  remat: str | tuple[str, ...] = free("none")  # none, full, dots, minimal, or tensor names
+  remat: str | tuple[str, ...] = free("none")  # none, full, dots, minimal, offload, tensor names
   z_loss: float = intervention(0.0)  # times log(Z)^2 of the vocabulary softmax
   seed: int = identity(0)  # of weights, jitter, dropout
   log_every: int = free(10)

@@ -45,28 +45,27 @@ def remat_policy(remat: str | Sequence[str]):
 
   none: keep everything but weights gathered from other devices. full: keep only each layer's
   input. dots: keep matrix products with weights, experts' apart, and repeat kernels. minimal: keep
-  every projection, so that only elementwise work is repeated. Otherwise a tuple of tensor names
-  (see `MINIMAL_NAMES`) to keep.
+  every projection, so that only elementwise work is repeated. offload: the same, but in the host's
+  memory (of no effect on CPU). Otherwise a tuple of tensor names (see `MINIMAL_NAMES`) to keep.
 
   Raises:
     ValueError: for an unknown policy or tensor name, listing the known ones.
   """
   policies = jax.checkpoint_policies
+  if remat == "none":
+    return None
+  if remat == "offload":
+    moved = {"offload_src": "device", "offload_dst": "pinned_host"}
+    return policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=(), names_which_can_be_offloaded=MINIMAL_NAMES, **moved
+    )
   if isinstance(remat, str):
-    named = {
-      "none": None,
-      "full": policies.nothing_saveable,
-      "dots": policies.save_only_these_names(*DOT_NAMES),
-      "minimal": policies.save_only_these_names(*MINIMAL_NAMES),
-    }
-    if remat in named:
-      return named[remat]
-    remat = (remat,)
+    remat = {"full": (), "dots": DOT_NAMES, "minimal": MINIMAL_NAMES}.get(remat, (remat,))
   unknown = [name for name in remat if name not in MINIMAL_NAMES]
   if unknown:
     raise ValueError(
       f"unknown remat policy or tensor name {unknown[0]!r}: use none, full, dots, minimal, "
-      f"or names among {', '.join(MINIMAL_NAMES)}"
+      f"offload, or names among {', '.join(MINIMAL_NAMES)}"
     )
   return policies.save_only_these_names(*remat)
 

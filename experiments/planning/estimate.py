@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -30,6 +31,8 @@ ATTENTION_WORK, EXPERT_WORK, GATED_WORK, PLAIN_WORK, RESIDUAL_WORK = 3.5, 2.3, 3
 WEIGHT_WORK = 2.0
 # Of the rows of a pipeline: what enters and what leaves it, each once a stage, and their gradients.
 PIPELINE_WORK = 5.0
+# Of tensors kept in the host's memory: so many groups of layers are on their way at a time.
+IN_FLIGHT = 2.5
 # Without recomputation, what is kept beside the named tensors: float32 inside of activations and
 # norms, and inputs of products; times the tensors of the MLP, of the attention, of the residual.
 REST = (3.5, 0.5, 5.0)
@@ -153,6 +156,7 @@ def kept_names(remat: str | Sequence[str]) -> tuple[str, ...]:
   if not isinstance(remat, str):
     return tuple(remat)
   every = {"none": MINIMAL_NAMES, "minimal": MINIMAL_NAMES, "dots": DOT_NAMES, "full": ()}
+  every["offload"] = MINIMAL_NAMES
   return every.get(remat, (remat,))
 
 
@@ -179,7 +183,9 @@ def _activations(setup: Setup, weights: Weights) -> tuple[dict[str, int], int]:
       for tensor in named(layer, B, T, D):
         local = size(tensor)
         of[_kind(tensor)] += local
-        if tensor.name in names:
+        if tensor.name in names and config.train.remat == "offload":
+          add("on the way to the host", IN_FLIGHT * local)
+        elif tensor.name in names:
           add(_kind(tensor), times * local)
       if config.train.remat == "none":
         amounts = zip(REST, (of["mlp"] + of["experts"], of["attention"], residual), strict=True)
@@ -189,6 +195,16 @@ def _activations(setup: Setup, weights: Weights) -> tuple[dict[str, int], int]:
       branch = max(mlp, ATTENTION_WORK * of["attention"]) + RESIDUAL_WORK * residual
       work = max(work, int(branch + WEIGHT_WORK * weights.gathered[i, j]))
   return kept, work
+
+
+def host_bytes(setup: Setup) -> int:
+  """What a device keeps in the host's memory between the passes."""
+  train = setup.config.train
+  if train.remat != "offload":
+    return 0
+  here = replace(setup.config, train=replace(train, remat="minimal"))
+  kept, _ = _activations(setup._replace(config=here))
+  return sum(n for kind, n in kept.items() if kind in ("attention", "mlp", "experts"))
 
 
 def _kind(tensor: Tensor) -> str:

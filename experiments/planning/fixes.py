@@ -17,7 +17,7 @@ from .memory import gigabytes
 from .search import MAX_PARTS, ROOM, Option, abstract_mesh, changes, move, moves, search
 from .speed import step_time
 
-_POLICIES = ("none", "minimal", "dots", "full")
+_POLICIES = ("none", "minimal", "dots", "full", "offload")
 LEAST = 0.05  # of the bytes that are missing: what saves less is not worth a line
 _NEAREST = 8  # options that do not fit to which narrow moments are tried
 

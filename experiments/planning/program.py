@@ -5,7 +5,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -86,3 +86,11 @@ def computations(text: str) -> tuple[dict[str, list[str]], str]:
 def _trips(condition: list[str]) -> int:
   bounds = [int(k) for line in condition for k in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)]
   return max(bounds, default=1)
+
+
+def device_peak(stated: Any) -> int:
+  """Bytes of a device, of a program's `memory_analysis`, whose own peak counts the host's too."""
+  if not stated.host_temp_size_in_bytes:
+    return stated.peak_memory_in_bytes
+  held = stated.argument_size_in_bytes + stated.output_size_in_bytes - stated.alias_size_in_bytes
+  return held + stated.temp_size_in_bytes

@@ -17,7 +17,7 @@ from mesh.hardware import Chip
 
 from ..training.setup import Setup
 from . import conventions
-from .estimate import kept_names, local_bytes
+from .estimate import host_bytes, kept_names, local_bytes
 from .shapes import expert_rows, layer_input, named
 
 
@@ -46,6 +46,9 @@ def rates_of(chip: Chip) -> Rates:
 
 # Times each named tensor of a layer is read or written, forward and backward together.
 PASSES = 8
+# Bytes/s between a chip and its host, each way: of a TPU v4 (jax-ml.github.io/scaling-book/tpus),
+# for every chip, though newer links are faster. Nothing is assumed to hide it.
+HOST_LINK = 16e9
 # Between nodes of GPUs: bytes/s a GPU, each direction (400 Gb/s).
 NODE_NETWORK = 50e9
 NODE = 8  # GPUs
@@ -64,6 +67,7 @@ class Step(NamedTuple):
   traffic: dict[str, float]  # by mesh axis
   exposed: float
   bubble: float  # waiting for other pipeline stages
+  host: float  # tensors to the host's memory and back
 
   @property
   def compute(self) -> float:
@@ -71,7 +75,7 @@ class Step(NamedTuple):
 
   @property
   def total(self) -> float:
-    return self.compute + self.exposed + self.bubble
+    return self.compute + self.exposed + self.bubble + self.host
 
 
 class Work(NamedTuple):
@@ -110,6 +114,7 @@ def step_time(setup: Setup, chip: Chip) -> Step:
     traffic=_traffic(setup, chip, rates),
     exposed=0.0,
     bubble=0.0,
+    host=2 * setup.accumulate * host_bytes(setup) * chip.devices_per_chip / HOST_LINK,
   )
   stages, parts = setup.mesh.shape["stage"], setup.config.train.microbatches
   bubble = (stages - 1) / (parts * setup.config.mesh.circular) if stages > 1 else 0.0
@@ -131,6 +136,7 @@ def time_rows(step: Step) -> list[tuple[str, float]]:
     ("optimizer", step.optimizer),
     ("traffic nothing hides", step.exposed),
     ("waiting for other stages", step.bubble),
+    ("to the host and back", step.host),
   ]
 
 

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from layers.attention import layer_mask
 from layers.kernels.attention.blocks import reach_of
-from layers.spec import AttentionSpec, LinearAttentionSpec, MoeSpec, TransformerXLSpec
+from layers.spec import LinearAttentionSpec, MoeSpec, TransformerXLSpec
 from layers.stack import remat_policy
 from layers.transformer import TransformerLM
 from mesh.axes import MESH_AXES
@@ -170,9 +170,7 @@ def check_parallel(config: Config, mesh: Mesh | AbstractMesh) -> None:
         f"linear attention hands a state from token to token, so it does not work with "
         f"context={context}"
       )
-    if isinstance(layer.attention, AttentionSpec) and isinstance(
-      layer.attention.position, TransformerXLSpec
-    ):
+    if isinstance(getattr(layer.attention, "position", None), TransformerXLSpec):
       raise ConfigError(f"Transformer-XL's relative positions do not work with context={context}")
     if method == "halo" and None in reach_of(layer_mask(layer.attention)):
       raise ConfigError(

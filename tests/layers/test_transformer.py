@@ -208,7 +208,7 @@ def test_bfloat16_is_near_float64_and_reaches_every_weight_in_float32():
     assert np.any(grad != 0), path
 
 
-REMAT = ("none", "full", "dots", "minimal")
+REMAT = ("none", "full", "dots", "minimal", "offload")
 
 # Attention, experts and an MLP in one layer.
 _LAYER = SWITCH.segments[0].layers[1]
@@ -231,6 +231,27 @@ def test_recomputation_changes_no_number():
   equal = functools.partial(np.testing.assert_allclose, atol=1e-6)
   for other in results[1:]:
     jax.tree.map(equal, other, results[0])
+
+
+@pytest.mark.xdist_group("devices")
+def test_offload_over_devices_changes_no_bit():
+  """Nor does it trouble the scan whose weights are gathered from eight devices."""
+  layer = LayerSpec(AttentionSpec(4, 8, 2, position=RotarySpec()), MlpSpec(96))
+  spec = ModelSpec(64, 48, (Segment((layer,), 3),), max_length=32)
+  params, tokens = random_params(spec), random_tokens(8, 16)
+
+  def loss(remat, params):
+    model = TransformerLM(spec, unroll=1, remat=remat)
+    return model.apply({"params": params}, tokens, targets_BT=tokens).loss.total
+
+  with use_mesh(make_mesh({"fsdp": 8}, jax.devices()[:8]), PRESETS["all"]):
+    kept, moved = (
+      quick_jit(jax.value_and_grad(functools.partial(loss, remat)))(params)
+      for remat in ("minimal", "offload")
+    )
+    text = str(jax.make_jaxpr(jax.grad(functools.partial(loss, "offload")))(params))
+  jax.tree.map(np.testing.assert_array_equal, kept, moved)
+  assert "Host" in text or "host" in text  # it is asked for, though a CPU has one memory
 
 
 def test_recomputation_keeps_less():

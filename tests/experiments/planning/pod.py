@@ -40,11 +40,11 @@ class Program(NamedTuple):
 
 @functools.cache
 def compiled(kind: str, topology: str, **mesh) -> Program:
-  """The step in bfloat16, every layer recomputed in the backward pass."""
+  """The step in bfloat16, every layer recomputed in the backward pass, or as `remat` says."""
   pytest.importorskip(
     "libtpu", reason="compiling for TPUs needs libtpu, which is Linux x86-64 only"
   )
-  microbatches = mesh.pop("microbatches", 1)
+  microbatches, remat = mesh.pop("microbatches", 1), mesh.pop("remat", "full")
   config = Config(
     name="pod",
     model=ModelSpec(
@@ -52,7 +52,7 @@ def compiled(kind: str, topology: str, **mesh) -> Program:
     ),
     mesh=MeshConfig(**mesh),
     data=DataConfig(source="synthetic", row_length=T, batch_size=B),
-    train=TrainConfig(compute_dtype="bfloat16", remat="full", microbatches=microbatches),
+    train=TrainConfig(compute_dtype="bfloat16", remat=remat, microbatches=microbatches),
   )
   setup = build(config, describe_devices(topology))
   cached = jax.config.jax_enable_compilation_cache

@@ -8,10 +8,12 @@ import pytest
 from experiments import cli
 from experiments.overrides import apply_overrides
 from experiments.planning import estimate, speed
+from experiments.planning.program import device_peak
 from experiments.planning.search import abstract_mesh, loses_by, search, start
 from experiments.training.setup import build_on
 from layers.count import count_params
 from mesh.hardware import CHIPS
+from tests.experiments.planning.pod import LAYERS, compiled
 
 
 def planned(name, sizes=None, **overrides):
@@ -30,6 +32,36 @@ ALLOCATIONS = [
 @pytest.mark.parametrize(("shape", "size"), ALLOCATIONS)
 def test_tiles_of_arguments(shape, size):
   assert estimate.padded(shape, 4) == size
+
+
+@pytest.mark.full
+def test_offload_compiled():
+  """What the host holds is what was estimated, and the device holds so much less of it."""
+  at = lambda remat: compiled("dense", "v5e:2x4", fsdp=8, remat=remat)
+  kept, moved = at("minimal"), at("offload")
+  host = moved.memory.host_temp_size_in_bytes
+  assert kept.memory.host_temp_size_in_bytes == 0
+  assert host == pytest.approx(estimate.host_bytes(moved.setup), rel=0.1)
+  less = device_peak(kept.memory) - device_peak(moved.memory)
+  assert host * (1 - estimate.IN_FLIGHT / LAYERS) < less < host
+  assert device_peak(moved.memory) <= estimate.memory(moved.setup).total  # of 16 layers, within 6%
+
+
+def test_offload_keeps_on_the_host_what_minimal_keeps():
+  """Both ways over the link, all parts of the batch; a device has two and a half layers of it."""
+  setup = {
+    remat: planned("dense_1b", {"fsdp": 16}, train__remat=remat, train__microbatches=2)
+    for remat in ("minimal", "offload")
+  }
+  kept, moved = (estimate.memory(setup[remat]).kept for remat in setup)
+  there = kept["attention"] + kept["mlp"]
+  assert (
+    estimate.host_bytes(setup["offload"]) == there and estimate.host_bytes(setup["minimal"]) == 0
+  )
+  assert moved["layer inputs"] == kept["layer inputs"]
+  assert moved["on the way to the host"] == pytest.approx(2.5 / 16 * there, rel=1e-3)
+  before, after = (speed.step_time(s, CHIPS["v5e"]) for s in setup.values())
+  assert after.total - before.total == pytest.approx(2 * 2 * there / 16e9)
 
 
 def test_policies_and_parts_keep_less():

@@ -233,7 +233,9 @@ def compiled_step(setup: Setup, chip: Chip, ops: list[Op], sends: list[Collectiv
     # Over several axes at once: on the links of all of them.
     name, speed = "+".join(one.axes), sum(speeds[axis] for axis in one.axes)
     traffic[name] = traffic.get(name, 0.0) + one.total / (rates.network * speed)
-  step = Step(cycles / CLOCK[chip.name], kernels, 0.0, 0.0, 0.0, traffic, 0.0, 0.0)
+  nothing = dict.fromkeys(Step._fields, 0.0)
+  known = {"products": cycles / CLOCK[chip.name], "attention": kernels, "traffic": traffic}
+  step = Step(**{**nothing, **known, "host": step_time(setup, chip).host})
   weights = sum(t for name, t in traffic.items() if set(name.split("+")) <= {"data", "fsdp"})
   open_to_all = sum(traffic.values()) - weights
   return step._replace(exposed=max(0.0, weights - rates.overlap * step.compute) + open_to_all)

@@ -203,7 +203,7 @@ def host_bytes(setup: Setup) -> int:
   if train.remat != "offload":
     return 0
   here = replace(setup.config, train=replace(train, remat="minimal"))
-  kept, _ = _activations(setup._replace(config=here))
+  kept = memory(setup._replace(config=here)).kept
   return sum(n for kind, n in kept.items() if kind in ("attention", "mlp", "experts"))
 
 

@@ -272,6 +272,24 @@ def test_recomputation_keeps_less():
   assert half("full") < half(some) < half("dots") < half("minimal")
 
 
+def test_layers_of_a_group_are_recomputed_one_by_one():
+  """Each keeps its input, so that backward holds the tensors of one layer, not of a group."""
+  tokens = jnp.asarray(random_tokens(2, T))
+
+  def kept(group: int, repeats: int) -> int:
+    spec = replace(SWITCH, segments=(Segment((_LAYER,) * group, repeats),))
+    model = TransformerLM(spec, remat="full", unroll=1)
+    loss = lambda p: model.apply({"params": p}, tokens, targets_BT=tokens).loss.total
+    params = random_params(spec)
+    pull = jax.eval_shape(lambda p: jax.vjp(loss, p)[1], params)
+    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    return size(pull) - size(params)
+
+  an_input = tokens.size * SWITCH.embed_dim
+  assert abs(kept(2, 2) - kept(1, 4)) < an_input / 2
+  assert kept(1, 4) - kept(1, 2) == pytest.approx(2 * an_input, rel=0.1)
+
+
 @pytest.mark.xdist_group("devices")
 @pytest.mark.parametrize("remat", REMAT)
 def test_whole_weights_are_not_kept(remat):

@@ -80,7 +80,7 @@ def run(command: str, folder: Path, *, show: bool) -> None:
     expected = 0
   if ".plan " in command and "--compile" in command:
     command = command.replace("moe_70b", "debug").replace("v5p-128", "v5e:2x2")
-    command += " --config.data.batch_size=16"
+    command += "" if "batch_size" in command else " --config.data.batch_size=16"
   for old, new in {**STAND_INS, **SMALL}.items():
     command = command.replace(old, new)
   environment = dict(os.environ, PYTHONPATH=str(ROOT))

@@ -84,7 +84,7 @@ def test_the_time_line_of_a_step():
   """By hand: 10 s of computing, under which 6.5 s of weights travel; tensor's 2 s do not hide."""
   step = speed.Step(
     products=6.0, attention=1.0, repeated=2.0, memory=0.5, optimizer=0.5,
-    traffic={"data": 1.5, "fsdp": 5.0, "tensor": 2.0}, exposed=2.0, bubble=1.0,
+    traffic={"data": 1.5, "fsdp": 5.0, "tensor": 2.0}, exposed=2.0, bubble=1.0, host=0.0,
   )  # fmt: skip
   sizes = {"data": 2, "fsdp": 2, "tensor": 8}
   found = drawing.tracks(step, sizes, CHIPS["h100"])

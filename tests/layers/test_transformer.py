@@ -339,7 +339,7 @@ def test_minimal_repeats_no_product_with_weights():
 
 def test_an_unknown_policy_is_refused_with_the_known_ones():
   with pytest.raises(
-    ValueError, match=r"'quer': use none, full, dots, minimal, or names among.*query"
+    ValueError, match=r"'quer': use none, full, dots, minimal, offload, or names among.*query"
   ):
     remat_policy("quer")
   with pytest.raises(ValueError, match="'half'"):

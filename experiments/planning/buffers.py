@@ -21,6 +21,12 @@ _INSTRUCTION = re.compile(
 _VALUE = re.compile(
   r" value: <\d+ ([^\s{]+)(?:\{([\d,]*)\})? (?:\(phi\) )?@0> \(size=(\d+),offset=(\d+)\)"
 )
+_GIVEN = ("parameters", "optimizer", "caches", "batch")
+GROUPS = (  # in the order they are shown
+  *_GIVEN, "kept: layer inputs", *(f"kept: {kind}" for kind in KINDS), "gradients",
+  "the loss and its gradient", *(f"at work: {kind}" for kind in KINDS), TRAFFIC, "the update",
+  OTHER,
+)  # fmt: skip
 _ARGUMENTS = {"params": "parameters", "opt": "optimizer", "step": "optimizer", "caches": "caches"}
 _FARTHEST = 50  # instructions between a value and who made it
 _COPIES = ("bitcast", "copy", "copy-done", "copy-start", "reshape", "transpose", "convert")
@@ -32,7 +38,7 @@ _COLLECTIVE = re.compile(
 class Buffer(NamedTuple):
   """A value in memory at the peak."""
 
-  group: str  # as in `groups`
+  group: str  # one of GROUPS
   shape: str  # dtype and dims
   size: int  # bytes
   where: str  # in the model, or the argument it is; empty if the program does not say
@@ -50,16 +56,6 @@ class Instruction(NamedTuple):
   @property
   def where(self) -> str:
     return op_name(self.line).replace("\\'", "'")
-
-
-def groups() -> list[str]:
-  """In the order they are shown."""
-  return [
-    *("parameters", "optimizer", "caches", "batch", "kept: layer inputs"),
-    *(f"kept: {kind}" for kind in KINDS),
-    "gradients", "the loss and its gradient", *(f"at work: {kind}" for kind in KINDS),
-    TRAFFIC, "the update", OTHER,
-  ]  # fmt: skip
 
 
 class Peak(NamedTuple):
@@ -87,20 +83,20 @@ def at_peak(folder: Path) -> Peak:
   buffers = []
   for same in kept:
     found = _named(values, same)
-    given = [buffer for buffer in found if buffer.group in groups()[:4]]  # not what overwrites it
+    given = [buffer for buffer in found if buffer.group in _GIVEN]  # not what overwrites it
     buffers += (given or found)[:1]
   for same in _fullest(temporary, lives):
     found = _named(values, same)
     telling = [buffer for buffer in found if buffer.group != OTHER] or found
     # What is an argument here is a copy of one.
-    is_copy = telling and telling[0].group in groups()[:4]
+    is_copy = telling and telling[0].group in _GIVEN
     buffers += [telling[0]._replace(group=TRAFFIC)] if is_copy else telling[:1]
   return Peak(total, sorted(buffers, key=lambda buffer: -buffer.size))
 
 
 def by_group(found: list[Buffer]) -> dict[str, int]:
   """Bytes of each group, in order."""
-  sums = dict.fromkeys(groups(), 0)
+  sums = dict.fromkeys(GROUPS, 0)
   for buffer in found:
     sums[buffer.group] += buffer.size
   return sums
@@ -256,7 +252,7 @@ class _Values:
     return first if passed_on else later
 
   def group(self, made: Instruction) -> tuple[str, str]:
-    """(one of `groups`, where in the model)."""
+    """(one of GROUPS, where in the model)."""
     where = self._where(made)
     if made.op == "parameter" and made.computation == self._entry:
       return _ARGUMENTS.get(re.split(r"[\[_]", where.removeprefix("state."))[0], "batch"), where

@@ -15,7 +15,16 @@ from .fixes import fixes
 from .memory import gigabytes
 from .search import ROOM
 from .serving import cache_bytes, serve, weight_bytes
-from .speed import Step, axis_speeds, bytes_received, count_work, rates_of, step_time
+from .speed import (
+  Step,
+  axis_speeds,
+  bytes_received,
+  count_work,
+  exposed,
+  mfu,
+  rates_of,
+  step_time,
+)
 from .tables import console, print_fixes, table
 from .traffic import Collective, collectives
 from .work import Op, work
@@ -53,9 +62,9 @@ def print_groups(mine: Memory, peak: Peak, hbm: int) -> None:
 def print_cached(setup: Setup, peak: Peak, hbm: int) -> None:
   """Bytes of a device by use while a token is drawn for each row of the config's batch."""
   config, devices = setup.config, setup.mesh.size
-  caches = config.data.batch_size * cache_bytes(config.model, config.data.row_length)
-  mine = {"parameters": weight_bytes(config.model, 16), "caches": caches}
   rows, length = config.data.batch_size, config.data.row_length
+  caches = rows * cache_bytes(config.model, length)
+  mine = {"parameters": weight_bytes(config.model, 16), "caches": caches}
   console.print(f"a token for {rows:,} rows of {length:,} positions, weights in bfloat16\n")
   made = table("memory of a device", "estimate", "compiled")
   for name, size in by_group(peak.buffers).items():
@@ -128,7 +137,7 @@ def _print_verdict(peak: Peak, hbm: int) -> None:
 
 
 def _estimates(mine: Memory) -> dict[str, int]:
-  """The groups of `buffers.groups` that the estimate has, too."""
+  """The groups of `buffers.GROUPS` that the estimate has, too."""
   before_layers = mine.head if mine.head > mine.gradients + mine.layer else 0
   return {
     "parameters": mine.parameters,
@@ -194,11 +203,7 @@ def print_step(setup: Setup, chip: Chip, ops: list[Op], sends: list[Collective])
   mine = step_time(setup, chip)
   theirs = compiled_step(setup, chip, ops, sends)
   assert chip.flops_per_device
-  devices = math.prod(setup.mesh.shape.values())
   done = sum(op.total for op in ops if op.kind in ("product", "kernel"))
-  data = setup.config.data
-  each = conventions.flops_per_token(setup.config.model, data.row_length)
-  useful = each * data.batch_size * data.row_length / devices
   made = table("seconds of a step", "estimate", "compiled", "share")
   row = lambda name, a, b: made.add_row(name, f"{a:.3f}", f"{b:.3f}", f"{b / theirs.total:.0%}")
   row("computing", mine.compute, theirs.compute)
@@ -210,9 +215,8 @@ def print_step(setup: Setup, chip: Chip, ops: list[Op], sends: list[Collective])
   row("  behind the computing", hidden(mine), hidden(theirs))
   row("  in the open", mine.exposed, theirs.exposed)
   row("step", mine.total, theirs.total)
-  share = lambda flop, step: f"{flop / step.total / chip.flops_per_device:.1%}"
-  made.add_row("MFU", share(useful, mine), share(useful, theirs), "")
-  made.add_row("HFU, all FLOP done", "", share(done, theirs), "")
+  made.add_row("MFU", *(f"{mfu(setup, chip, step.total):.1%}" for step in (mine, theirs)), "")
+  made.add_row("HFU, all FLOP done", "", f"{done / theirs.total / chip.flops_per_device:.1%}", "")
   console.print(made)
   console.print(
     f"compiled: the compiler's cycles at {CLOCK[chip.name] / 1e9:g} GHz; kernels, for which it has "
@@ -236,6 +240,4 @@ def compiled_step(setup: Setup, chip: Chip, ops: list[Op], sends: list[Collectiv
   nothing = dict.fromkeys(Step._fields, 0.0)
   known = {"products": cycles / CLOCK[chip.name], "attention": kernels, "traffic": traffic}
   step = Step(**{**nothing, **known, "host": step_time(setup, chip).host})
-  weights = sum(t for name, t in traffic.items() if set(name.split("+")) <= {"data", "fsdp"})
-  open_to_all = sum(traffic.values()) - weights
-  return step._replace(exposed=max(0.0, weights - rates.overlap * step.compute) + open_to_all)
+  return step._replace(exposed=exposed(traffic, step.compute, rates))

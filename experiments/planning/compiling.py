@@ -25,6 +25,7 @@ from .. import cli
 from ..training.setup import Setup, build
 from ..training.step import make_train_step
 from .buffers import READS, Peak, at_peak
+from .program import compile_into, optimized_text
 
 SUMMARY, _WORDS = "summary.json", "words.txt"
 _LAST_LINES = 12
@@ -40,8 +41,7 @@ class Compiled(NamedTuple):
 
   refused: str  # why it does not fit; empty if it does
   text: str  # the optimized program; empty where it does not fit
-  arguments: int  # bytes; 0 where it does not fit
-  code: int  # bytes
+  code: int  # bytes; 0 where it does not fit
   seconds: float
   cpu_seconds: float
   host_bytes: int  # the most that the process had
@@ -73,8 +73,7 @@ def compile_apart(
   summary = folder / SUMMARY
   if process.returncode or not summary.exists():
     raise _how_it_ended(process.returncode, folder)
-  texts = list(folder.glob("*after_codegen.txt"))
-  return Compiled(text=texts[0].read_text() if texts else "", **json.loads(summary.read_text()))
+  return Compiled(text=optimized_text(folder), **json.loads(summary.read_text()))
 
 
 def memory_apart(arguments: list[str], folder: Path) -> Peak:
@@ -146,12 +145,11 @@ def lower_step(setup: Setup) -> jax.stages.Lowered:
 def compile_here(lowered: jax.stages.Lowered, folder: Path) -> None:
   """Leave a summary and XLA's dump."""
   jax.config.update("jax_enable_compilation_cache", False)  # it can't be read back without a TPU
-  began, refused, arguments, code = time.monotonic(), "", 0, 0
+  began, refused, code = time.monotonic(), "", 0
   try:
-    compiled = lowered.compile({"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True})
-    stated = compiled.memory_analysis()
+    stated = compile_into(lowered, folder).memory_analysis()
     assert stated is not None
-    arguments, code = stated.argument_size_in_bytes, stated.generated_code_size_in_bytes
+    code = stated.generated_code_size_in_bytes
   except jax.errors.JaxRuntimeError as e:
     if "RESOURCE_EXHAUSTED" not in str(e):
       raise
@@ -159,7 +157,6 @@ def compile_here(lowered: jax.stages.Lowered, folder: Path) -> None:
   used = resource.getrusage(resource.RUSAGE_SELF)
   summary = {
     "refused": refused,
-    "arguments": arguments,
     "code": code,
     "seconds": time.monotonic() - began,
     "cpu_seconds": used.ru_utime + used.ru_stime,

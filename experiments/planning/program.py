@@ -1,11 +1,10 @@
 """What a compiled program does, line by line, read from its optimized text."""
 
-import glob
 import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -18,17 +17,27 @@ class Line(NamedTuple):
   times: int  # how often a run of the program executes it
 
 
-def compile_with_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
-  """The compiled program for TPUs and its optimized text, with the compiler's estimates.
+def compile_into(lowered: jax.stages.Lowered, folder: Path) -> jax.stages.Compiled:
+  """Compile, and have XLA write what it knows of the program to a folder."""
+  return lowered.compile({"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True})
+
+
+def optimized_text(folder: Path) -> str:
+  """The program that `compile_into` left, with the compiler's estimates; empty if it did not fit.
 
   The text is the compiler's own dump: jaxlib 0.10.2 cannot print the asynchronous operations of
   libtpu 0.0.42 (`Compiled.as_text` raises on them).
   """
+  return "".join(path.read_text() for path in folder.glob("*after_codegen.txt"))
+
+
+def compile_with_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
+  """The compiled program for TPUs and its optimized text."""
   with tempfile.TemporaryDirectory() as folder:
-    options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-    compiled = lowered.compile(options)
-    (path,) = glob.glob(f"{folder}/*after_codegen.txt")
-    return compiled, Path(path).read_text()
+    compiled = compile_into(lowered, Path(folder))
+    text = optimized_text(Path(folder))
+  assert text, "the compiler wrote no program"
+  return compiled, text
 
 
 def lines(text: str) -> Iterator[Line]:
@@ -86,11 +95,3 @@ def computations(text: str) -> tuple[dict[str, list[str]], str]:
 def _trips(condition: list[str]) -> int:
   bounds = [int(k) for line in condition for k in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)]
   return max(bounds, default=1)
-
-
-def device_peak(stated: Any) -> int:
-  """Bytes of a device, of a program's `memory_analysis`, whose own peak counts the host's too."""
-  if not stated.host_temp_size_in_bytes:
-    return stated.peak_memory_in_bytes
-  held = stated.argument_size_in_bytes + stated.output_size_in_bytes - stated.alias_size_in_bytes
-  return held + stated.temp_size_in_bytes

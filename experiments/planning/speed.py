@@ -118,12 +118,21 @@ def step_time(setup: Setup, chip: Chip) -> Step:
   )
   stages, parts = setup.mesh.shape["stage"], setup.config.train.microbatches
   bubble = (stages - 1) / (parts * setup.config.mesh.circular) if stages > 1 else 0.0
-  hidden = rates.overlap * seconds.compute
-  weights = sum(t for axis, t in seconds.traffic.items() if axis in HIDDEN_AXES)
-  rest = sum(t for axis, t in seconds.traffic.items() if axis not in HIDDEN_AXES)
   return seconds._replace(
-    exposed=max(0.0, weights - hidden) + rest, bubble=bubble * seconds.compute
+    exposed=exposed(seconds.traffic, seconds.compute, rates), bubble=bubble * seconds.compute
   )
+
+
+def exposed(traffic: Mapping[str, float], compute: float, rates: Rates) -> float:
+  """Seconds of traffic that nothing hides: that of HIDDEN_AXES lies under part of the computing.
+
+  Args:
+    traffic: seconds by mesh axis, or by several ("data+fsdp").
+    compute: seconds.
+  """
+  weights = sum(t for axes, t in traffic.items() if set(axes.split("+")) <= set(HIDDEN_AXES))
+  rest = sum(traffic.values()) - weights
+  return max(0.0, weights - rates.overlap * compute) + rest
 
 
 def time_rows(step: Step) -> list[tuple[str, float]]:

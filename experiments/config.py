@@ -139,10 +139,12 @@ class TrainConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
   every: int = free(500)  # steps; the last step is always saved
-  keep: int = free(2)
+  keep: int = free(2)  # the newest; at least 2 leave one when the newest is found damaged
+  keep_every: int = free(0)  # also each step that is a multiple of this; 0 is none
+  keep_best: int = free(0)  # also so many of the least held-out loss, saved where it was evaluated
 
   def __post_init__(self):
-    _at_least(self, "checkpoint", every=1, keep=1)
+    _at_least(self, "checkpoint", every=1, keep=1, keep_every=0, keep_best=0)
 
 
 @dataclass(frozen=True)

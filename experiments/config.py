@@ -84,6 +84,8 @@ class DataConfig:
   holdout: float = identity(0.05)  # last part of the text, kept for evaluation
   seed: int = identity(0)  # of the shuffle
   prefetch: int = free(4)  # batches read ahead
+  # What stays damaged or unreadable after some tries: stop the run, or skip it, counted and noted.
+  on_error: Literal["stop", "skip"] = intervention("stop")
 
   def __post_init__(self):
     if self.row_length < 2:

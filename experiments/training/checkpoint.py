@@ -1,5 +1,5 @@
-"""Orbax checkpoints of the state and of the data position: saved in the background, then sealed with
-digests (`manifest`), without which a step counts as never finished."""
+"""Orbax checkpoints of the state and of the data position: saved in the background, then sealed
+with digests (`manifest`), without which a step counts as never finished."""
 
 import contextlib
 import os
@@ -25,6 +25,7 @@ from .state import TrainState
 _SEAL_SECONDS = 1800.0
 _TEMPORARY = ".orbax-checkpoint-tmp"
 REFUSED = ".refused"
+_DEFAULT = CheckpointConfig()
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -64,7 +65,7 @@ class Checkpoints:
   def __init__(
     self,
     folder: Path,
-    policy: CheckpointConfig = CheckpointConfig(),
+    policy: CheckpointConfig = _DEFAULT,
     *,
     read_only: bool = False,
     note: Callable[[str], None] = print,
@@ -126,8 +127,8 @@ class Checkpoints:
         self._set_aside(step)
     if finished:
       raise ConfigError(
-        f"{self._folder} has no intact checkpoint left: put back a copy of one, or remove the folder "
-        "to start from the beginning"
+        f"{self._folder} has no intact checkpoint left: put back a copy of one, or remove the "
+        "folder to start from the beginning"
       )
     return None
 

@@ -17,6 +17,14 @@ class ConfigError(ValueError):
   """A user's mistake in a config, a flag or an input: one sentence, exit code 2."""
 
 
+class Halt(Exception):
+  """The end of a run that is neither a mistake nor a fault of ours: a sentence and an exit code."""
+
+  def __init__(self, reason: str, code: int):
+    super().__init__(reason)
+    self.code = code
+
+
 def _field(change: str) -> Callable[[Any], Any]:
   return lambda default: dataclasses.field(default=default, metadata={"change": change})
 
@@ -131,9 +139,17 @@ class TrainConfig:
   z_loss: float = intervention(0.0)  # times log(Z)^2 of the vocabulary softmax
   seed: int = identity(0)  # of weights, jitter, dropout
   log_every: int = free(10)
+  # Steps between two that are computed twice and compared, with the copies of parameters that
+  # devices hold; 0 is never. Of N steps one more is computed: see `training.verify`.
+  verify_every: int = free(0)
+  # Only kernels whose sums have one order, for bit-equal repetitions. CPU and TPU always do; on GPU
+  # this costs some speed.
+  deterministic: bool = free(False)
 
   def __post_init__(self):
-    _at_least(self, "train", steps=1, microbatches=1, z_loss=0, seed=0, log_every=1)
+    _at_least(
+      self, "train", steps=1, microbatches=1, z_loss=0, seed=0, log_every=1, verify_every=0
+    )
     if self.seed >= 1 << 32:  # JAX would keep the lower half only
       raise ConfigError(f"train.seed={self.seed}: must be below 2^32")
 

@@ -32,6 +32,8 @@ class StepMetrics(NamedTuple):
   update_ratio: jax.Array  # norm of the update over that of the parameters
   log_z: jax.Array  # mean log of the vocabulary softmax's denominator
   skipped: jax.Array  # bool: the update was left out
+  blank_rows: jax.Array  # that were all padding, as rows are that can't be read
+  load_cv: jax.Array  # standard deviation of experts' load over its mean, averaged over layers
   digests: jax.Array | None = None  # of gradients, see `verify`
 
 
@@ -127,12 +129,21 @@ def make_train_step(
       jnp.where(good, ratio, 0.0),
       means[1],
       ~good,
+      jnp.sum(jnp.all(batch["segments"] == 0, axis=1)),
+      _load_cv(stats),
       None if digest is None else digest(grads),
     )
     finished = jnp.asarray(limit > -jnp.inf, state.step.dtype)
     return TrainState(state.step + finished, params, opt_state), metrics
 
   return step
+
+
+def _load_cv(stats: tuple[MoeStats, ...]) -> jax.Array:
+  """0 without experts."""
+  loads = [s.load_E for s in stats]
+  each = [jnp.std(x, axis=-1) / jnp.maximum(jnp.mean(x, axis=-1), 1e-9) for x in loads]
+  return jnp.mean(jnp.concatenate([x.reshape(-1) for x in each])) if each else jnp.zeros(())
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:

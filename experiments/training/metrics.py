@@ -73,8 +73,8 @@ class MetricsWriter:
     self._journal = Journal(folder / "metrics.jsonl")
     self._board = _Board(folder / "tensorboard", resume_step)
     self._note = note
-    if self._journal.last is not None:
-      self._journal.append({"resumed_after": resume_step})
+    # A run that turns out to be finished takes nothing back, so this waits for the first row.
+    self._resumed = None if self._journal.last is None else resume_step
 
   @property
   def pending(self) -> int:
@@ -84,6 +84,9 @@ class MetricsWriter:
   def write(self, step: int, row: dict[str, Any]) -> None:
     """One row, in the file at once: a dying process flushes nothing. JSON has no NaN: null."""
     row = plain(row)
+    if self._resumed is not None:
+      self._journal.append({"resumed_after": self._resumed})
+      self._resumed = None
     self._journal.append({"step": step, **row})
     scalars = {k: v for k, v in row.items() if isinstance(v, (int, float))}
     values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
@@ -91,6 +94,7 @@ class MetricsWriter:
 
   def rewind(self, step: int) -> None:
     """The run goes back: rows after `step` were for nothing."""
+    self._resumed = None
     self._journal.append({"resumed_after": step})
     self._board.restart(step)
 

@@ -1,20 +1,20 @@
 """Metrics of a run: one JSON line and one set of TensorBoard scalars a logged step."""
 
-import json
-import math
 import os
 import platform
+import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import RecordWriter
+from tensorboardX.record_writer import masked_crc32c
 
-from ..config import ConfigError
+from .journal import Journal, plain, read
 from .step import StepMetrics
 
 _BOARD_SECONDS = 5.0  # between flushes of the events, each of which waits for the disk
@@ -56,71 +56,140 @@ def summarise(steps: list[StepMetrics]) -> dict[str, Any]:
 class MetricsWriter:
   """Appends to `metrics.jsonl` and to TensorBoard events in `tensorboard/`.
 
-  Rows of steps after `resume_step` (written by a run that died before saving them) are dropped,
-  so that the file holds each step once. Everything is written in the calling thread: a thread of
-  its own loses its queue when the process dies, and hangs when the disk is full.
+  A run that goes on from an earlier step says so in a row, `{"resumed_after": step}`; the rows
+  that it takes back stay in the file (`read_history`). Everything is written in the calling
+  thread: a thread of its own loses its queue when the process dies. A full disk stops nothing:
+  rows wait for it, TensorBoard goes without.
+
+  Args:
+    resume_step: steps that were finished before.
+    note: is told, at the end, how many rows TensorBoard lacks.
+
+  Raises:
+    OSError: the folder can't be written, for another reason than that the disk is full.
   """
 
-  def __init__(self, folder: Path, *, resume_step: int = 0):
-    self.path = folder / "metrics.jsonl"
-    kept = [row for row in read_metrics(folder) if row["step"] <= resume_step]
-    temporary = self.path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    temporary.replace(self.path)
-    self._file = self.path.open("a")
-    board = folder / "tensorboard"
-    board.mkdir(exist_ok=True)
-    name = [str(x) for x in (int(time.time()), platform.node(), resume_step, os.getpid())]
-    # Not `EventsWriter`, which leaves its file open when the disk is full.
-    self._board = RecordWriter(str(board / ".".join(["events.out.tfevents", *name])))
-    self._flushed = time.monotonic()
-    self._event(0, file_version="brain.Event:2")
-    if resume_step:  # TensorBoard then hides what an earlier process wrote from this step on
-      start = SessionLog(status=SessionLog.START)
-      self._event(resume_step + 1, session_log=start)
+  def __init__(self, folder: Path, *, resume_step: int = 0, note: Callable[[str], None] = print):
+    self._journal = Journal(folder / "metrics.jsonl")
+    self._board = _Board(folder / "tensorboard", resume_step)
+    self._note = note
+    # A run that turns out to be finished takes nothing back, so this waits for the first row.
+    self._resumed = None if self._journal.last is None else resume_step
+
+  @property
+  def pending(self) -> int:
+    """Rows that a full disk has refused so far."""
+    return self._journal.pending
 
   def write(self, step: int, row: dict[str, Any]) -> None:
-    """One row; flushed at once, since a dying process flushes nothing. JSON has no NaN: null."""
-    row = {name: _finite(value) for name, value in row.items()}
-    self._file.write(json.dumps({"step": step, **row}) + "\n")
-    self._file.flush()
+    """One row, in the file at once: a dying process flushes nothing. JSON has no NaN: null."""
+    row = plain(row)
+    if self._resumed is not None:
+      self._journal.append({"resumed_after": self._resumed})
+      self._resumed = None
+    self._journal.append({"step": step, **row})
     scalars = {k: v for k, v in row.items() if isinstance(v, (int, float))}
     values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
-    self._event(step, summary=Summary(value=values))
-    if time.monotonic() - self._flushed > _BOARD_SECONDS:
-      self._board.flush()
-      self._flushed = time.monotonic()
+    self._board.add(step, summary=Summary(value=values))
 
-  def _event(self, step: int, **what: Any) -> None:
-    event = Event(wall_time=time.time(), step=step, **what)
-    self._board.write(event.SerializeToString())
+  def rewind(self, step: int) -> None:
+    """The run goes back: rows after `step` were for nothing."""
+    self._resumed = None
+    self._journal.append({"resumed_after": step})
+    self._board.restart(step)
 
   def close(self) -> None:
+    """Write what waits.
+
+    Raises:
+      OSError: the disk still refuses rows, which are lost.
+    """
     try:
-      self._file.close()
+      self._journal.close()
     finally:
-      self._board.close()
+      self._board.flush()
+      if self._board.dropped:
+        self._note(f"TensorBoard lacks rows that the disk refused: {self._board.dropped}")
 
 
-def _finite(value: Any) -> Any:
-  return None if isinstance(value, float) and not math.isfinite(value) else value
+class _Board:
+  """A file of TensorBoard events; those that the disk refuses are dropped."""
+
+  def __init__(self, folder: Path, resume_step: int):
+    self.dropped = 0
+    name = [str(x) for x in (int(time.time()), platform.node(), resume_step, os.getpid())]
+    self._path = folder / ".".join(["events.out.tfevents", *name])
+    self._held: list[tuple[bytes, bool]] = []  # since the last flush; is it needed by what follows?
+    self._end = 0  # of the last event that is whole
+    self._flushed = time.monotonic()
+    self.add(0, needed=True, file_version="brain.Event:2")
+    if resume_step:
+      self.restart(resume_step)
+
+  def restart(self, step: int) -> None:
+    """TensorBoard then hides what was written before from the next step on."""
+    self.add(step + 1, needed=True, session_log=SessionLog(status=SessionLog.START))
+
+  def add(self, step: int, *, needed: bool = False, **what: Any) -> None:
+    event = Event(wall_time=time.time(), step=step, **what)
+    self._held.append((_record(event.SerializeToString()), needed))
+    if time.monotonic() - self._flushed > _BOARD_SECONDS:
+      self.flush()
+
+  def flush(self) -> None:
+    held, self._held, self._flushed = self._held, [], time.monotonic()
+    try:
+      self._path.parent.mkdir(exist_ok=True)
+      with self._path.open("ab", buffering=0) as file:
+        file.truncate(self._end)  # nobody reads on behind half an event
+        left = memoryview(b"".join(event for event, _ in held))
+        size = len(left)
+        while left:
+          left = left[file.write(left) :]
+        os.fsync(file.fileno())
+      self._end += size
+    except OSError:
+      self._held = [(event, needed) for event, needed in held if needed]
+      self.dropped += len(held) - len(self._held)
+
+
+def _record(data: bytes) -> bytes:
+  """TFRecord: length and data, each with its checksum."""
+  length = struct.pack("<Q", len(data))
+  check = lambda part: struct.pack("<I", masked_crc32c(part))
+  return length + check(length) + data + check(data)
+
+
+class History(NamedTuple):
+  """Rows of a run: those that count, and each branch that a resume or a rewind took back."""
+
+  rows: list[dict[str, Any]]
+  abandoned: list[list[dict[str, Any]]]
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-  """Rows of a run; a last line cut off by a crash is left out.
+  """Rows of a run, each step once; a last line cut off by a crash is left out.
 
   Raises:
     ConfigError: another line is damaged.
   """
-  path = folder / "metrics.jsonl"
-  if not path.exists():
-    return []
-  rows = []
-  lines = path.read_text(errors="replace").splitlines()
-  for number, line in enumerate(lines, start=1):
-    try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError as e:
-      if number != len(lines):
-        raise ConfigError(f"{path} line {number} is not JSON; repair or remove the file") from e
-  return rows
+  return read_history(folder).rows
+
+
+def read_history(folder: Path) -> History:
+  """Rows of a run, and those that were taken back: after the step that a later part began with.
+
+  Raises:
+    ConfigError: a line is damaged.
+  """
+  history = History([], [])
+  for row in read(folder / "metrics.jsonl"):
+    step = row.get("resumed_after")
+    if step is None:
+      history.rows.append(row)
+      continue
+    first = next((i for i, kept in enumerate(history.rows) if kept["step"] > step), None)
+    if first is not None:
+      history.abandoned.append(history.rows[first:])
+      del history.rows[first:]
+  return history

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import io
-import json
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from absl.testing import flagsaver
 from experiments import cli, evaluate, generate, plan, run
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.folder import read_config
+from experiments.training.metrics import read_metrics
 from experiments.training.setup import build
 from experiments.training.state import param_layout
 
@@ -93,8 +93,7 @@ def spawn(folder: Path, program: str, *arguments: object, script: str = "", **mo
 
 def metrics(folder: Path) -> list[dict]:
   """Rows of training steps."""
-  lines = (folder / "metrics.jsonl").read_text().splitlines()
-  return [row for row in map(json.loads, lines) if "loss" in row]
+  return [row for row in read_metrics(folder) if "loss" in row]
 
 
 def losses(folder: Path) -> np.ndarray:

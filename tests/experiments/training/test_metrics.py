@@ -1,8 +1,10 @@
 """What a run logs: means over an interval, JSON lines, TensorBoard events."""
 
+import contextlib
 import gc
 import json
 import math
+import os
 import resource
 import struct
 import warnings
@@ -12,7 +14,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from experiments.config import ConfigError
-from experiments.training.metrics import MetricsWriter, read_metrics, summarise
+from experiments.training.metrics import MetricsWriter, read_history, read_metrics, summarise
 from experiments.training.step import StepMetrics
 from layers.moe import MoeStats
 
@@ -79,17 +81,21 @@ def test_rows_are_there_before_the_file_is_closed(tmp_path):
   writer.close()
 
 
-def test_resuming_drops_rows_after_the_checkpoint(tmp_path):
+def test_resuming_supersedes_rows_after_the_checkpoint(tmp_path):
   first = MetricsWriter(tmp_path)
   for step in range(1, 6):
     first.write(step, {"loss": float(step)})
   first.close()
+  before = (tmp_path / "metrics.jsonl").read_text()
   second = MetricsWriter(tmp_path, resume_step=3)
   for step in (4, 5):
     second.write(step, {"loss": 10.0 * step})
   second.close()
   rows = read_metrics(tmp_path)
   assert [(r["step"], r["loss"]) for r in rows] == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50)]
+  (lost,) = read_history(tmp_path).abandoned
+  assert [(r["step"], r["loss"]) for r in lost] == [(4, 4), (5, 5)]
+  assert (tmp_path / "metrics.jsonl").read_text().startswith(before)  # nothing is written anew
   # TensorBoard is told that the old run's steps from 4 on are void.
   starts = [e for e in events(tmp_path) if e.session_log.status == SessionLog.START]
   assert [e.step for e in starts] == [4]
@@ -130,19 +136,87 @@ def test_no_file_no_rows(tmp_path):
   assert read_metrics(tmp_path) == []
 
 
-def test_a_full_disk_leaves_no_file_open(tmp_path):
-  """Events still to be written when the run ends are lost with an error, the files are closed."""
+def test_a_run_that_goes_back_and_back_again(tmp_path):
+  """By hand: 1..6, back to 4, 5 and 6 anew, back to 2 in a new process, 3..6."""
   writer = MetricsWriter(tmp_path)
-  writer.write(1, {"loss": 2.0})
+  for step in range(1, 7):
+    writer.write(step, {"loss": 1.0})
+  writer.rewind(4)
+  for step in (5, 6):
+    writer.write(step, {"loss": 2.0})
+  writer.write(6, {"heldout_loss": 0.5})
+  writer.close()
+  writer = MetricsWriter(tmp_path, resume_step=2)
+  for step in range(3, 7):
+    writer.write(step, {"loss": 3.0})
+    if step % 2 == 0:
+      writer.write(step, {"heldout_loss": 0.25})
+  writer.close()
+  rows, abandoned = read_history(tmp_path)
+  assert [(r["step"], r.get("loss")) for r in rows] == [
+    (1, 1.0), (2, 1.0), (3, 3.0), (4, 3.0), (4, None), (5, 3.0), (6, 3.0), (6, None),
+  ]  # fmt: skip
+  assert [[(r["step"], r.get("loss")) for r in branch] for branch in abandoned] == [
+    [(5, 1.0), (6, 1.0)],
+    [(3, 1.0), (4, 1.0), (5, 2.0), (6, 2.0), (6, None)],
+  ]
+  starts = [e.step for e in events(tmp_path) if e.session_log.status == SessionLog.START]
+  assert starts == [5, 3]
+
+
+def test_a_run_that_died_before_it_saved_starts_afresh(tmp_path):
+  for loss in (1.0, 2.0):
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, {"loss": loss})
+    writer.close()
+  assert read_history(tmp_path) == ([{"step": 1, "loss": 2.0}], [[{"step": 1, "loss": 1.0}]])
+
+
+@contextlib.contextmanager
+def full_disk():
+  """No file grows beyond 10 bytes."""
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
   try:
-    with pytest.raises(OSError, match="File too large"):
-      writer.close()
+    yield
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_is_full_for_a_while(tmp_path, monkeypatch):
+  """No row is lost and no event torn; the scalars of that while are missing, and said to be."""
+  monkeypatch.setattr("experiments.training.metrics._BOARD_SECONDS", -1.0)
+  said = []
+  writer = MetricsWriter(tmp_path, note=said.append)
+  writer.write(1, {"loss": 1.0})
+  with full_disk():
+    writer.write(2, {"loss": 2.0})
+    writer.write(3, {"loss": 3.0})
+    assert writer.pending == 2 and [r["step"] for r in read_metrics(tmp_path)] == [1]
+  writer.write(4, {"loss": 4.0})
+  assert writer.pending == 0
+  writer.close()
+  assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3, 4]
+  assert scalars(tmp_path, "loss") == [(1, 1.0), (4, 4.0)]
+  assert said == ["TensorBoard lacks rows that the disk refused: 2"]
+
+
+def test_a_disk_that_stays_full(tmp_path):
+  """What is lost is said with an error, and the files are closed."""
+  said = []
+  writer = MetricsWriter(tmp_path, note=said.append)
+  with full_disk():
+    writer.write(1, {"loss": 2.0})
+    with pytest.raises(OSError, match=r"File too large; 1 row is lost: .*metrics\.jsonl"):
+      writer.close()
+  assert said == ["TensorBoard lacks rows that the disk refused: 1"]
   with warnings.catch_warnings(record=True) as warned:
     warnings.simplefilter("always")
     del writer
     gc.collect()
   assert not warned
+  assert str(tmp_path) not in " ".join(os.readlink(f"/proc/self/fd/{n}") for n in open_files())
+
+
+def open_files():
+  return [n for n in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{n}")]

@@ -1,0 +1,92 @@
+"""The clock of a process: every second in one bucket."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments.training import goodput
+from experiments.training.goodput import BUCKETS, Clock
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def ticks(monkeypatch):
+  """Seconds that pass as the test says; the process is 5 s old."""
+  now = [1000.0]
+  monkeypatch.setattr(goodput.time, "monotonic", lambda: now[0])
+  monkeypatch.setattr(goodput, "process_age", lambda: 5.0)
+  return now
+
+
+def spent(clock):
+  return {bucket: seconds for bucket, seconds in clock.seconds.items() if seconds}
+
+
+def test_phases_take_their_time_from_what_is_around_them(ticks):
+  """By hand: 5 s before the clock, 1 s until the restore, ..."""
+  clock = Clock()
+  ticks[0] += 1
+  with clock.phase("restore"):
+    ticks[0] += 2
+  assert clock.switch("productive") == "start"
+  ticks[0] += 10
+  with clock.phase("checkpoint"):
+    ticks[0] += 3
+    with clock.phase("data"):
+      ticks[0] += 0.5
+    ticks[0] += 1
+  ticks[0] += 4
+  assert spent(clock) == {
+    "start": 6.0, "restore": 2.0, "productive": 14.0, "checkpoint": 4.0, "data": 0.5,
+  }  # fmt: skip
+  assert list(clock.seconds) == list(BUCKETS) and sum(clock.seconds.values()) == 5 + 21.5
+
+
+def test_a_phase_that_fails_ends(ticks):
+  clock = Clock()
+  with pytest.raises(KeyError), clock.phase("evaluation"):
+    ticks[0] += 2
+    raise KeyError
+  ticks[0] += 3
+  assert spent(clock) == {"start": 8.0, "evaluation": 2.0}
+
+
+def test_reading_changes_nothing(ticks):
+  clock = Clock()
+  ticks[0] += 1
+  first = clock.row()
+  ticks[0] += 1
+  assert first["clock"]["start"] == 6.0 and clock.seconds["start"] == 7.0
+  assert abs(first["time"] - time.time()) < 60
+
+
+def test_the_sum_is_the_age_of_the_process(tmp_path):
+  """Against the parent's watch, in a process that replaces itself once."""
+  script = """
+import os, sys, time
+if len(sys.argv) == 2:
+  time.sleep(0.5)
+  os.execv(sys.executable, [sys.executable, *sys.argv, "again"])
+sys.path.insert(0, sys.argv[1])
+from experiments.training.goodput import Clock
+clock = Clock()
+with clock.phase("compile"):
+  time.sleep(0.3)
+print(sum(clock.seconds.values()), clock.seconds["compile"])
+"""
+  program = tmp_path / "program.py"
+  program.write_text(script)
+  began = time.monotonic()
+  command = [sys.executable, str(program), str(ROOT)]
+  process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+  line = process.stdout.readline()
+  took = time.monotonic() - began
+  assert process.wait(60) == 0
+  process.stdout.close()
+  total, compiling = map(float, line.split())
+  assert took - 0.3 < total < took + 0.05
+  assert 0.3 <= compiling < 0.3 + took - 0.8

@@ -180,6 +180,23 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+  """What is done about loss spikes and exploding gradients (`training/guard.py`)."""
+
+  mode: Literal["off", "observe", "act"] = free("act")  # observe: says what it would do
+  window: int = free(128)  # steps that levels and spreads are taken from
+  deviations: float = free(6.0)  # robust ones above the level, from which a step is an anomaly
+  rewind_steps: int = free(100)  # from the anomaly back to the checkpoint
+  skip_batches: tuple[int, ...] = free((200, 500))  # left out at each rewind; then it stops
+  nonfinite_steps: int = free(10)  # in a row, then it stops; each is skipped
+
+  def __post_init__(self):
+    _at_least(self, "guard", window=32, deviations=4, rewind_steps=1, nonfinite_steps=1)
+    if any(batches < 1 for batches in self.skip_batches):
+      raise ConfigError(f"guard.skip_batches={self.skip_batches}: each must be at least 1")
+
+
+@dataclass(frozen=True)
 class Config:
   name: str
   model: ModelSpec
@@ -188,6 +205,7 @@ class Config:
   optimizer: OptimizerConfig = OptimizerConfig()
   train: TrainConfig = TrainConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
+  guard: GuardConfig = GuardConfig()
   eval: EvalConfig = EvalConfig()
 
   def __post_init__(self):

@@ -17,8 +17,8 @@ class ConfigError(ValueError):
   """A user's mistake in a config, a flag or an input: one sentence, exit code 2."""
 
 
-class Halt(Exception):
-  """The end of a run that is neither a mistake nor a fault of ours: a sentence and an exit code."""
+class HaltError(Exception):
+  """The end of a run that is neither a mistake nor our fault: a sentence and an exit code."""
 
   def __init__(self, reason: str, code: int):
     super().__init__(reason)
@@ -147,9 +147,7 @@ class TrainConfig:
   deterministic: bool = free(False)
 
   def __post_init__(self):
-    _at_least(
-      self, "train", steps=1, microbatches=1, z_loss=0, seed=0, log_every=1, verify_every=0
-    )
+    _at_least(self, "train", steps=1, microbatches=1, z_loss=0, seed=0, log_every=1, verify_every=0)
     if self.seed >= 1 << 32:  # JAX would keep the lower half only
       raise ConfigError(f"train.seed={self.seed}: must be below 2^32")
 

@@ -53,6 +53,11 @@ def summarise(steps: list[StepMetrics]) -> dict[str, Any]:
   return row
 
 
+def bits_of(metrics: StepMetrics) -> str:
+  """Loss and gradient norm of one step, on the host: the bits of two float32, to compare runs."""
+  return "-".join(np.float32(x).tobytes()[::-1].hex() for x in (metrics.loss, metrics.grad_norm))
+
+
 class MetricsWriter:
   """Appends to `metrics.jsonl` and to TensorBoard events in `tensorboard/`.
 

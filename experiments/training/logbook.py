@@ -197,7 +197,8 @@ class Logbook:
     cls: str | None = None,
     refs: Sequence[str] = (),
     owner: str | None = None,
-    **detail: Any,
+    detail: dict[str, Any] | None = None,
+    **more: Any,
   ) -> str:
     """Write an event; returns its id.
 
@@ -209,6 +210,7 @@ class Logbook:
       cls: of CLASSES.
       refs: ids of events that this one explains or amends.
       detail: fields of the kind, and any others.
+      more: the same, one by one.
 
     Raises:
       ValueError: an unknown kind, or a detail that is missing or of another type.
@@ -235,7 +237,7 @@ class Logbook:
         "class": cls,
         "severity": severity,
         "summary": " ".join(summary.split()),
-        "detail": plain(fields | detail),
+        "detail": plain(fields | (detail or {}) | more),
         "refs": list(refs),
         "prev": _sha256(self._journal.last),
       }

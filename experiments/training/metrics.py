@@ -193,8 +193,8 @@ def read_history(folder: Path) -> History:
     if step is None:
       history.rows.append(row)
       continue
-    first = next((i for i, kept in enumerate(history.rows) if kept["step"] > step), None)
-    if first is not None:
-      history.abandoned.append(history.rows[first:])
-      del history.rows[first:]
+    back = [kept for kept in history.rows if kept["step"] > step]
+    if back:
+      history.abandoned.append(back)
+      history.rows[:] = [kept for kept in history.rows if kept["step"] <= step]
   return history

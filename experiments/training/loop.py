@@ -103,7 +103,7 @@ def train(
       if save:
         run.save(loss)
       trace.after(step, run.state, last)
-    heldout = run.finish() if run.step == total and not run.stopped else None
+    heldout = run.finish() if run.step >= total and not run.stopped else None
     run.close()
     if run.primary:
       layers = [i for group in moe_layers(config.model) for i in group]

@@ -7,10 +7,10 @@ All but log Z are taken as logarithms: gradient norms are roughly lognormal, los
 
 An anomaly begins `deviations` spreads above the level, for the loss also at two steps in a row
 above 4, and ends after 8 steps in a row within 3. Of its steps only those within 3 enter the
-window. After 60 without an end the new level is taken as normal, unless:
+window. After 60 without an end the new level is taken as normal, unless
 
 - the loss is still 5 % above, or 20 of 50 steps were skipped: rewind and leave out batches, as was
-  done by hand for PaLM (arXiv 2204.02311, section 5.1). BLOOM's spike healed alone in 30 steps.
+  done by hand for PaLM (arXiv 2204.02311, section 5.1; BLOOM's spike healed alone in 30 steps).
   The second time near the same step more batches are left out; then it stops for a person;
 - the loss rises slowly for hundreds of steps: a notice, then stop. Other batches do not cure that;
 - ten steps in a row are not finite: stop.
@@ -28,19 +28,15 @@ from ..config import GuardConfig
 
 _RECENT = 16  # values in a level
 _HISTORY = 32  # values before anything is judged
-_WARN, _LEAVE, _CALM = 4.0, 3.0, 8
-_LASTING = 60  # steps of an anomaly
+_WARN, _LEAVE, _CALM, _LASTING = 4.0, 3.0, 8, 60
 _SKIPS, _SKIPS_WITHIN = 20, 50
 _NEIGHBOURHOOD = 1000  # steps within which another rewind is for the same trouble
 _BEFORE = 10  # batches before an anomaly that may have caused it
-_MAD_TO_SIGMA = 1.4826  # of a normal distribution
 _FACTOR_4 = math.log(4)
 _RISEN = "has risen slowly, from {baseline:.4g} at step {first} to {value:.4g}"
 
-
-# Title, floor of the spread, and least rise of the level that matters. The floors: half a percent of
-# the loss, so 3 % for an outlier; a factor 4 for an outlier of the others, since norms of three times
-# the usual are ordinary. The update ratio rises with the learning rate.
+# Title, floor of the spread, least rise of the level that matters. So an outlier is at least 3 % of
+# the loss or a factor 4: norms of three times the usual are ordinary. The update ratio may rise.
 _RULES = {
   "loss": ("loss", 0.005, 0.05),
   "grad_norm": ("gradient norm", _FACTOR_4 / 6, _FACTOR_4),
@@ -121,18 +117,11 @@ class _Signal:
     self.lowest: tuple[float, int] | None = None  # level of half a window, step
     self.risen = 0  # 1: a slow rise was noticed; 2: one that goes on
 
-  def state(self) -> dict[str, Any]:
-    return {name: value for name, value in vars(self).items() if name[0] != "_"}
-
   def _transform(self, value: float) -> float:
     return value if self._name == "log_z" else math.log(max(value, 1e-8))
 
   def _raw(self, x: float) -> float:
     return x if self._name == "log_z" else math.exp(min(x, 700.0))
-
-  @property
-  def ready(self) -> bool:
-    return len(self.values) >= _HISTORY
 
   @property
   def level(self) -> float:
@@ -142,12 +131,12 @@ class _Signal:
   def spread(self) -> float:
     middle = median(self.residuals)
     mad = median([abs(r - middle) for r in self.residuals])
-    return math.hypot(_MAD_TO_SIGMA * mad, self._floor)
+    return math.hypot(1.4826 * mad, self._floor)  # that of a normal distribution
 
   def compare(self, step: int, value: float) -> Anomaly:
     x = self._transform(value)
     level = self.level if self.values else x
-    deviations = (x - level) / self.spread if self.ready else 0.0
+    deviations = (x - level) / self.spread if len(self.values) >= _HISTORY else 0.0
     first = step if self.first is None else self.first
     return Anomaly(self._name, value, self._raw(level), deviations, len(self.values), first, step)
 
@@ -174,8 +163,13 @@ class _Signal:
       self.residuals.append(x - self.level if self.values else 0.0)
       self.values.append(x)
       del self.values[: -self._settings.window], self.residuals[: -self._settings.window]
-      if len(self.values) >= max(self._settings.window // 2, _HISTORY):
-        yield from self._watch_rise(step)
+      found, stage = self.rise(step)
+      if stage > self.risen:
+        yield Notice(found.describe(_RISEN), found)
+        self.risen = stage
+      elif stage < 0 < self.risen:
+        yield Notice(found.describe("is down at {value:.4g} after its slow rise"), found, True)
+        self.risen = 0
 
   @property
   def lasting(self) -> bool:
@@ -194,14 +188,11 @@ class _Signal:
     return Notice(found.describe(text), found, recovered=True)
 
   def rise(self, step: int) -> tuple[Anomaly, int]:
-    """The level of half a window above the lowest it has been, and is it a slow rise?
-
-    0 no; 1 for two windows; 2 twice as high for four; either in a quarter if six times as high.
-    -1 no longer.
-    """
+    """The level of half a window over the lowest it has been; 1 if high for two windows, 2 if twice
+    as high for four (a quarter of that if six times as high), -1 if low again, else 0."""
     window, spread = self._settings.window, self.spread
     level = median(self.values[-(window // 2) :])
-    if self.lowest is None or level < self.lowest[0]:
+    if self.lowest is None or level < self.lowest[0] or len(self.values) < window // 2:
       self.lowest = level, step
     lowest, first = self.lowest
     rise = (level - lowest) / max(self._rise, 2 * spread)
@@ -209,15 +200,6 @@ class _Signal:
     stage = (rise >= 1 and windows >= 2) + (rise >= 2 and windows >= 4) - (rise < 0.5)
     values = self._raw(level), self._raw(lowest), (level - lowest) / spread, len(self.values)
     return Anomaly(self._name, *values, first, step), stage
-
-  def _watch_rise(self, step: int) -> Iterator[Notice]:
-    found, stage = self.rise(step)
-    if stage > self.risen:
-      yield Notice(found.describe(_RISEN), found)
-      self.risen = stage
-    elif stage < 0 < self.risen:
-      yield Notice(found.describe("is down at {value:.4g} after its slow rise"), found, True)
-      self.risen = 0
 
 
 class Guard:
@@ -239,13 +221,8 @@ class Guard:
     self._nonfinite = 0  # steps in a row
 
   def rewound(self, state: dict[str, Any] | None = None) -> None:
-    """Goes back with a rewind that was asked for, and remembers it.
-
-    Args:
-      state: what `state` returned when the checkpoint was saved; None is a fresh start.
-    """
-    assert self._asked is not None, "no rewind was asked for"
-    rewinds = [*self._rewinds, self._asked]
+    """Goes back to `state`, saved with the checkpoint, or to no history; remembers the rewind."""
+    rewinds = self._rewinds + ([] if self._asked is None else [self._asked])
     self.reset()
     if state is not None:
       self.restore(state)
@@ -253,7 +230,8 @@ class Guard:
 
   def state(self) -> dict[str, Any]:
     """For the checkpoint, as JSON."""
-    signals = {name: signal.state() for name, signal in self._signals.items()}
+    signals = {name: {k: v for k, v in vars(signal).items() if k[0] != "_"}
+               for name, signal in self._signals.items()}  # fmt: skip
     rest = {"skips": self._skips, "nonfinite": self._nonfinite, "rewinds": self._rewinds}
     return copy.deepcopy({"signals": signals, **rest})
 
@@ -268,7 +246,7 @@ class Guard:
   def limit(self) -> float:
     """The gradient norm above which a step is to skip its update."""
     norms = self._signals["grad_norm"]
-    if self._settings.mode != "act" or not norms.ready:
+    if self._settings.mode != "act" or len(norms.values) < _HISTORY:
       return math.inf
     return math.exp(norms.level + self._settings.deviations * norms.spread)
 
@@ -278,10 +256,11 @@ class Guard:
     notices: list[Notice] = []
     decision = self._judge(o, notices)
     if self._settings.mode == "observe" and decision.action in ("rewind", "stop"):
-      assert decision.anomaly is not None
       notices.append(Notice(f"would {decision.action}: {decision.reason}", decision.anomaly))
       self.reset()  # so that it is said once
       decision = Decision()
+    # A skip is said by the decision alone.
+    notices = [n for n in notices if decision.action == "continue" or n.anomaly != decision.anomaly]
     return decision._replace(notices=tuple(notices))
 
   def _judge(self, o: Observation, notices: list[Notice]) -> Decision:

@@ -2,8 +2,8 @@
 
 Each signal is compared with its own recent past. Its level is the median of the last 16 values that
 were normal; its spread the median absolute deviation, over a window, of such values from the levels
-before them. So a trend is no anomaly, and a floor keeps a quiet window from making one of noise.
-All but log Z are taken as logarithms: gradient norms are roughly lognormal, losses relative.
+before them, with a floor: neither a trend nor the noise of a plateau is an anomaly. All but log Z
+are taken as logarithms: gradient norms are roughly lognormal, and losses compared by ratios.
 
 An anomaly begins `deviations` spreads above the level, for the loss also at two steps in a row
 above 4, and ends after 8 steps in a row within 3. Of its steps only those within 3 enter the
@@ -12,8 +12,7 @@ window. After 60 without an end the new level is taken as normal, unless
 - the loss is still 5 % above, or 20 of 50 steps were skipped: rewind and leave out batches, as was
   done by hand for PaLM (arXiv 2204.02311, section 5.1; BLOOM's spike healed alone in 30 steps).
   The second time near the same step more batches are left out; then it stops for a person;
-- the loss rises slowly for hundreds of steps: a notice, then stop. Other batches do not cure that;
-- ten steps in a row are not finite: stop.
+- the loss rises slowly for hundreds of steps: a notice, then stop. Other batches do not cure that.
 
 Pure: no clock, no randomness. Every process runs it on the same numbers and decides the same.
 """
@@ -26,14 +25,16 @@ from typing import Any, Literal, NamedTuple
 
 from ..config import GuardConfig
 
-_RECENT = 16  # values in a level
-_HISTORY = 32  # values before anything is judged
-_WARN, _LEAVE, _CALM, _LASTING = 4.0, 3.0, 8, 60
+_RECENT, _HISTORY = 16, 32  # values in a level, and before anything is judged
+_WARN, _LEAVE = 4.0, 3.0  # deviations
+_CALM, _LASTING = 8, 60  # steps to the end of an anomaly, and of one that does not end
 _SKIPS, _SKIPS_WITHIN = 20, 50
 _NEIGHBOURHOOD = 1000  # steps within which another rewind is for the same trouble
-_BEFORE = 10  # batches before an anomaly that may have caused it
 _FACTOR_4 = math.log(4)
+_BACK = "{value:.4g} is back where it was before step {first}"
+_STAYED = "has stayed at {value:.4g} since step {first}: taken as its level"
 _RISEN = "has risen slowly, from {baseline:.4g} at step {first} to {value:.4g}"
+_DOWN = "is down at {value:.4g} after its slow rise"
 
 # Title, floor of the spread, least rise of the level that matters. So an outlier is at least 3 % of
 # the loss or a factor 4: norms of three times the usual are ordinary. The update ratio may rise.
@@ -98,9 +99,9 @@ class Decision(NamedTuple):
 
   @property
   def left_out(self) -> tuple[int, int]:
-    """Rewind: the first and the last step whose batch is to be left out."""
+    """Rewind: the first and the last step whose batch is to be left out; ten may have caused it."""
     assert self.anomaly is not None
-    return max(self.anomaly.first - _BEFORE, 1), self.anomaly.last + self.skip_batches
+    return max(self.anomaly.first - 10, 1), self.anomaly.last + self.skip_batches
 
 
 class _Signal:
@@ -145,7 +146,7 @@ class _Signal:
     found, x = self.compare(step, value), self._transform(value)
     self.high = self.high + 1 if found.deviations > _WARN else 0
     pair = self._name == "loss" and self.high == 2
-    if self.first is None and (found.deviations > self._settings.deviations or pair):
+    if self.first is None and (pair or found.deviations > self._settings.deviations):
       self.first, self.since, self.calm = step - self.high + 1, [], 0
       found = found._replace(first=self.first)
       yield Notice(found.describe(), found)
@@ -153,9 +154,8 @@ class _Signal:
       self.since.append(x)
       self.calm = self.calm + 1 if found.deviations <= _LEAVE else 0
       if self.calm == _CALM:
-        self.first = None
-        text = "{value:.4g} is back where it was before step {first}"
-        yield Notice(found.describe(text), found, recovered=True)
+        self.first, self.since = None, []
+        yield Notice(found.describe(_BACK), found, recovered=True)
       elif len(self.since) > _LASTING and not self.lasting:
         yield self._settle(step)
         return
@@ -168,15 +168,14 @@ class _Signal:
         yield Notice(found.describe(_RISEN), found)
         self.risen = stage
       elif stage < 0 < self.risen:
-        yield Notice(found.describe("is down at {value:.4g} after its slow rise"), found, True)
+        yield Notice(found.describe(_DOWN), found, recovered=True)
         self.risen = 0
 
   @property
   def lasting(self) -> bool:
     """Is this a loss that stays so far above its level that it matters?"""
-    if self._name != "loss" or self.first is None or len(self.since) <= _LASTING:
-      return False
-    return median(self.since[-_RECENT:]) - self.level >= self._rise
+    lasting = self._name == "loss" and len(self.since) > _LASTING
+    return lasting and median(self.since[-_RECENT:]) - self.level >= self._rise
 
   def _settle(self, step: int) -> Notice:
     """Takes the values of the present anomaly as normal."""
@@ -184,8 +183,7 @@ class _Signal:
     found = self.compare(step, self._raw(middle))
     self.values, self.residuals = self.since, [x - middle for x in self.since]
     self.first, self.since, self.high = None, [], 0
-    text = "has stayed at {value:.4g} since step {first}: taken as its level"
-    return Notice(found.describe(text), found, recovered=True)
+    return Notice(found.describe(_STAYED), found, recovered=True)
 
   def rise(self, step: int) -> tuple[Anomaly, int]:
     """The level of half a window over the lowest it has been; 1 if high for two windows, 2 if twice
@@ -239,16 +237,14 @@ class Guard:
     state = copy.deepcopy(state)
     for name, signal in self._signals.items():
       vars(signal).update(state["signals"][name])
-    self._skips, self._nonfinite = state["skips"], state["nonfinite"]
-    self._rewinds = state["rewinds"]
+    self._skips, self._nonfinite, self._rewinds = map(state.get, ("skips", "nonfinite", "rewinds"))
 
   @property
   def limit(self) -> float:
     """The gradient norm above which a step is to skip its update."""
     norms = self._signals["grad_norm"]
-    if self._settings.mode != "act" or len(norms.values) < _HISTORY:
-      return math.inf
-    return math.exp(norms.level + self._settings.deviations * norms.spread)
+    known = self._settings.mode == "act" and len(norms.values) >= _HISTORY
+    return math.exp(norms.level + self._settings.deviations * norms.spread) if known else math.inf
 
   def observe(self, o: Observation) -> Decision:
     if self._settings.mode == "off":
@@ -260,8 +256,7 @@ class Guard:
       self.reset()  # so that it is said once
       decision = Decision()
     # A skip is said by the decision alone.
-    notices = [n for n in notices if decision.action == "continue" or n.anomaly != decision.anomaly]
-    return decision._replace(notices=tuple(notices))
+    return decision._replace(notices=tuple(n for n in notices if n.anomaly != decision.anomaly))
 
   def _judge(self, o: Observation, notices: list[Notice]) -> Decision:
     norm, loss = self._signals["grad_norm"].compare(o.step, o.grad_norm), self._signals["loss"]
@@ -283,8 +278,8 @@ class Guard:
     if self._nonfinite >= self._settings.nonfinite_steps:
       return Decision("stop", f"{what} for {self._nonfinite} steps in a row", norm)
     if len(self._skips) >= _SKIPS:
-      text = f"{what}, {len(self._skips)} updates in {_SKIPS_WITHIN} were skipped"
-      return self._rewind(norm._replace(first=self._skips[0]), text)
+      what = f"{what}; {_SKIPS} of {_SKIPS_WITHIN} updates were skipped"
+      return self._rewind(norm._replace(first=self._skips[0]), what)
     if loss.risen == 2:
       found = loss.rise(o.step)[0]
       return Decision("stop", f"{found.describe(_RISEN)}; other batches do not cure that", found)
@@ -298,9 +293,8 @@ class Guard:
     return Decision()
 
   def _rewind(self, found: Anomaly, reason: str) -> Decision:
-    near = [step for step in self._rewinds if abs(step - found.first) <= _NEIGHBOURHOOD]
-    ladder = self._settings.skip_batches
-    if len(near) >= len(ladder):
-      return Decision("stop", f"{reason}, after {len(near)} rewinds near this step", found)
-    self._asked = found.first
-    return Decision("rewind", reason, found, self._settings.rewind_steps, ladder[len(near)])
+    before = sum(abs(step - found.first) <= _NEIGHBOURHOOD for step in self._rewinds)
+    if before >= len(self._settings.skip_batches):
+      return Decision("stop", f"{reason}, after {before} rewinds near this step", found)
+    self._asked, batches = found.first, self._settings.skip_batches[before]
+    return Decision("rewind", reason, found, self._settings.rewind_steps, batches)

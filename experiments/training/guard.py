@@ -284,8 +284,7 @@ class Guard:
       found = loss.rise(o.step)[0]
       return Decision("stop", f"{found.describe(_RISEN)}; other batches do not cure that", found)
     if loss.lasting:
-      found = loss.compare(o.step, o.loss)
-      return self._rewind(found, found.describe())
+      return self._rewind(found := loss.compare(o.step, o.loss), found.describe())
     if o.skipped:
       return Decision("skip", f"{what}: update skipped", norm)
     if bad:

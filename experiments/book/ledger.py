@@ -106,7 +106,8 @@ def ledger(events: Sequence[dict[str, Any]], rows: Iterable[dict[str, Any]] = ()
   seconds = dict.fromkeys(TIMES, 0.0)
   attempts: list[Attempt] = []
   for i, run in enumerate(runs):
-    own, said = by_run[run], [e for e in events if e["run"] == run]
+    own = by_run[run]
+    said = [e for e in events if e["run"] == run and e["source"] != "human"]
     if attempts:
       attempts[-1] = _close(attempts[-1], work, own[0].back_to)
       gap = "paused" if attempts[-1].reason in _PLANNED else "down"

@@ -24,6 +24,7 @@ from .ledger import TIMES, Attempt
 
 _MOST_ATTEMPTS = 60  # rows of the table of attempts: the first few, and the last
 _ROUTINE = ("perf", "energy", "health")  # not in the time line while all is well
+_OWN = "`prices.toml` in the run directory can say it"
 _ID = 4  # last digits of an id that people read
 
 
@@ -86,7 +87,8 @@ def totals(facts: Facts) -> list[tuple[str, str]]:
     rows.append(("MFU", f"{work.stepping:.1%} while stepping, {work.running:.1%} of all the time "
                         f"a process ran{hardware}"))  # fmt: skip
   if times:
-    rows.append(("time", f"{span(times.wall)} since {moment(times.attempts[0].begin)}"))
+    begin, end = moment(times.attempts[0].begin), moment(times.attempts[-1].end)
+    rows.append(("time", f"{span(times.wall)}, from {begin} to {end}"))
     rows.append(("goodput", f"{times.goodput:.1%}"))
   return rows + _costs(facts)
 
@@ -113,12 +115,14 @@ def _costs(facts: Facts) -> list[tuple[str, str]]:
   for bill in facts.bills:
     chip = bill.chip
     price = (
-      f" at {bill.price.usd_per_hour:g} USD an hour" if bill.price else f": no price of {chip}"
+      f" at {bill.price.usd_per_hour:g} USD an hour"
+      if bill.price
+      else f": no price of {chip} ({_OWN})"
     )
     rows.append(("chip-hours", f"{small(bill.chip_hours, '')}of {chip}".replace("  ", " ")))
     rows.append(("cost", small(bill.usd, "USD") + price))
     if bill.power is None:
-      rows.append(("energy", f"unknown: nobody published the power of {chip}"))
+      rows.append(("energy", f"unknown: nobody published the power of {chip} ({_OWN})"))
       continue
     grounds = f" ({bill.power.watts:g} W a chip, PUE {bill.pue.value:g})"
     rows.append(("energy", small(bill.kwh, "kWh") + grounds))
@@ -127,7 +131,7 @@ def _costs(facts: Facts) -> list[tuple[str, str]]:
   if not facts.bills and facts.device_hours:
     kind = facts.launch["device_kind"]
     rows.append(("device-hours", f"{small(facts.device_hours, '').strip()} of {kind}"))
-    rows.append(("cost, energy", f"unknown: no price and no power of {kind} is known"))
+    rows.append(("cost, energy", f"unknown: there is no price and no power of {kind}"))
   return rows
 
 

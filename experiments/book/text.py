@@ -135,21 +135,32 @@ def _costs(facts: Facts) -> list[tuple[str, str]]:
   return rows
 
 
-def _times(facts: Facts) -> list[str]:
-  """The goodput ledger."""
-  times = facts.ledger
-  if times is None:
+def times(facts: Facts) -> list[tuple[str, str, str]]:
+  """The goodput ledger: (bucket, time, share of the whole)."""
+  found = facts.ledger
+  if found is None:
     return []
-  rows = [
-    (name, span(seconds), f"{seconds / times.wall:.1%}")
+  return [
+    (name, span(seconds), f"{seconds / found.wall:.1%}")
     for name in TIMES
-    if (seconds := times.seconds[name]) >= 0.005
+    if (seconds := found.seconds[name]) >= 0.005
   ]
-  lines = ["## Where the time went", "", *table(("", "time", "share"), rows)]
-  if abs(times.unexplained) > 0.01 * times.wall:
-    lines += ["", f"{span(abs(times.unexplained))} are in no bucket, or in two: a clock was set, or"
-                  " the machine slept."]  # fmt: skip
-  return lines
+
+
+def _times(facts: Facts) -> list[str]:
+  if facts.ledger is None:
+    return []
+  lines = ["## Where the time went", "", *table(("", "time", "share"), times(facts))]
+  return [*lines, "", unexplained(facts)] if unexplained(facts) else lines
+
+
+def unexplained(facts: Facts) -> str:
+  """What the buckets lack, in words; empty up to a hundredth."""
+  found = facts.ledger
+  if found is None or abs(found.unexplained) <= 0.01 * found.wall:
+    return ""
+  amount = span(abs(found.unexplained))
+  return f"{amount} are in no bucket, or in two: a clock was set, or the machine slept."
 
 
 def _interventions(facts: Facts) -> list[str]:
@@ -272,11 +283,10 @@ def human_lines(
     explained: by id, events that explain it.
   """
   detail, kind = event["detail"], event["kind"]
-  word = detail["policy"] if kind == "action" and detail["policy"] != "none" else kind
   parts = [stamp(event["time"]), f"[{event['owner'] or event['source']}]", event["run"]]
   if event["step"] is not None:
     parts.append(f"step {_step(event)}")
-  parts += [word.upper(), event["summary"]]
+  parts += [word_of(event), event["summary"]]
   line = " ".join(parts)
   if detail.get("cause"):
     line += f"; cause {detail['cause'][-_ID:]}"
@@ -286,6 +296,12 @@ def human_lines(
     line += f"  WARNING: see {other}"
   more = detail["text"].splitlines()[1:] if kind == "note" else []
   return [line, *(f"    {text}" for text in more)]
+
+
+def word_of(event: dict[str, Any]) -> str:
+  """What an event is, in capitals: its kind, or what was done."""
+  policy = event["detail"]["policy"] if event["kind"] == "action" else "none"
+  return (event["kind"] if policy == "none" else policy).upper()
 
 
 def _step(event: dict[str, Any]) -> str:

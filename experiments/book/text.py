@@ -243,6 +243,8 @@ def time_line(facts: Facts) -> list[str]:
   linked = {ref for e in facts.events for ref in (*e["refs"], e["detail"].get("cause"))}
   explained: dict[str, list[str]] = {}
   for event in facts.of("note", "postmortem"):
+    if event["refs"]:
+      linked.add(event["id"])
     for ref in event["refs"]:
       explained.setdefault(ref, []).append(event["id"][-_ID:])
   lines, saves = [], []

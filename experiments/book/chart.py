@@ -31,7 +31,10 @@ class Mark(NamedTuple):
 
 def marks(facts: Facts) -> list[Mark]:
   """What happened, by lane; an event without a step stands where the run was at that time."""
-  rows = [row for row in facts.history.rows if "time" in row]
+  branches = (*facts.history.abandoned, facts.history.rows)
+  rows = sorted(
+    (row for branch in branches for row in branch if "time" in row), key=lambda row: row["time"]
+  )
   times, steps = [row["time"] for row in rows], [row["step"] for row in rows]
 
   def place(event: dict[str, Any]) -> float:

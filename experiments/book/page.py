@@ -92,10 +92,9 @@ def _cards(facts: Facts) -> str:
     between = "none failed" if times.mtbf is None else f"{span(times.mtbf)} between failures"
     cards.append(("restarts", str(len(times.attempts) - 1), between))
   if work.stepping is not None:
-    hardware = "" if work.hardware is None else f"HFU {work.hardware:.1%}, "
-    cards.append(
-      ("MFU while stepping", f"{work.stepping:.1%}", f"{hardware}{work.running:.1%} of all time")
-    )
+    hardware = "" if work.hardware is None else f", HFU {work.hardware:.1%}"
+    more = f"of all time: MFU {work.running:.1%}{hardware}"
+    cards.append(("MFU while stepping", f"{work.stepping:.1%}", more))
   for bill in facts.bills:
     cards.append((f"{bill.chip} chip-hours", small(bill.chip_hours, ""), small(bill.usd, "USD")))
     carbon = "no published power" if bill.kwh is None else small(bill.kg_co2e, "kg CO2e")

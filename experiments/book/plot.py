@@ -90,7 +90,7 @@ _HOURS = (1, 5, 10, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 
 def time_ticks(seconds: float, most: int) -> list[float]:
   """Round times from 0 to `seconds`."""
   days = (86400 * k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000))
-  step = next((s for s in (*_HOURS, *days) if seconds / s <= most), seconds)
+  step = next((s for s in (*_HOURS, *days) if seconds / s < most + 1), seconds)
   return [n * step for n in range(math.floor(seconds / step + 1e-9) + 1)]
 
 

@@ -20,7 +20,7 @@ from absl import flags, logging
 from mesh.topology import describe_devices
 
 from . import configs, platform
-from .config import Config, ConfigError
+from .config import Config, ConfigError, HaltError
 from .overrides import apply_overrides
 
 FINISHED, OUR_FAULT, USER_MISTAKE, RESTART, INTERRUPTED = 0, 1, 2, 75, 130
@@ -79,6 +79,10 @@ def execute(main: Callable[..., int | None], argv: list[str]) -> int:
     print(end="", flush=True)  # what was said before comes first
     print(f"error: {e}", file=sys.stderr)
     return USER_MISTAKE
+  except HaltError as e:
+    print(end="", flush=True)
+    print(f"stopped: {e}", file=sys.stderr)
+    return e.code
   except KeyboardInterrupt:
     print("\ninterrupted", file=sys.stderr)
     return INTERRUPTED

@@ -17,6 +17,14 @@ class ConfigError(ValueError):
   """A user's mistake in a config, a flag or an input: one sentence, exit code 2."""
 
 
+class HaltError(Exception):
+  """The end of a run that is neither a mistake nor our fault: a sentence and an exit code."""
+
+  def __init__(self, reason: str, code: int):
+    super().__init__(reason)
+    self.code = code
+
+
 def _field(change: str) -> Callable[[Any], Any]:
   return lambda default: dataclasses.field(default=default, metadata={"change": change})
 
@@ -84,6 +92,8 @@ class DataConfig:
   holdout: float = identity(0.05)  # last part of the text, kept for evaluation
   seed: int = identity(0)  # of the shuffle
   prefetch: int = free(4)  # batches read ahead
+  # What stays damaged or unreadable after some tries: stop the run, or skip it, counted and noted.
+  on_error: Literal["stop", "skip"] = intervention("stop")
 
   def __post_init__(self):
     if self.row_length < 2:
@@ -129,9 +139,15 @@ class TrainConfig:
   z_loss: float = intervention(0.0)  # times log(Z)^2 of the vocabulary softmax
   seed: int = identity(0)  # of weights, jitter, dropout
   log_every: int = free(10)
+  # Steps between two that are computed twice and compared, with the copies of parameters that
+  # devices hold; 0 is never. Of N steps one more is computed: see `training.verify`.
+  verify_every: int = free(0)
+  # Only kernels whose sums have one order, for bit-equal repetitions. CPU and TPU always do; on GPU
+  # this costs some speed.
+  deterministic: bool = free(False)
 
   def __post_init__(self):
-    _at_least(self, "train", steps=1, microbatches=1, z_loss=0, seed=0, log_every=1)
+    _at_least(self, "train", steps=1, microbatches=1, z_loss=0, seed=0, log_every=1, verify_every=0)
     if self.seed >= 1 << 32:  # JAX would keep the lower half only
       raise ConfigError(f"train.seed={self.seed}: must be below 2^32")
 
@@ -139,10 +155,12 @@ class TrainConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
   every: int = free(500)  # steps; the last step is always saved
-  keep: int = free(2)
+  keep: int = free(2)  # the newest; at least 2 leave one when the newest is found damaged
+  keep_every: int = free(0)  # also each step that is a multiple of this; 0 is none
+  keep_best: int = free(0)  # also so many of the least held-out loss, saved where it was evaluated
 
   def __post_init__(self):
-    _at_least(self, "checkpoint", every=1, keep=1)
+    _at_least(self, "checkpoint", every=1, keep=1, keep_every=0, keep_best=0)
 
 
 @dataclass(frozen=True)
@@ -160,6 +178,23 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+  """What is done about loss spikes and exploding gradients (`training/guard.py`)."""
+
+  mode: Literal["off", "observe", "act"] = free("act")  # observe: says what it would do
+  window: int = free(128)  # steps that levels and spreads are taken from
+  deviations: float = free(6.0)  # robust ones above the level, from which a step is an anomaly
+  rewind_steps: int = free(100)  # from the anomaly back to the checkpoint
+  skip_batches: tuple[int, ...] = free((200, 500))  # left out at each rewind; then it stops
+  nonfinite_steps: int = free(10)  # in a row, then it stops; each is skipped
+
+  def __post_init__(self):
+    _at_least(self, "guard", window=32, deviations=4, rewind_steps=1, nonfinite_steps=1)
+    if any(batches < 1 for batches in self.skip_batches):
+      raise ConfigError(f"guard.skip_batches={self.skip_batches}: each must be at least 1")
+
+
+@dataclass(frozen=True)
 class Config:
   name: str
   model: ModelSpec
@@ -168,6 +203,7 @@ class Config:
   optimizer: OptimizerConfig = OptimizerConfig()
   train: TrainConfig = TrainConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
+  guard: GuardConfig = GuardConfig()
   eval: EvalConfig = EvalConfig()
 
   def __post_init__(self):

@@ -21,8 +21,9 @@ from .overrides import check_resume
 from .planning.memory import gigabytes, refuse_if_too_large, training_bytes
 from .training.checkpoint import saved_steps
 from .training.folder import claim, read_config, writing
-from .training.loop import Outcome, Profile, Resume, train
+from .training.loop import Outcome, Resume, train
 from .training.setup import Setup, build
+from .training.timing import Profile
 
 _BASELINE = "interpolated byte trigrams"
 
@@ -90,6 +91,9 @@ def _run(request: Request, profile: Profile | None) -> int | None:
     claim(folder)
     _introduce(setup, dataset, folder)
   lines: dict[str, float] = {}
+  resume = request.resume
+  with contextlib.suppress(ConfigError):  # a stored config may have a name of its own
+    resume = resume._replace(base=cli.named_config(config.name))
   generates = config.data.objective == "next_token"
 
   def baselines() -> dict[str, float]:
@@ -101,9 +105,7 @@ def _run(request: Request, profile: Profile | None) -> int | None:
 
   with writing(folder):
     with _explained(setup):
-      outcome = train(
-        setup, dataset, folder, profile=profile, resume=request.resume, baselines=baselines
-      )
+      outcome = train(setup, dataset, folder, profile=profile, resume=resume, baselines=baselines)
     if _stopped(outcome):
       return outcome.stopped_by
     if twin is not None:

@@ -8,6 +8,7 @@ ends by itself says so through `announce_failure`, and the others, if they `watc
 not wait; nor if they were started by `experiments.run --processes`, which ends them at once.
 """
 
+import itertools
 import math
 import os
 import threading
@@ -34,6 +35,7 @@ _SHUTDOWN_SECONDS = 3600
 _FAILED = "meshyard/failed"
 
 _watcher: threading.Thread | None = None
+_turns = itertools.count()
 
 
 def initialize(
@@ -164,6 +166,11 @@ def agree(name: str, mine: str, judge: Callable[[list[str]], str], *, timeout: f
     said = [client.blocking_key_value_get(key(i), milliseconds) for i in all_of_them]
     client.key_value_set(key("verdict"), judge(said))
   return client.blocking_key_value_get(key("verdict"), milliseconds)
+
+
+def agree_in_turn(mine: str, judge: Callable[[list[str]], str], *, timeout: float = 7200) -> str:
+  """`agree`, for questions that all processes ask in the same order and any number of times."""
+  return agree(f"turn/{next(_turns)}", mine, judge, timeout=timeout)
 
 
 def check_devices() -> None:

@@ -31,6 +31,7 @@ class Dataset(NamedTuple):
   tokenizer: Tokenizer | None  # None: synthetic tokens stand for no text
   fingerprint: dict[str, Any]  # of all that decides which tokens are in which row
   masking: Callable[..., dict[str, np.ndarray]] | None = None  # (split, index, row), see `masking`
+  skipped: tuple[str, ...] = ()  # what data.on_error=skip left out, and why
 
 
 def load(config: DataConfig, vocab_size: int) -> Dataset:
@@ -57,12 +58,15 @@ def _open(config: DataConfig, vocab_size: int) -> Dataset:
     return _synthetic(config, vocab_size)
   tokenizer = load_tokenizer(config.tokenizer)
   check_vocab(tokenizer, vocab_size)
+  skip, skipped = config.on_error == "skip", []
   if source == "shards":
-    manifest, parts = open_shards(config.path, tokenizer)
+    told = skipped.append if skip else None
+    manifest, parts = open_shards(config.path, tokenizer, told)
     stream, digest = TokenStream(parts), manifest["digest"]
   else:
     pydoc = source == "pydoc"
-    documents = pydoc_documents() if pydoc else text_documents(config.path, config.text_field)
+    told = (lambda e: skipped.append(str(e))) if skip else None
+    documents = pydoc_documents() if pydoc else text_documents(config.path, config.text_field, told)
     stream, digest = _tokenize(documents, tokenizer)
   train, heldout = split_holdout(
     stream, config.holdout, row_length=config.row_length, batch_size=config.batch_size
@@ -72,6 +76,7 @@ def _open(config: DataConfig, vocab_size: int) -> Dataset:
     Rows(heldout, config.row_length, pad=True),
     tokenizer,
     _fingerprint(config, source, digest, len(stream), tokenizer.fingerprint),
+    skipped=tuple(skipped),
   )
 
 

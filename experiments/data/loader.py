@@ -10,13 +10,14 @@ Dimension letters: B batch, T positions.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import grain  # 0.2 to 0.4 s after jax and orbax: not worth importing late
 import numpy as np
 
 from ..config import ConfigError, DataConfig
+from .faults import CarefulRows, RowFault
 from .load import Dataset, RowSource
 
 Batch = dict[str, np.ndarray]
@@ -34,8 +35,11 @@ class Loader(Iterator[Batch]):
     config: DataConfig,
     fingerprint: dict[str, Any],
     local_rows: np.ndarray,
+    careful: CarefulRows,
   ):
     self._rows = rows
+    self._careful = careful
+    self._avoided: list[tuple[int, int]] = []
     self._config = config
     self._fingerprint = fingerprint
     self._local_rows = local_rows
@@ -50,9 +54,21 @@ class Loader(Iterator[Batch]):
     self._iterator = iter(batches.to_iter_dataset(options))
 
   def __next__(self) -> Batch:
+    for first, end in self._avoided:
+      if first <= self._position < end:
+        self.close()
+        self._open(end)
     batch = next(self._iterator)
     self._position += self._config.batch_size
     return batch
+
+  def avoid(self, windows: Sequence[tuple[int, int]]) -> None:
+    """Jump over these positions, [first, end) each, now and ever after."""
+    self._avoided = sorted(windows)
+
+  def faults(self) -> list[RowFault]:
+    """Rows that this process could not read, at once or at all, since the last call."""
+    return self._careful.faults()
 
   def skip(self, batches: int) -> None:
     """Passes over batches without reading them."""
@@ -147,10 +163,12 @@ def make_loader(
       )
     # Grain's epoch e uses seed + e, which would give seeds 0 and 1 all but the same orders.
     seed = int(np.random.SeedSequence(config.seed).generate_state(1)[0])
-    rows = grain.MapDataset.source(dataset.train).shuffle(seed=seed).repeat(epochs)
+    careful = CarefulRows(dataset.train, config.row_length, config.on_error)
+    rows = grain.MapDataset.source(careful).shuffle(seed=seed).repeat(epochs)
   else:
-    rows = grain.MapDataset.source(_WholeBatches(dataset.heldout, config.batch_size))
+    careful = CarefulRows(dataset.heldout, config.row_length, config.on_error)
+    rows = grain.MapDataset.source(_WholeBatches(careful, config.batch_size))
   if dataset.masking is not None:
     rows = rows.map_with_index(functools.partial(dataset.masking, split))
   fingerprint = {"split": split, **dataset.fingerprint}
-  return Loader(rows, config, fingerprint, local_rows)
+  return Loader(rows, config, fingerprint, local_rows, careful)

@@ -14,7 +14,7 @@ import array
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -125,7 +125,7 @@ class ShardPart(NamedTuple):
 
   def tokens(self, start: int, stop: int) -> np.ndarray:
     ids = _read(f"{self.stem}.tokens", self.dtype, start, stop)
-    if len(ids) != stop - start or ids.max() >= self.vocab_size:
+    if len(ids) != stop - start or ids.max(initial=0) >= self.vocab_size:
       raise ConfigError(
         f"{self.stem}.tokens is damaged between tokens {start} and {stop}: run "
         "experiments.data.prepare again, which repairs it"
@@ -136,8 +136,13 @@ class ShardPart(NamedTuple):
     return _index(f"{self.stem}.index", self.documents)
 
 
-def open_shards(folder: str, tokenizer: Tokenizer) -> tuple[dict[str, Any], list[ShardPart]]:
+def open_shards(
+  folder: str, tokenizer: Tokenizer, damaged: Callable[[str], None] | None = None
+) -> tuple[dict[str, Any], list[ShardPart]]:
   """The manifest of `folder` and its shards, whose sizes are checked if they are local.
+
+  Args:
+    damaged: told of shards of another size, which are then met when their rows are read.
 
   Raises ConfigError if the shards are of another tokenizer, missing, or cut short.
   """
@@ -159,8 +164,13 @@ def open_shards(folder: str, tokenizer: Tokenizer) -> tuple[dict[str, Any], list
     )
     if files.is_local(folder):
       token_size = np.dtype(manifest["dtype"]).itemsize
-      _check_size(f"{stem}.tokens", shard.tokens * token_size)
-      _check_size(f"{stem}.index", shard.documents * 8)
+      try:
+        _check_size(f"{stem}.tokens", shard.tokens * token_size)
+        _check_size(f"{stem}.index", shard.documents * 8)
+      except ConfigError as e:
+        if damaged is None:
+          raise
+        damaged(str(e))
   return manifest, parts
 
 
@@ -185,13 +195,19 @@ def _fetch(path: str, dtype: str) -> np.ndarray:
 
 def _read(path: str, dtype: str, start: int, stop: int) -> np.ndarray:
   if files.is_local(path):
-    return _map(path, dtype)[start:stop]
+    try:
+      return _map(path, dtype)[start:stop]
+    except (OSError, ValueError) as e:  # ValueError: an empty file, or not whole tokens
+      raise ConfigError(f"{path} can't be read: {e}") from e
   size = np.dtype(dtype).itemsize
   return np.frombuffer(files.read_range(path, start * size, stop * size), dtype)
 
 
 def _index(path: str, documents: int) -> np.ndarray:
-  ends = _map(path, "<i8") if files.is_local(path) else _fetch(path, "<i8")
+  try:
+    ends = _map(path, "<i8") if files.is_local(path) else _fetch(path, "<i8")
+  except (OSError, ValueError) as e:
+    raise ConfigError(f"{path} can't be read: {e}") from e
   if len(ends) != documents:
     raise ConfigError(f"{path} is damaged: run experiments.data.prepare again, which repairs it")
   return ends

@@ -4,7 +4,7 @@ import contextlib
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pydoc_data.topics import topics
 from typing import IO
 
@@ -21,16 +21,32 @@ def pydoc_documents() -> Iterator[str]:
     yield topics[name]
 
 
-def text_documents(pattern: str, text_field: str = "text") -> Iterator[str]:
+# Told of a file or line that is passed over for what is wrong with it.
+Skipped = Callable[[ConfigError], None]
+
+
+def text_documents(
+  pattern: str, text_field: str = "text", skipped: Skipped | None = None
+) -> Iterator[str]:
   """Documents of every file that a path or a glob names, files in sorted order.
+
+  Args:
+    skipped: told of damaged lines and files, which are left out (a file, from there on).
 
   Raises ConfigError as `file_documents` does, and if no file matches.
   """
   for path in files.find(pattern):
-    yield from file_documents(path, text_field)
+    try:
+      yield from file_documents(path, text_field, skipped)
+    except ConfigError as e:
+      if skipped is None:
+        raise
+      skipped(e)
 
 
-def file_documents(path: str, text_field: str = "text") -> Iterator[str]:
+def file_documents(
+  path: str, text_field: str = "text", skipped: Skipped | None = None
+) -> Iterator[str]:
   """Documents of one file. `.jsonl` is one a line (blank lines hold none), else one a file.
 
   A name that ends in `.gz` is decompressed. Nothing is normalised: the UTF-8 bytes of the text
@@ -42,7 +58,7 @@ def file_documents(path: str, text_field: str = "text") -> Iterator[str]:
   """
   with files.open_read(path) as raw, _decompressed(path, raw) as stream:
     if path.removesuffix(".gz").endswith(".jsonl"):
-      documents = _jsonl(path, stream, text_field)
+      documents = _jsonl(path, stream, text_field, skipped)
     else:
       documents = iter([_decode(stream.read(), path)])
     empty = True
@@ -75,23 +91,33 @@ def _decode(data: bytes, where: str) -> str:
     raise ConfigError(f"{where} is not UTF-8 text: byte {error.start} can't be decoded") from error
 
 
-def _jsonl(path: str, stream: IO[bytes], text_field: str) -> Iterator[str]:
+def _jsonl(path: str, stream: IO[bytes], text_field: str, skipped: Skipped | None) -> Iterator[str]:
   for number, line in enumerate(stream, start=1):
-    where = f"{path} line {number}"
     if not line.strip():
       continue
     try:
-      record = json.loads(_decode(line, where))
-    except json.JSONDecodeError as error:
-      raise ConfigError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
-    if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
-      present = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
-      raise ConfigError(
-        f"{where} has no text in field {text_field!r} (it has {present}): name it by text_field"
-      )
-    text = record[text_field]
-    try:
-      text.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair; UTF-8 can't
-      raise ConfigError(f"{where} holds a lone surrogate, which is no character") from error
+      text = _record(f"{path} line {number}", line, text_field)
+    except ConfigError as e:
+      if skipped is None:
+        raise
+      skipped(e)
+      continue
     yield text
+
+
+def _record(where: str, line: bytes, text_field: str) -> str:
+  try:
+    record = json.loads(_decode(line, where))
+  except json.JSONDecodeError as error:
+    raise ConfigError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
+  if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
+    present = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
+    raise ConfigError(
+      f"{where} has no text in field {text_field!r} (it has {present}): name it by text_field"
+    )
+  text = record[text_field]
+  try:
+    text.encode("utf-8")
+  except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair; UTF-8 can't
+    raise ConfigError(f"{where} holds a lone surrogate, which is no character") from error
+  return text

@@ -1,47 +1,89 @@
-"""Orbax checkpoints of the state and of the data position; saved in the background."""
+"""Orbax checkpoints of the state and of the data position: saved in the background, then sealed
+with digests (`manifest`), without which a step counts as never finished."""
 
 import contextlib
 import os
 import re
+import shutil
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 
-from ..config import ConfigError
+from mesh.multihost import agree_in_turn
+
+from ..config import CheckpointConfig, ConfigError
+from . import manifest
 from .state import TrainState
+
+# What processes wait for each other's digests, of which each makes its own.
+_SEAL_SECONDS = 1800.0
+_TEMPORARY = ".orbax-checkpoint-tmp"
+REFUSED = ".refused"
+_DEFAULT = CheckpointConfig()
 
 
 def saved_steps(folder: Path) -> list[int]:
   """Steps of the finished checkpoints in a `checkpoints/` folder, oldest first."""
-  return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+  return [step for step in _steps(folder) if manifest.is_sealed(folder / str(step))]
+
+
+def _steps(folder: Path) -> list[int]:
+  if not folder.is_dir():
+    return []
+  return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+
+class Saved(NamedTuple):
+  """A save that ended."""
+
+  step: int
+  bytes: int  # of this process's files, as `files`
+  files: int
+  sha256: str  # of their digests
+  block_s: float  # that training stood still for
+  total_s: float
+  error: OSError | None = None  # why it could not be written
 
 
 class Checkpoints:
   """The `checkpoints/` folder of a run: one numbered folder a saved step.
 
   Use as a context manager: leaving it waits for saves under way.
+
+  Args:
+    policy: which steps to keep.
+    read_only: for programs that only look.
+    note: told what a person must know: steps that are damaged.
   """
 
-  def __init__(self, folder: Path, *, keep: int = 2, read_only: bool = False):
-    self._folder = folder
-    options = ocp.CheckpointManagerOptions(
-      max_to_keep=None if read_only else keep,
-      read_only=read_only,
-      create=not read_only,
-      cleanup_tmp_directories=not read_only,  # what a killed process left half written
+  def __init__(
+    self,
+    folder: Path,
+    policy: CheckpointConfig = _DEFAULT,
+    *,
+    read_only: bool = False,
+    note: Callable[[str], None] = print,
+  ):
+    self._folder, self._policy, self._read_only = folder.absolute(), policy, read_only
+    self._note = note
+    handler = ocp.CompositeCheckpointHandler(
+      params=ocp.StandardCheckpointHandler(),
+      optimizer=ocp.StandardCheckpointHandler(),
+      data=ocp.JsonCheckpointHandler(),
     )
-    handlers = {
-      "params": ocp.StandardCheckpointHandler(),
-      "optimizer": ocp.StandardCheckpointHandler(),
-      "data": ocp.JsonCheckpointHandler(),
-    }
-    self._manager = ocp.CheckpointManager(
-      folder.absolute(), item_handlers=handlers, options=options
-    )
+    self._orbax = ocp.AsyncCheckpointer(handler)
+    self._sealing: threading.Thread | None = None
+    self._ended: list[Saved] = []
+    self._failure: BaseException | None = None
+    if not read_only and _is_first():
+      self._folder.mkdir(parents=True, exist_ok=True)
+      self._clear_temporaries()
 
   def __enter__(self) -> "Checkpoints":
     self._unraisable = sys.unraisablehook
@@ -50,8 +92,9 @@ class Checkpoints:
 
   def __exit__(self, *_: Any) -> None:
     try:
+      self._join()
       with _system_errors(self._folder):
-        self._manager.close()
+        self._orbax.close()
     finally:
       sys.unraisablehook = self._unraisable
 
@@ -61,33 +104,153 @@ class Checkpoints:
       self._unraisable(unraisable)
 
   def newest(self) -> int | None:
-    """The newest finished step, or None."""
-    return self._manager.latest_step()
+    """The newest step that is what was saved, or None if none was ever finished.
 
-  def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
-    """Start saving; returns once the arrays are copied. A step already there is left alone.
+    Newer ones that are damaged are refused aloud and, but for a reader, set aside. Processes share
+    the reading and get one answer.
 
     Raises:
-      OSError: this save, or the one before it, could not be written. Finished ones are intact.
+      ConfigError: finished ones are there, and all are damaged.
     """
-    if self._manager.latest_step() == step:
+    return self.before(sys.maxsize)
+
+  def before(self, bound: int) -> int | None:
+    """`newest` of the steps up to `bound`."""
+    steps = [step for step in _steps(self._folder) if step <= bound]
+    finished = [step for step in saved_steps(self._folder) if step <= bound]
+    for step in reversed(steps):
+      why = self._damage(step)
+      if why is None:
+        return step
+      self._note(f"checkpoint of step {step} refused: {why}")
+      if not self._read_only:
+        self._set_aside(step)
+    if finished:
+      raise ConfigError(
+        f"{self._folder} has no intact checkpoint left: put back a copy of one, or remove the "
+        "folder to start from the beginning"
+      )
+    return None
+
+  def forget_after(self, step: int) -> None:
+    """Set aside what was saved after `step`, to which the run goes back."""
+    self.wait()
+    for later in _steps(self._folder):
+      if later > step:
+        self._set_aside(later)
+
+  def _damage(self, step: int) -> str | None:
+    process, count = jax.process_index(), jax.process_count()
+    items = ("params",) if self._read_only else ()
+    mine = manifest.damage(self._folder / str(step), part=process, parts=count, items=items)
+    if count == 1:
+      return mine
+    return agree_in_turn(mine or "", lambda said: next(filter(None, said), "")) or None
+
+  def _set_aside(self, step: int) -> None:
+    """Out of the way of a later save of this step, for a person to look at; only the last one."""
+    if _is_first():
+      aside = self._folder / f"{step}{REFUSED}"
+      shutil.rmtree(aside, ignore_errors=True)
+      (self._folder / str(step)).rename(aside)
+    if jax.process_count() > 1:
+      agree_in_turn("", lambda said: "")
+
+  def _clear_temporaries(self) -> None:
+    """What a killed process left half written."""
+    for path in self._folder.iterdir():
+      if _TEMPORARY in path.name:
+        shutil.rmtree(path, ignore_errors=True)
+
+  def save(
+    self, step: int, state: TrainState, data: dict[str, Any], *, loss: float | None = None
+  ) -> None:
+    """Start saving; returns once the arrays are copied. A step already there is left alone.
+
+    How it ends is told by `ended`. The save before this one is waited for.
+
+    Args:
+      loss: held out, by which `keep_best` judges.
+    """
+    self._join()
+    began = time.monotonic()
+    if manifest.is_sealed(self._folder / str(step)):
       return
     args = ocp.args.Composite(
       params=ocp.args.StandardSave(state.params),
       optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
       data=ocp.args.JsonSave(data),
     )
-    with _system_errors(self._folder):
-      self._manager.save(step, args=args, force=True)
+    try:
+      with _system_errors(self._folder):
+        self._orbax.save(self._folder / str(step), args=args, force=True)
+    except OSError as e:
+      self._end(step, began, time.monotonic() - began, e)
+      return
+    blocked = time.monotonic() - began
+    self._sealing = threading.Thread(target=self._seal, args=(step, began, blocked, loss))
+    self._sealing.start()
+
+  def _seal(self, step: int, began: float, blocked: float, loss: float | None) -> None:
+    """Once the step is written: digests, then away with steps that need not be kept."""
+    try:
+      with _system_errors(self._folder):
+        self._orbax.wait_until_finished()
+      path, index, count = self._folder / str(step), jax.process_index(), jax.process_count()
+      made = manifest.seal(path, index, count, loss=loss)
+      self._ended.append(Saved(step, *made, blocked, time.monotonic() - began))
+      if index == 0:
+        self._await_seals(path)
+        self._retire()
+    except OSError as e:
+      self._end(step, began, blocked, e)
+    except BaseException as e:  # not the disk's: raised where the next save would begin
+      self._failure = e
+
+  def _end(self, step: int, began: float, blocked: float, error: OSError) -> None:
+    if _is_first():
+      self._clear_temporaries()
+      if not manifest.is_sealed(self._folder / str(step)):
+        shutil.rmtree(self._folder / str(step), ignore_errors=True)
+    self._ended.append(Saved(step, 0, 0, "", blocked, time.monotonic() - began, error))
+
+  def _await_seals(self, step: Path) -> None:
+    until = time.monotonic() + _SEAL_SECONDS
+    while not manifest.is_sealed(step):
+      if time.monotonic() > until:
+        raise OSError(f"{step}: no digests from the other processes for {_SEAL_SECONDS:g} s")
+      time.sleep(0.05)
+
+  def _retire(self) -> None:
+    steps, policy = saved_steps(self._folder), self._policy
+    kept = set(steps[-policy.keep :])
+    if policy.keep_every:
+      kept |= {step for step in steps if step % policy.keep_every == 0}
+    if policy.keep_best:
+      losses = {s: manifest.read_facts(self._folder / str(s)).get("loss") for s in steps}
+      judged = sorted((loss, step) for step, loss in losses.items() if loss is not None)
+      kept |= {step for _, step in judged[: policy.keep_best]}
+    for step in steps:
+      if step not in kept:
+        manifest.unseal(self._folder / str(step))  # first: half a step must not look like a whole
+        shutil.rmtree(self._folder / str(step), ignore_errors=True)
+
+  def ended(self) -> list[Saved]:
+    """Saves that ended since the last call."""
+    ended, self._ended = self._ended, []
+    return ended
+
+  def _join(self) -> None:
+    if self._sealing is not None:
+      self._sealing.join()
+      self._sealing = None
+    if self._failure is not None:
+      failure, self._failure = self._failure, None
+      raise failure
 
   def wait(self) -> None:
-    """Until every save has finished.
-
-    Raises:
-      OSError: one could not be written.
-    """
-    with _system_errors(self._folder):
-      self._manager.wait_until_finished()
+    """Until every save has ended."""
+    self._join()
 
   def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
     """State on the mesh of `abstract`, and the data position.
@@ -103,7 +266,7 @@ class Checkpoints:
       optimizer=ocp.args.StandardRestore(optimizer),
       data=ocp.args.JsonRestore(),
     )
-    restored = self._manager.restore(step, args=args)
+    restored = self._orbax.restore(self._folder / str(step), args=args)
     rest = restored["optimizer"]
     return TrainState(rest["step"], restored["params"], rest["opt_state"]), restored["data"]
 
@@ -111,11 +274,11 @@ class Checkpoints:
     """Parameters alone, on the mesh of `abstract_params`."""
     self._check(step, "params", abstract_params)
     args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract_params))
-    return self._manager.restore(step, args=args)["params"]
+    return self._orbax.restore(self._folder / str(step), args=args)["params"]
 
   def _check(self, step: int, item: str, abstract: Any) -> None:
     # Orbax casts dtypes without a word, so compare before restoring.
-    saved = self._manager.item_metadata(step)[item]
+    saved = self._orbax.metadata(self._folder / str(step)).item_metadata[item]
     if saved is None:
       raise ConfigError(f"checkpoint of step {step} in {self._folder} has no readable {item!r}")
     have = {_name(p): leaf for p, leaf in jax.tree.leaves_with_path(saved.tree)}
@@ -133,6 +296,10 @@ class Checkpoints:
           f"checkpoint of step {step}: {item}/{name} is {saved_kind[1]}{list(saved_kind[0])}, the "
           f"config needs {kind[1]}{list(kind[0])}; the {_owner(item)} must be as it was saved"
         )
+
+
+def _is_first() -> bool:
+  return jax.process_index() == 0
 
 
 def _owner(item: str) -> str:

@@ -1,5 +1,7 @@
 """Held-out loss of a model: nats a token and bits a byte."""
 
+import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -7,7 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from .step import Batch, EvalSums
+from ..data.load import Dataset
+from ..data.loader import make_loader
+from .setup import Setup, batch_rows
+from .step import Batch, EvalSums, make_eval_step
+from .stop import Stop
 
 
 class HeldOut(NamedTuple):
@@ -36,3 +42,27 @@ def evaluate(
   nll, tokens, num_bytes = (sum(float(getattr(s, name)) for s in sums) for name in EvalSums._fields)
   bits = nll / math.log(2) / num_bytes if num_bytes else None
   return HeldOut(nll / max(tokens, 1), bits, int(tokens))
+
+
+def make_held_out_step(setup: Setup, dataset: Dataset):
+  """The jitted evaluation step; only next tokens of a text stand for bytes."""
+  tokenizer = dataset.tokenizer if setup.config.data.objective == "next_token" else None
+  lengths_V = np.zeros(0, np.int32) if tokenizer is None else tokenizer.byte_lengths_V
+  return jax.jit(make_eval_step(setup.model, lengths_V))
+
+
+def held_out(
+  setup: Setup, dataset: Dataset, eval_step, params: Any, place, stop: Stop | None = None
+) -> HeldOut | None:
+  """Held-out loss over the evaluation split, or its first `eval.batches` batches.
+
+  None when `stop` was set before the end: part of a split is not comparable.
+  """
+  stop = Stop() if stop is None else stop
+  data = setup.config.data
+  loader = make_loader(dataset, data, "heldout", local_rows=batch_rows(setup))
+  with contextlib.closing(loader):
+    batches = itertools.islice(loader, setup.config.eval.batches)
+    whole = itertools.takewhile(lambda _: not stop.asked(), batches)
+    result = evaluate(eval_step, params, whole, place)
+  return result if stop.by is None else None

@@ -16,6 +16,7 @@ run is (`--allow_config_change`) begins a lineage. A disk's refusal stops nobody
 
 import datetime
 import hashlib
+import json
 import os
 import threading
 import time
@@ -62,7 +63,7 @@ KINDS: dict[str, dict[str, Any]] = {
   },
   "anomaly": {
     "signal": ("loss", "grad_norm", "loss_scale", "act_norm", "nan", "step_time", "drop_rate",
-               "replica_mismatch", "hang"),
+               "replica_mismatch", "hang", "nonfinite", "update_ratio", "log_z", "load_cv", "bits"),
     "value": _NUMBER, "baseline": _NUMBER, "deviations": _NUMBER, "window": _COUNT,
     "first_bad": _TEXT, "batch_ids": list | None,
   },
@@ -306,6 +307,11 @@ def _is_a(value: Any, wanted: Any) -> bool:
 
 def _sha256(line: str | None) -> str:
   return "" if line is None else hashlib.sha256(line.encode()).hexdigest()
+
+
+def digest_of(value: Any) -> str:
+  """SHA-256 of a value as JSON."""
+  return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()
 
 
 class Book(NamedTuple):

@@ -1,36 +1,37 @@
-"""The training loop: restore or draw the state, step, log, evaluate, save, report."""
+"""The training loop: restore or draw the state, step, judge, log, evaluate, save, report."""
 
 import contextlib
-import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
-from layers.count import train_flops_per_token
 from layers.transformer import moe_layers
 from mesh.constrain import use_mesh
-from mesh.hardware import find_chip
-from mesh.multihost import host_batch_to_global, is_primary, local_rows
-from mesh.rules import spec_for
+from mesh.multihost import is_primary
 
-from ..config import Config
+from ..config import Config, HaltError
 from ..data.load import Dataset
 from ..data.loader import Loader, make_loader
 from ..overrides import Change
 from .checkpoint import Checkpoints
-from .evaluate import HeldOut, evaluate
-from .folder import record_changes, write_config
-from .metrics import MetricsWriter, summarise
-from .progress import ProgressDisplay
+from .compiled_step import CompileOnce, Limit, jit_step
+from .evaluate import HeldOut, held_out, make_held_out_step
+from .folder import write_config
+from .goodput import Clock
+from .guard import Decision
+from .metrics import bits_of, summarise
+from .optimizer import hyperparameters, refuse_other_values
+from .record import Record
+from .recovery import GUARD_STOPPED, Recovery
 from .report import write_report
-from .setup import Setup
+from .setup import Setup, batch_placer, batch_rows
 from .state import TrainState, init_state
-from .step import make_eval_step, make_train_step
-from .stop import Stop, stop_signal
+from .stop import stop_signal
+from .timing import Profile, StepTimer, Trace
+from .verify import Fault, Verifier
 
 # A CPU process that lets many collective steps pile up can deadlock; a few hide all latency.
 _IN_FLIGHT = 4
@@ -48,50 +49,13 @@ class Outcome(NamedTuple):
   setup: Setup
 
 
-class Profile(NamedTuple):
-  """An xprof trace of steps start..stop - 1."""
-
-  start: int
-  stop: int
-
-
 class Resume(NamedTuple):
   """What a resumed run changes (`overrides.check_resume`), why, and may its data be other data?"""
 
   changes: Sequence[Change] = ()
   reason: str = ""
   allow_other_data: bool = False
-
-
-class CompileOnce:
-  """A jitted step that says so, and why, if an input makes it compile a second time."""
-
-  def __init__(self, step: Any, note: Callable[[str], None]):
-    self._step, self._note = step, note
-    self._seen: list[dict[str, tuple]] = []  # inputs of each compilation
-
-  def __call__(self, *args: Any) -> Any:
-    result = self._step(*args)
-    if self._step._cache_size() != len(self._seen):
-      now = {  # donated arrays still tell shape and sharding
-        jax.tree_util.keystr(path): (str(x.aval), x.sharding)
-        for path, x in jax.tree.leaves_with_path(args)
-      }
-      if self._seen:
-        self._note(self._cause(now))
-      self._seen.append(now)
-    return result
-
-  def _cause(self, now: dict[str, tuple]) -> str:
-    if now in self._seen:
-      return "recompiled the step: no input changed, so a context did (mesh, rules, JAX settings)"
-    last = self._seen[-1]
-    changed = sorted(k for k in now.keys() | last.keys() if now.get(k) != last.get(k))
-    before, after = (" ".join(map(str, x.get(changed[0], ("absent",)))) for x in (last, now))
-    return (
-      f"recompiled the step: {len(changed)} inputs changed, e.g. {changed[0]} from {before} "
-      f"to {after}"
-    )
+  base: Config | None = None  # the named config, from which the run's differs
 
 
 def train(
@@ -111,170 +75,267 @@ def train(
   Ctrl-C and SIGTERM finish the step, save, and return with `stopped_by` set.
 
   Raises:
-    ConfigError: the checkpoint is of another model, optimizer or data.
-    OSError: the disk refused a write; checkpoints finished before are whole.
+    ConfigError: the checkpoint is of another model, optimizer or data; all are damaged.
+    HaltError: the guard gave up, or a device computes wrongly.
+    OSError: the disk refused the last checkpoint; those finished before are whole.
   """
-  config, mesh = setup.config, setup.mesh
-  total = config.train.steps
-  place = batch_placer(setup)
-  loader = make_loader(dataset, config.data, "train", local_rows=batch_rows(setup))
-  eval_step = make_held_out_step(setup, dataset)
-  train_step = make_train_step(
-    setup.model,
-    setup.optimizer,
-    seed=config.train.seed,
-    microbatches=setup.accumulate,
-    z_loss=config.train.z_loss,
-  )
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
-  jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
-
+  config, total = setup.config, setup.config.train.steps
   with contextlib.ExitStack() as stack:
-    stack.enter_context(use_mesh(mesh, setup.rules))
-    stack.enter_context(contextlib.closing(loader))
-    stop = stack.enter_context(stop_signal())
-    checkpoints = stack.enter_context(
-      Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
-    )
-    primary = is_primary()
-    display = ProgressDisplay(total, config.name, enabled=primary)
-
-    # Restore or draw the state
-    start = checkpoints.newest() or 0
-    if start:
-      state, position = checkpoints.restore(start, setup.abstract)
-      if start < total:
-        display.note(f"resuming after step {start}")
-        _restore_data(loader, position, resume, display.note)
-    else:
-      state = init_state(setup.model, setup.optimizer, setup.abstract, config.train.seed)
-    writer = None
-    if primary:
-      write_config(folder, config)
-      if start and resume is not None and resume.changes:
-        record_changes(folder, start, resume.reason, resume.changes)
-      writer = stack.enter_context(contextlib.closing(MetricsWriter(folder, resume_step=start)))
-    if profile is not None and not start < profile.start <= total:
-      display.note(f"no profile: step {profile.start} is not among those left of {total}")
-    timer = _StepTimer(config, mesh)
-    step_fn = CompileOnce(jitted, display.note)
-
-    # Step
-    pending, tracing, stopped = [], False, stop.asked()
+    run = _Run(setup, dataset, folder, Resume() if resume is None else resume, stack)
+    run.restore()
+    start = run.step
+    trace = Trace(profile, folder, run.note, start, total)
     if start < total:
-      stack.enter_context(display.live(start))
-      batch = place(next(loader))
-    for step in () if stopped else range(start + 1, total + 1):
-      if profile is not None and step == profile.start:
-        jax.profiler.start_trace(str(folder / "profile"))
-        tracing = True
-      with (
-        jax.transfer_guard("disallow"),
-        jax.profiler.StepTraceAnnotation("train", step_num=step),
-      ):
-        state, metrics = step_fn(state, batch)
-      pending.append(metrics)
-      position = loader.state()
-      if step < total:
-        batch = place(next(loader))
-      if len(pending) > _IN_FLIGHT:
-        jax.block_until_ready(pending[-_IN_FLIGHT].loss)
-      if step == start + 1:
-        jax.block_until_ready(metrics.loss)
-        timer.restart()
-        display.started()
-      stopped = stop.asked()  # once a step: a signal may come at any moment
-      last = stopped or step == total
+      run.open()
+    while run.step < total and not run.stopped:
+      trace.before(run.step + 1)
+      run.advance()
+      step, last = run.step, run.stopped or run.step == total
+      log = step % config.train.log_every == 0 or last or step == start + 1
+      save = step % config.checkpoint.every == 0 or last
+      if run.went_back(0 if log or save else _IN_FLIGHT):
+        continue
+      if log:
+        run.log()
+      loss = None
+      if config.eval.every and step % config.eval.every == 0 and step < total and not last:
+        loss = run.evaluate()
+      if save:
+        run.save(loss)
+      trace.after(step, run.state, last)
+    heldout = run.finish() if run.step >= total and not run.stopped else None
+    run.close()
+    if run.primary:
+      layers = [i for group in moe_layers(config.model) for i in group]
+      lines = {} if heldout is None else baselines()
+      write_report(folder, title=_title(setup), moe_layer_indices=layers, baselines=lines)
+    return Outcome(start, run.step, run.state, heldout, run.stop.by, run.seconds, setup)
 
-      # Log
-      if step % config.train.log_every == 0 or last or step == start + 1:
-        host = jax.device_get(pending)
-        row = summarise(host) | {"learning_rate": float(setup.schedule(step - 1))}
-        row |= timer.interval(0 if step == start + 1 else len(pending))
-        if writer:
-          writer.write(step, row)
-        display.update(step, row)
-        pending = []
 
-      # Save, evaluate
-      if step % config.checkpoint.every == 0 or last:
-        if stopped:
-          display.note(f"stopping: saving step {step} (Ctrl-C again stops at once)")
-        with timer.pause():
-          checkpoints.save(step, state, position)
-      if tracing and (step + 1 == profile.stop or last):
-        jax.block_until_ready(state)
-        jax.profiler.stop_trace()
-        tracing = False
-        display.note(f"profile of steps {profile.start}:{step + 1} in {folder / 'profile'}")
-      if stopped:
-        break
-      if config.eval.every and step % config.eval.every == 0 and step < total:
-        with timer.pause():
-          result = held_out(setup, dataset, eval_step, state.params, place, stop)
-        if result is not None and writer:
-          writer.write(step, _heldout_row(result))
-          display.note(f"step {step}  held out: {_describe(result, config)}")
+class _Run:
+  """What the parts of `train` share."""
 
-    # Finish
-    heldout = None
-    if not stopped:
-      heldout = held_out(setup, dataset, eval_step, state.params, place, stop)
-    if heldout is not None and writer and start < total:
-      writer.write(int(state.step), _heldout_row(heldout))
-    checkpoints.wait()
-  if primary:
-    layers = [i for group in moe_layers(config.model) for i in group]
-    lines = {} if heldout is None else baselines()
-    write_report(folder, title=_title(setup), moe_layer_indices=layers, baselines=lines)
-  return Outcome(start, int(state.step), state, heldout, stop.by, timer.seconds, setup)
+  def __init__(
+    self, setup: Setup, dataset: Dataset, folder: Path, resume: Resume, stack: contextlib.ExitStack
+  ):
+    config = setup.config
+    self._setup, self._config, self._dataset, self._folder = setup, config, dataset, folder
+    self._resume, self._stack = resume, stack
+    self.primary = is_primary()
+    self._clock = Clock()
+    self._place = batch_placer(setup)
+    self._loader = make_loader(dataset, config.data, "train", local_rows=batch_rows(setup))
+    self._eval_step = make_held_out_step(setup, dataset)
+    self._record = Record(setup, folder, self._clock, primary=self.primary)
+    self.note = self._record.note
+    self._recovery = Recovery(config, folder, primary=self.primary)
+    self._verifier = Verifier(setup) if config.train.verify_every else None
+    self._fault: Fault | None = None
+    self._limit = Limit(setup.mesh)
+    self._timer = StepTimer(config, setup.mesh, self._clock)
+    self._step_fn = CompileOnce(
+      jit_step(setup, self._verifier and self._verifier.digest), self.note
+    )
+    self.step, self._pending, self._skipped, self._blank = 0, [], 0, 0
+    stack.enter_context(use_mesh(setup.mesh, setup.rules))
+    stack.enter_context(contextlib.closing(self._loader))
+    self.stop = stack.enter_context(stop_signal())
+    self._checkpoints = stack.enter_context(
+      Checkpoints(folder / "checkpoints", config.checkpoint, note=self._record.refused)
+    )
+
+  def restore(self) -> None:
+    """From the newest checkpoint, or the first draw."""
+    config, setup = self._config, self._setup
+    with self._clock.phase("restore"):
+      self.step = self._checkpoints.newest() or 0
+      self._loader.avoid(self._recovery.windows)
+      self._kept = {}
+      if not self.step:
+        self.state = init_state(setup.model, setup.optimizer, setup.abstract, config.train.seed)
+      else:
+        self.state, self._kept = self._checkpoints.restore(self.step, setup.abstract)
+      if self.step and self.step < config.train.steps:
+        self.note(f"resuming after step {self.step}")
+        refuse_other_values(self._kept["optimizer"], config, self._resume.reason)
+        _restore_data(self._loader, self._kept, self._resume, self.note)
+        if not self._resume.changes:  # else levels may move
+          self._recovery.guard.restore(self._kept["guard"])
+    self.stopped = self.stop.asked()
+
+  def open(self) -> None:
+    """Begin to write down, and to step."""
+    record, resume = self._record, self._resume
+    if self.primary:
+      write_config(self._folder, self._config)
+    self._stack.enter_context(contextlib.closing(record))
+    base = resume.base or self._config
+    record.open(self.step, self._loader.state(), base=base, new_lineage=resume.allow_other_data)
+    record.changed(self.step, resume.changes, resume.reason)
+    if self._kept:
+      record.effective(self.step, self._kept["optimizer"], hyperparameters(self._config))
+    for text in self._dataset.skipped:
+      record.faulty(self.step, f"data left out: {text}", cls="I")
+    self._stack.enter_context(record.ending())
+    self._stack.enter_context(record.display.live(self.step))
+    self._next_batch()
+    self._clock.switch("compile")
+    self._compiled = False
+
+  def _next_batch(self) -> None:
+    self._position = self._loader.state()  # before it
+    self._batch = self._place(next(self._loader))
+
+  def advance(self) -> None:
+    """One step, and the batch of the next."""
+    self.step += 1
+    position, verify = self._position["position"], self._config.train.verify_every
+    tried = None
+    with (
+      jax.transfer_guard("disallow"),
+      jax.profiler.StepTraceAnnotation("train", step_num=self.step),
+    ):
+      if self._verifier is not None and self.step % verify == 0:
+        self.state, tried = self._step_fn(self.state, self._batch, self._limit.nothing)
+      limit = self._limit(self._recovery.guard.limit)
+      self.state, metrics = self._step_fn(self.state, self._batch, limit)
+    self._pending.append(metrics)
+    self._recovery.ran(self.step, metrics, position)
+    if self._verifier is not None and tried is not None:
+      self._fault = self._verifier.check(self.step, tried, metrics, self.state)
+    if self.step < self._config.train.steps:
+      began = time.monotonic()
+      self._next_batch()
+      if metrics.loss.is_ready():  # the devices had nothing left to do
+        self._clock.move(time.monotonic() - began, "data")
+    else:
+      self._position = self._loader.state()
+    if len(self._pending) > _IN_FLIGHT:
+      jax.block_until_ready(self._pending[-_IN_FLIGHT].loss)
+    if not self._compiled:
+      jax.block_until_ready(metrics.loss)
+      self._compiled = True
+      self._clock.switch("productive")
+      self._record.display.started()
+    self.stopped = self.stop.asked()  # once a step: a signal may come at any moment
+
+  def went_back(self, in_flight: int) -> bool:
+    """Hear the guard on all but the last steps, and go back to a checkpoint if it says so.
+
+    Raises:
+      HaltError: it says stop.
+    """
+    if self._fault is not None:
+      fault, self._fault = self._fault, None
+      self._record.faulty(self.step, fault.reason, cls="A", device=fault.device)
+      if fault.decision.action == "stop":
+        self._halt(fault.decision)
+      self._go_back(fault.decision)
+      return True
+    for decision, step in self._recovery.judge(in_flight):
+      self._skipped += decision.action == "skip"
+      self._record.judged(decision, step, self._skipped)
+      if decision.action == "stop":
+        self._halt(decision)
+      if decision.action == "rewind":
+        self._go_back(decision)
+        return True
+    self._record.unread(self.step, self._loader.faults())
+    return False
+
+  def _halt(self, decision: Decision) -> None:
+    self._record.halted(self.step, decision)
+    raise HaltError(f"step {self.step}: {decision.reason}", GUARD_STOPPED)
+
+  def _go_back(self, decision: Decision) -> None:
+    with self._clock.phase("restore"):
+      before = self.step
+      position = self._loader.state()["position"]
+      target = self._recovery.rewind(decision, self._checkpoints, position)
+      if target is None:
+        self._halt(decision._replace(reason=f"{decision.reason}; no checkpoint lies before it"))
+      self._record.rewound(decision, before, target)
+      self.step = target.step
+      self.state, kept = self._checkpoints.restore(self.step, self._setup.abstract)
+      self._loader.avoid(self._recovery.windows)
+      self._loader.restore(kept)
+      self._pending = []
+      self.stopped = self.stop.asked()
+      self._next_batch()
+    self._timer.restart()
+
+  def log(self) -> None:
+    """A row of metrics of the steps since the last."""
+    host = jax.device_get(self._pending)
+    self._blank += int(sum(m.blank_rows for m in host))
+    row = summarise(host) | {"learning_rate": float(self._setup.schedule(self.step - 1))}
+    row |= self._timer.interval(len(self._pending))
+    row |= {"skipped_updates": self._skipped, "skipped_rows": self._blank}
+    row |= {"bits": bits_of(host[-1])}
+    self._record.row(self.step, row)
+    self._record.saved(self._checkpoints.ended())
+    self._pending = []
+
+  def evaluate(self) -> float | None:
+    """The held-out loss; None if a signal came meanwhile."""
+    began = time.monotonic()
+    with self._clock.phase("evaluation"):
+      result = held_out(
+        self._setup, self._dataset, self._eval_step, self.state.params, self._place, self.stop
+      )
+    if result is None:
+      return None
+    text = _describe(result, self._config)
+    if self.step < self._config.train.steps:
+      self.note(f"step {self.step}  held out: {text}")
+    self._record.heldout(self.step, _heldout_row(result), text, time.monotonic() - began)
+    self._result = result
+    return result.loss
+
+  def save(self, loss: float | None) -> None:
+    if self.stopped:
+      self.note(f"stopping: saving step {self.step} (Ctrl-C again stops at once)")
+    kept = {
+      **self._position,
+      "optimizer": hyperparameters(self._config),
+      "guard": self._recovery.guard.state(),
+    }
+    with self._clock.phase("checkpoint"):
+      self._checkpoints.save(self.step, self.state, kept, loss=loss)
+
+  def finish(self) -> HeldOut | None:
+    """The last held-out loss."""
+    self._clock.switch("other")
+    return self._result if self.evaluate() is not None else None
+
+  def close(self) -> None:
+    """Until everything is on the disk.
+
+    Raises:
+      OSError: the last checkpoint is not.
+    """
+    with self._clock.phase("checkpoint"):
+      self._checkpoints.wait()
+    ended = self._checkpoints.ended()
+    self._record.saved(ended)
+    self._record.ended(self.step, self.stop.by)
+    for save in ended:
+      if save.error is not None and save.step == self.step:
+        raise save.error
+
+  @property
+  def seconds(self) -> float:
+    return self._timer.seconds
 
 
 def _restore_data(
-  loader: Loader, position: dict[str, Any], resume: Resume | None, note: Callable[[str], None]
+  loader: Loader, position: dict[str, Any], resume: Resume, note: Callable[[str], None]
 ) -> None:
   """Continue in the data where `position` says; in other data, if allowed, from its start."""
-  may_differ = resume is not None and resume.allow_other_data
-  if may_differ and position["fingerprint"] != loader.state()["fingerprint"]:
+  if resume.allow_other_data and position["fingerprint"] != loader.state()["fingerprint"]:
     note("the data is not what the checkpoint was trained on: reading it from its start")
   else:
     loader.restore(position)
-
-
-def batch_rows(setup: Setup) -> np.ndarray:
-  """The rows of a global batch that this process loads."""
-  spec = spec_for(("act_batch", "act_seq"), setup.rules, setup.mesh)
-  return local_rows(setup.mesh, spec, setup.config.data.batch_size)
-
-
-def batch_placer(setup: Setup) -> Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]:
-  """Puts this host's part of a batch on the mesh: rows over the batch axes, length over context."""
-  spec = spec_for(("act_batch", "act_seq"), setup.rules, setup.mesh)
-  return lambda batch: host_batch_to_global(batch, setup.mesh, spec)
-
-
-def make_held_out_step(setup: Setup, dataset: Dataset):
-  """The jitted evaluation step; only next tokens of a text stand for bytes."""
-  tokenizer = dataset.tokenizer if setup.config.data.objective == "next_token" else None
-  lengths_V = np.zeros(0, np.int32) if tokenizer is None else tokenizer.byte_lengths_V
-  return jax.jit(make_eval_step(setup.model, lengths_V))
-
-
-def held_out(
-  setup: Setup, dataset: Dataset, eval_step, params: Any, place, stop: Stop | None = None
-) -> HeldOut | None:
-  """Held-out loss over the evaluation split, or its first `eval.batches` batches.
-
-  None when `stop` was set before the end: part of a split is not comparable.
-  """
-  stop = Stop() if stop is None else stop
-  data = setup.config.data
-  loader = make_loader(dataset, data, "heldout", local_rows=batch_rows(setup))
-  with contextlib.closing(loader):
-    batches = itertools.islice(loader, setup.config.eval.batches)
-    whole = itertools.takewhile(lambda _: not stop.asked(), batches)
-    result = evaluate(eval_step, params, whole, place)
-  return result if stop.by is None else None
 
 
 def _heldout_row(heldout: HeldOut) -> dict[str, Any]:
@@ -290,38 +351,3 @@ def _describe(heldout: HeldOut, config: Config) -> str:
 def _title(setup: Setup) -> str:
   devices = setup.mesh.devices.flat[0].device_kind
   return f"{setup.config.name}: {setup.mesh.devices.size} x {devices}"
-
-
-class _StepTimer:
-  """Time spent in steps: intervals between logs, less what `pause` covers."""
-
-  def __init__(self, config: Config, mesh: jax.sharding.Mesh):
-    self._tokens = config.data.batch_size * config.data.row_length
-    self._flops = train_flops_per_token(config.model, config.data.row_length)
-    chip = find_chip(mesh.devices.flat[0])
-    peak = chip.flops_per_device if chip else None
-    self._peak = peak * mesh.devices.size if peak else None
-    self.seconds = 0.0
-    self.restart()
-
-  def restart(self) -> None:
-    self._mark, self._paused = time.monotonic(), 0.0
-
-  @contextlib.contextmanager
-  def pause(self) -> Iterator[None]:
-    began = time.monotonic()
-    yield
-    self._paused += time.monotonic() - began
-
-  def interval(self, steps: int) -> dict[str, Any]:
-    """Rates since the last call; `steps` 0 marks the compiling step, whose rate means nothing."""
-    seconds = max(time.monotonic() - self._mark - self._paused, 1e-9)
-    self.restart()
-    if not steps:
-      return {"tokens_per_second": None, "mfu": None}
-    self.seconds += seconds
-    rate = steps * self._tokens / seconds
-    return {
-      "tokens_per_second": rate,
-      "mfu": rate * self._flops / self._peak if self._peak else None,
-    }

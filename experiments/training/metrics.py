@@ -32,6 +32,8 @@ def summarise(steps: list[StepMetrics]) -> dict[str, Any]:
     "loss": float(np.mean([m.loss for m in steps])),
     "aux_loss": float(np.mean([m.aux_loss for m in steps])),
     "grad_norm": float(np.mean([m.grad_norm for m in steps])),
+    "update_ratio": float(np.mean([m.update_ratio for m in steps])),
+    "log_z": float(np.mean([m.log_z for m in steps])),
   }
   if not steps[0].moe:
     return row
@@ -51,6 +53,11 @@ def summarise(steps: list[StepMetrics]) -> dict[str, Any]:
     "load": [[round(float(v), 5) for v in s] for s in share],
   }
   return row
+
+
+def bits_of(metrics: StepMetrics) -> str:
+  """Loss and gradient norm of one step, on the host: the bits of two float32, to compare runs."""
+  return "-".join(np.float32(x).tobytes()[::-1].hex() for x in (metrics.loss, metrics.grad_norm))
 
 
 class MetricsWriter:

@@ -17,6 +17,7 @@ Embeddings are decayed as in GPT-3, LLaMA, Megatron-LM and nanoGPT (OLMo 2 is th
 tied table is the output matrix too.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..config import ConfigError, OptimizerConfig
+from ..config import Config, ConfigError, OptimizerConfig
 from . import stacked
 
 
@@ -294,3 +295,28 @@ def _check_schedule(config: OptimizerConfig, end: int) -> None:
   for field in ("final_fraction", "stable_fraction"):
     if not 0 <= getattr(config, field) <= 1:
       raise ConfigError(f"optimizer.{field}={getattr(config, field)}: must lie between 0 and 1")
+
+
+def hyperparameters(config: Config) -> dict[str, Any]:
+  """What decides an update besides the gradient, to be kept with a checkpoint."""
+  return dataclasses.asdict(config.optimizer) | {"batch_size": config.data.batch_size}
+
+
+def refuse_other_values(saved: dict[str, Any], config: Config, reason: str) -> None:
+  """That the values to train with are those of the checkpoint, or were changed for a `reason`.
+
+  config.json says the same unless somebody edited it; optax keeps none of them in its state.
+
+  Raises:
+    ConfigError: they differ and nobody said why.
+  """
+  now = hyperparameters(config)
+  other = [name for name in saved if name in now and saved[name] != now[name]]
+  if other and not reason.strip():
+    name = other[0]
+    section = "data" if name == "batch_size" else "optimizer"
+    more = f" and {len(other) - 1} more" if len(other) > 1 else ""
+    raise ConfigError(
+      f"the checkpoint was trained with {section}.{name}={saved[name]!r}{more}, the config says "
+      f"{now[name]!r}: set it back, or say with --reason=... why it is to change"
+    )

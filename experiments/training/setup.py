@@ -1,10 +1,12 @@
 """From a config to the things a run is made of: mesh, model, optimizer, the state's shapes."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
@@ -14,7 +16,8 @@ from layers.spec import LinearAttentionSpec, MoeSpec, TransformerXLSpec
 from layers.stack import remat_policy
 from layers.transformer import TransformerLM
 from mesh.axes import MESH_AXES
-from mesh.rules import Rules, assign, parse_rules, validate
+from mesh.multihost import host_batch_to_global, local_rows
+from mesh.rules import Rules, assign, parse_rules, spec_for, validate
 from mesh.topology import DCN_AXES, count_slices, make_mesh, resolve_sizes
 
 from ..config import Config, ConfigError
@@ -188,3 +191,15 @@ def check_parallel(config: Config, mesh: Mesh | AbstractMesh) -> None:
         f"with context={context} a routing group must lie on one device: set "
         f"--config.model.segments.*.layers.*.mlp.group_size to a divisor of {half}, not {group}"
       )
+
+
+def batch_rows(setup: Setup) -> np.ndarray:
+  """The rows of a global batch that this process loads."""
+  spec = spec_for(("act_batch", "act_seq"), setup.rules, setup.mesh)
+  return local_rows(setup.mesh, spec, setup.config.data.batch_size)
+
+
+def batch_placer(setup: Setup) -> Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]:
+  """Puts this host's part of a batch on the mesh: rows over the batch axes, length over context."""
+  spec = spec_for(("act_batch", "act_seq"), setup.rules, setup.mesh)
+  return lambda batch: host_batch_to_global(batch, setup.mesh, spec)

@@ -29,6 +29,12 @@ class StepMetrics(NamedTuple):
   grad_norm: jax.Array  # before clipping
   tokens: jax.Array  # target tokens that counted
   moe: tuple[MoeStats, ...]
+  update_ratio: jax.Array  # norm of the update over that of the parameters
+  log_z: jax.Array  # mean log of the vocabulary softmax's denominator
+  skipped: jax.Array  # bool: the update was left out
+  blank_rows: jax.Array  # that were all padding, as rows are that can't be read
+  load_cv: jax.Array  # standard deviation of experts' load over its mean, averaged over layers
+  digests: jax.Array | None = None  # of gradients, see `verify`
 
 
 class EvalSums(NamedTuple):
@@ -53,8 +59,17 @@ def make_train_step(
   seed: int,
   microbatches: int = 1,
   z_loss: float = 0.0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-  """The step: gradients of the mean loss over the whole batch, summed over microbatches."""
+  digest: Callable[[Any], jax.Array] | None = None,
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
+  """The step: gradients of the mean loss over the whole batch, summed over microbatches.
+
+  Its third argument, `limit` (float32, infinity if left out), is the gradient norm above which the
+  update is skipped: parameters and optimizer state stay as they were, to the bit. So they do when
+  the norm is not finite. Minus infinity tries a step: nothing changes, nor is the step counted.
+
+  Args:
+    digest: what to tell of the gradients in `StepMetrics.digests`.
+  """
 
   def losses(params, batch: Batch, rows_B, step, valid):
     out = model.apply(
@@ -70,16 +85,19 @@ def make_train_step(
     )
     aux = sum((jnp.sum(s.aux_loss) for s in out.stats), jnp.zeros(()))
     aux = aux / (rows_B.shape[0] * microbatches)
-    nll = jnp.sum(out.loss.nll_BT * batch["weights"]) / valid
-    return out.loss.total / valid + aux, (nll, aux, out.stats)
+    mean = lambda x_BT: jnp.sum(x_BT * batch["weights"]) / valid
+    means = mean(out.loss.nll_BT), mean(out.loss.log_z_BT)
+    return out.loss.total / valid + aux, (means, aux, out.stats)
 
   grad = jax.value_and_grad(losses, has_aux=True)
 
-  def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+  def step(
+    state: TrainState, batch: Batch, limit: jax.Array | float = jnp.inf
+  ) -> tuple[TrainState, StepMetrics]:
     valid = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
     rows_B = jnp.arange(batch["tokens"].shape[0], dtype=jnp.int32)
     if microbatches == 1:
-      (_, (nll, aux, stats)), grads = grad(state.params, batch, rows_B, state.step, valid)
+      (_, (means, aux, stats)), grads = grad(state.params, batch, rows_B, state.step, valid)
     else:
       parts = jax.tree.map(lambda x: _split(x, microbatches), (batch, rows_B))
 
@@ -90,15 +108,42 @@ def make_train_step(
       first = jax.tree.map(lambda x: x[0], parts)
       shapes = jax.eval_shape(lambda: grad(state.params, *first, state.step, valid))
       zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[1], shapes[0][1]))
-      (grads, (nll, aux, stats)), _ = jax.lax.scan(accumulate, zeros, parts)
+      (grads, (means, aux, stats)), _ = jax.lax.scan(accumulate, zeros, parts)
+    norm = optax.tree.norm(grads)
+    good = jnp.isfinite(norm) & (norm <= limit)
     with jax.named_scope("optimizer"):
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+      ratio = optax.tree.norm(updates) / optax.tree.norm(state.params)
       params = optax.apply_updates(state.params, updates)
       params = update_selection_biases(model.spec, params, stats)
-    metrics = StepMetrics(nll, aux, optax.tree.norm(grads), jnp.sum(batch["weights"]), stats)
-    return TrainState(state.step + 1, params, opt_state), metrics
+      # The old state is read anyway, and the choice is made where the new one is written.
+      old = state.params, state.opt_state
+      choose = lambda new, old: jnp.where(good, new, old)
+      params, opt_state = jax.tree.map(choose, (params, opt_state), old)
+    metrics = StepMetrics(
+      means[0],
+      aux,
+      norm,
+      jnp.sum(batch["weights"]),
+      stats,
+      jnp.where(good, ratio, 0.0),
+      means[1],
+      ~good,
+      jnp.sum(jnp.all(batch["segments"] == 0, axis=1)),
+      _load_cv(stats),
+      None if digest is None else digest(grads),
+    )
+    finished = jnp.asarray(limit > -jnp.inf, state.step.dtype)
+    return TrainState(state.step + finished, params, opt_state), metrics
 
   return step
+
+
+def _load_cv(stats: tuple[MoeStats, ...]) -> jax.Array:
+  """0 without experts."""
+  loads = [s.load_E for s in stats]
+  each = [jnp.std(x, axis=-1) / jnp.maximum(jnp.mean(x, axis=-1), 1e-9) for x in loads]
+  return jnp.mean(jnp.concatenate([x.reshape(-1) for x in each])) if each else jnp.zeros(())
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.cli import named_config
-from experiments.config import ConfigError
+from experiments.config import CheckpointConfig, ConfigError
 from experiments.overrides import apply_overrides
 from experiments.training.checkpoint import Checkpoints, saved_steps
 from experiments.training.setup import build
@@ -114,7 +114,7 @@ def test_every_optimizers_state_comes_back(name, tmp_path):
 
 
 def test_only_the_newest_are_kept(tmp_path):
-  with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+  with Checkpoints(tmp_path / "c", CheckpointConfig(keep=2)) as checkpoints:
     for step in (1, 2, 5):
       checkpoints.save(step, state(), {})
     checkpoints.save(5, state(), {"position": 1})  # there already

@@ -105,11 +105,11 @@ def test_the_first_spike_of_bloom_is_noticed_and_heals(mode):
 # The hard cases
 
 
-@pytest.mark.parametrize("height", (0.05, 0.1, 0.15))
+@pytest.mark.parametrize("height", (0.05, 0.1, 0.2))
 def test_a_hump_while_warming_up_is_no_spike(height):
   t = np.arange(500)
-  loss = 2 + 6 / np.sqrt(1 + t / 10)
-  hump = curves.bump(t, 110, 30)
+  loss = 3 + 4 / (1 + t / 10)
+  hump = curves.bump(t, 130, 30)
   norms = np.exp(0.2 * np.random.default_rng(1).standard_normal(500)) * (1 + 3 * hump)
   assert said(drive(Guard(GuardConfig()), noisy(loss * (1 + height * hump)), norms)) == []
 
@@ -120,6 +120,18 @@ def test_a_single_outlier_is_noticed_once_and_nothing_is_done():
   assert [(step, what.split(":")[0]) for step, what in said(drive(Guard(GuardConfig()), loss))] == [
     (201, "notice"), (209, "end")
   ]  # fmt: skip
+
+
+def test_two_steps_in_a_row_need_less():
+  """Five deviations, of half a percent each: noticed at the second step, as begun at the first."""
+  loss = np.full(200, 2.5)
+  loss[100] *= math.exp(5 * 0.005)
+  assert said(drive(Guard(GuardConfig()), loss)) == []
+  loss[101] = loss[100]
+  decisions = drive(Guard(GuardConfig()), loss)
+  assert [step for step, _ in said(decisions)] == [102, 110]
+  assert decisions[101].notices[0].anomaly.first == 101
+  assert decisions[101].notices[0].anomaly.deviations == pytest.approx(5)
 
 
 def test_what_is_below_is_no_anomaly():
@@ -150,6 +162,16 @@ def test_a_slow_divergence_is_noticed_then_stopped(rise, over):
   noticed, stopped = words[0][0], words[-1][0]
   reached = 400 + 0.05 / rise * over  # the step at which it matters: 5 % more
   assert reached < noticed < reached + 300 and stopped < 400 + 512 + 0.12 / rise * over
+
+
+def test_a_quicker_divergence_is_noticed_sooner():
+  """A fifth of a percent a step, from step 400. Two windows would be 256 steps after the lowest,
+  four 512."""
+  t = np.arange(1000) - 400
+  level = 2.4 * np.where(t < 0, 1 - t / 4000, 1 + t / 500)
+  words = said(drive(Guard(GuardConfig()), noisy(level, 0.02)))
+  assert words[0][1].startswith("notice: loss has risen slowly") and 550 < words[0][0] < 640
+  assert words[-1][1].startswith("stop") and words[-1][0] < 640
 
 
 def test_a_slow_rise_that_turns_is_noticed_and_ends():

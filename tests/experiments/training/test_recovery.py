@@ -67,7 +67,10 @@ def test_a_batch_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch
   poisoned(monkeypatch, lambda n, batch: nan(batch) if n in (7, 8, 12) else batch)
   result = call("run", *short(20), f"--workdir={folder}")
   assert result.code == 0, result.err
-  assert read_metrics(folder)[-2]["skipped_updates"] == 3
+  rows = [row for row in read_metrics(folder) if "loss" in row]
+  assert [(r["step"], r["skipped_updates"]) for r in rows] == [
+    (1, 0), (5, 0), (10, 2), (15, 3), (20, 3),
+  ]  # fmt: skip
   skips = [e for e in events(folder, "action") if e["detail"]["policy"] == "skip_update"]
   assert [e["step"] for e in skips] == [8, 13]  # one entry an episode
   step, _, _ = state_hash(folder)
@@ -103,7 +106,7 @@ def test_a_run_goes_back_and_leaves_the_data_out(rewound):
   assert "back from step" in result.out and back["summary"] in result.out
   first, end = back["detail"]["skipped"]
   assert back["detail"]["to_step"] == 50  # the 61st step is the first bad one, 10 more back
-  assert first == 60 * ROWS and end > first
+  assert first == 50 * ROWS and end > first  # ten batches before may have caused it
   windows = json.loads((folder / "skipped.json").read_text())
   assert [(w["first"], w["end"]) for w in windows] == [
     tuple(e["detail"]["skipped"]) for e in (back, *more)
@@ -111,8 +114,6 @@ def test_a_run_goes_back_and_leaves_the_data_out(rewound):
   for low, high in ((w["first"], w["end"]) for w in windows):
     after = read[read.index(high // ROWS) :]
     assert not [n for n in after if low <= n * ROWS < high]  # never again
-  seen = read[len(read) - 1 - read[::-1].index(51) :]  # since the last return, from batch 51 on
-  assert all(n in seen for n in range(51, 60))
 
 
 def test_what_was_taken_back_stays_in_the_record(rewound):

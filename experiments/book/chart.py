@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..markup import escape
-from .facts import Facts, class_name, interventions, span
+from .facts import Facts, brief, class_name, interventions, span
 from .ledger import Attempt, when
 from .plot import Frame, axes, frame, line, number, svg
 from .text import human_lines
@@ -67,7 +67,9 @@ def _lane(event: dict[str, Any]) -> str | None:
 
 
 def _restart(before: Attempt, attempt: Attempt) -> str:
-  why = before.cause or ("finished" if before.reason == "finished" else "died without a word")
+  why = brief(before.cause) or (
+    "finished" if before.reason == "finished" else "died without a word"
+  )
   cls = f"{class_name(before.cls)}: " if before.cls else ""
   lost = f"{before.lost_steps:,} steps done again, " if before.lost_steps else ""
   gap = span(max(0.0, attempt.begin - before.end))

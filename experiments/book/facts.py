@@ -191,7 +191,12 @@ def state(facts: Facts) -> str:
     return f"Finished at step {facts.step:,}"
   if last.reason == "open":
     return f"At {where}; the last record is of {moment(last.end)}, and no end is on record"
-  return f"Stopped at {where}: {last.cause or last.reason}"
+  return f"Stopped at {where}: {brief(last.cause) or last.reason}"
+
+
+def brief(words: str, most: int = 140) -> str:
+  """The beginning of a long message."""
+  return words if len(words) <= most else words[:most].rpartition(" ")[0] + " ..."
 
 
 def class_name(letter: str | None) -> str:

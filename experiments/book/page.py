@@ -119,7 +119,7 @@ def _loss(facts: Facts) -> str:
     if name != "taken back" or facts.history.abandoned
   )
   return (
-    f"<h2>Loss, nats a token</h2>\n<div class=legend>{key}</div>\n"
+    f"<h2>Loss, nats</h2>\n<div class=legend>{key}</div>\n"
     f"<figure>{wide}\n{loss_chart(facts, _NARROW)}</figure>"
   )
 

@@ -100,6 +100,8 @@ def time_label(seconds: float) -> str:
       return f"{seconds // size:g} {unit}"
   if seconds > 3600:
     return f"{seconds // 3600:g} h {seconds % 3600 // 60:02.0f}"
+  if seconds > 60:
+    return f"{seconds // 60:g} min {seconds % 60:02.0f}"
   return f"{seconds:g} s" if seconds else "0"
 
 

@@ -10,6 +10,7 @@ from ..planning.memory import gigabytes
 from .facts import (
   Facts,
   big,
+  brief,
   class_name,
   gather,
   interventions,
@@ -23,7 +24,12 @@ from .facts import (
 from .ledger import TIMES, Attempt
 
 _MOST_ATTEMPTS = 60  # rows of the table of attempts: the first few, and the last
-_ROUTINE = ("perf", "energy", "health")  # not in the time line while all is well
+_ROUTINE = (
+  "perf",
+  "energy",
+  "health",
+  "effective_config",
+)  # not in the time line while all is well
 _OWN = "`prices.toml` in the run directory can say it"
 _ID = 4  # last digits of an id that people read
 
@@ -212,7 +218,7 @@ def attempt_row(a: Attempt) -> tuple[str, ...]:
   ended = {"open": "", "finished": "finished"}.get(a.reason)
   if ended is None:
     cls = f"{class_name(a.cls)}: " if a.cls else ""
-    ended = f"{cls}{a.cause or 'died without a word'}"
+    ended = f"{cls}{brief(a.cause) or 'died without a word'}"
   lost = f"{a.lost_steps:,}" if a.lost_steps else ""
   steps = f"{a.first_step:,} to {a.last_step:,}"
   return a.run, moment(a.begin), steps, span(a.end - a.begin), ended, lost

@@ -307,7 +307,7 @@ def test_in_a_browser_as_narrow_as_a_phone(report, tmp_path):
 def test_in_a_browser_in_light_and_dark(report, tmp_path):
   _, path = report
   out = chromium(tmp_path, "--dump-dom", "--window-size=1150,1500", path.as_uri())
-  assert "<h2>Loss, nats a token</h2>" in out and 'id="tip"' in out
+  assert "<h2>Loss, nats</h2>" in out and 'id="tip"' in out
   pictures = []
   for name, more in (("light", []), ("dark", ["--force-dark-mode"])):
     picture = tmp_path / f"{name}.png"

@@ -54,15 +54,18 @@ class Facts(NamedTuple):
     return [event for event in self.events if event["kind"] in kinds]
 
 
-def gather(folder: Path) -> Facts:
+def gather(folder: Path, *, most: int | None = None) -> Facts:
   """All of it; prices are the shipped ones, and those of `prices.toml` in the folder over them.
+
+  Args:
+    most: rows of metrics to read, of a longer file only some (`read_history`).
 
   Raises:
     ConfigError: there is neither a logbook nor metrics; a line of the metrics is damaged; the
       prices are.
   """
   events, problems = read_logbook(folder)
-  history = read_history(folder)
+  history = read_history(folder, most=most)
   if not events and not history.rows:
     raise ConfigError(f"{folder} has no logbook and no metrics: nothing was trained there yet")
   every = [row for branch in (*history.abandoned, history.rows) for row in branch]

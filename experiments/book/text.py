@@ -23,6 +23,7 @@ from .facts import (
 )
 from .ledger import TIMES, Attempt
 
+_MOST_ROWS = 3000  # of metrics: a trainer has no time for more
 _MOST_ATTEMPTS = 60  # rows of the table of attempts: the first few, and the last
 _ROUTINE = (
   "perf",
@@ -40,7 +41,7 @@ def write_book(folder: Path, note: Callable[[str], None] = print) -> Path | None
   path = folder / "LOGBOOK.md"
   temporary = path.with_suffix(".md.tmp")
   try:
-    temporary.write_text(markdown(gather(folder)), encoding="utf-8")
+    temporary.write_text(markdown(gather(folder, most=_MOST_ROWS)), encoding="utf-8")
     os.replace(temporary, path)
   except Exception as e:
     note(f"LOGBOOK.md could not be written: {e}")

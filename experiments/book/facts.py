@@ -1,6 +1,7 @@
 """What a run's logbook and metrics tell: how far it is, what it took, what happened."""
 
 import datetime
+import functools
 import math
 from collections import Counter
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 from mesh.hardware import Chip, find_chip
 
-from ..config import ConfigError
+from ..config import Config, ConfigError
 from ..planning.cost import Bill, Prices, bill
 from ..planning.search import abstract_mesh
 from ..planning.speed import count_work
@@ -140,11 +141,16 @@ def _executed_per_token(folder: Path, launch: dict[str, Any]) -> float | None:
   config = read_config(folder)
   if config is None:
     return None
+  per_step = _executed_per_step(config, tuple(launch["mesh"].items()))
+  return None if per_step is None else per_step / launch["tokens_per_step"]
+
+
+@functools.cache
+def _executed_per_step(config: Config, mesh: tuple[tuple[str, int], ...]) -> float | None:
   try:
-    setup = build_on(config, abstract_mesh(launch["mesh"]), "tpu")
+    return sum(count_work(build_on(config, abstract_mesh(dict(mesh)), "tpu")))
   except ConfigError:  # what made the run need not be what reads its book
     return None
-  return sum(count_work(setup)) / launch["tokens_per_step"]
 
 
 def interventions(facts: Facts) -> list[tuple[dict[str, Any], str]]:

@@ -114,6 +114,11 @@ def test_a_hump_while_warming_up_is_no_spike(height):
   assert said(drive(Guard(GuardConfig()), noisy(loss * (1 + height * hump)), norms)) == []
 
 
+def test_seven_percent_more_for_a_window_is_no_divergence():
+  level = np.interp(np.arange(800), (0, 300, 330, 400, 430, 800), (2.4, 2, 2.14, 2.14, 2, 1.9))
+  assert said(drive(Guard(GuardConfig()), noisy(level))) == []
+
+
 def test_a_single_outlier_is_noticed_once_and_nothing_is_done():
   loss = noisy(np.full(400, 2.5))
   loss[200] = 3.5

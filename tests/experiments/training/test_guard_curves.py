@@ -115,7 +115,7 @@ def test_a_hump_while_warming_up_is_no_spike(height):
 
 
 def test_seven_percent_more_for_a_window_is_no_divergence():
-  level = np.interp(np.arange(800), (0, 300, 330, 400, 430, 800), (2.4, 2, 2.14, 2.14, 2, 1.9))
+  level = np.interp(np.arange(800), (0, 300, 330, 430, 460, 800), (2.4, 2, 2.14, 2.14, 2, 1.9))
   assert said(drive(Guard(GuardConfig()), noisy(level))) == []
 
 

@@ -34,10 +34,11 @@ class CarefulRows:
     rows: RowSource,
     row_length: int,
     on_error: Literal["stop", "skip"],
-    waits: Sequence[float] = RETRY_SECONDS,
+    waits: Sequence[float] | None = None,
   ):
     self._rows, self._row_length = rows, row_length
-    self._on_error, self._waits = on_error, waits
+    self._on_error = on_error
+    self._waits = RETRY_SECONDS if waits is None else waits
     self._lock = threading.Lock()  # threads read ahead
     self._faults: list[RowFault] = []
 

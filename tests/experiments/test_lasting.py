@@ -59,17 +59,19 @@ def test_kill_at_random_moments(kills, tmp_path):
   lost, saving, newest = [], 0, 0
   for _ in range(kills):
     before = reached(folder)
-    process = subprocess.Popen(
+    with subprocess.Popen(
       command, cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE, text=True
-    )
-    # Once it has passed where it was before, at any moment.
-    until = time.monotonic() + 240
-    while reached(folder) <= before:
-      assert process.poll() is None and time.monotonic() < until
-      time.sleep(0.1)
-    time.sleep(rng.uniform(0, 3))
-    process.send_signal(signal.SIGKILL)
-    out, _ = process.communicate()
+    ) as process:
+      try:
+        # Once it has passed where it was before, at any moment.
+        until = time.monotonic() + 240
+        while reached(folder) <= before:
+          assert process.poll() is None and time.monotonic() < until
+          time.sleep(0.1)
+        time.sleep(rng.uniform(0, 3))
+      finally:
+        process.send_signal(signal.SIGKILL)
+      out, _ = process.communicate()
     if newest:
       assert f"resuming after step {newest}\n" in out
     newest = max(saved_steps(folder / "checkpoints"), default=0)

@@ -31,6 +31,7 @@ SMALL = {
   "--config.data.row_length=64 --config.optimizer.warmup_steps=1 --config.eval.batches=1",
   "runs/moe_tiny": "runs/debug",
   "--config.train.steps=800": "--config.train.steps=22",
+  "--step=800": "--step=22",
 }
 SHOWN = re.compile(r"--show|--processes")  # what goes without a second look, or can't have one
 EXPECTED_CODE = {"--config=moe_70b": 2}

@@ -14,8 +14,7 @@ import numpy as np
 
 from experiments import platform
 from experiments.config import Config, DataConfig, OptimizerConfig, TrainConfig
-from experiments.training.loop import batch_placer
-from experiments.training.setup import build
+from experiments.training.setup import batch_placer, build
 from experiments.training.state import init_state
 from experiments.training.step import make_train_step
 from layers.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, RotarySpec, Segment

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from layers.spec import ModelSpec
 from mesh.rules import parse_rules
 
-from .exits import ConfigError
+from .exits import ConfigError, HaltError  # noqa: F401 - raised by those who read configs
 
 
 def _field(change: str) -> Callable[[Any], Any]:

@@ -9,7 +9,8 @@ from mesh.multihost import is_primary
 from . import cli
 from .data.load import load
 from .restore import open_run, restore
-from .training.loop import batch_placer, held_out, make_held_out_step
+from .training.evaluate import held_out, make_held_out_step
+from .training.setup import batch_placer
 
 
 def main() -> int:

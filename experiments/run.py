@@ -18,7 +18,7 @@ from mesh.multihost import is_primary
 from . import cli, joining, processes, show, start
 from .config import ConfigError
 from .training.goodput import process_age
-from .training.loop import Profile
+from .training.timing import Profile
 
 _LIST = flags.DEFINE_bool("list", False, "Print all configs with their sizes, and stop.")
 _SHOW = flags.DEFINE_bool("show", False, "Print the resolved config and what was changed; stop.")

@@ -22,8 +22,9 @@ from .overrides import check_resume
 from .planning.memory import gigabytes, refuse_if_too_large, training_bytes
 from .training.checkpoint import saved_steps
 from .training.folder import claim, read_config, writing
-from .training.loop import Outcome, Profile, Resume, train
+from .training.loop import Outcome, Resume, train
 from .training.setup import Setup, build
+from .training.timing import Profile
 
 _BASELINE = "interpolated byte trigrams"
 _ENDING_SECONDS = 60.0
@@ -103,6 +104,9 @@ def _run(
     stack.enter_context(claim(folder, patience=_patience()))
     _introduce(setup, dataset, folder)
   lines: dict[str, float] = {}
+  resume = request.resume
+  with contextlib.suppress(ConfigError):  # a stored config may have a name of its own
+    resume = resume._replace(base=cli.named_config(config.name))
   generates = config.data.objective == "next_token"
 
   def baselines() -> dict[str, float]:
@@ -115,7 +119,7 @@ def _run(
   with writing(folder):
     with _explained(setup):
       outcome = train(
-        setup, dataset, folder, profile=profile, resume=request.resume, baselines=baselines,
+        setup, dataset, folder, profile=profile, resume=resume, baselines=baselines,
         deadline=deadline,
       )  # fmt: skip
     if _stopped(outcome):

@@ -17,8 +17,7 @@ import pytest
 from experiments.cli import named_config
 from experiments.data.load import load
 from experiments.data.loader import make_loader
-from experiments.training.loop import batch_placer
-from experiments.training.setup import build
+from experiments.training.setup import batch_placer, build
 from experiments.training.state import init_state
 from experiments.training.step import make_train_step
 from mesh.constrain import use_mesh

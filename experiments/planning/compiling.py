@@ -16,14 +16,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mesh.constrain import use_mesh
 from mesh.rules import spec_for
 
 from .. import cli
+from ..training.compiled_step import jit_step
 from ..training.setup import Setup, build
-from ..training.step import make_train_step
 from .buffers import READS, Peak, at_peak
 from .program import compile_into, optimized_text
 
@@ -124,22 +124,15 @@ def _how_it_ended(code: int, folder: Path) -> CompilerError:
 def lower_step(setup: Setup) -> jax.stages.Lowered:
   """The train step lowered for the setup's (described) devices, to be compiled."""
   config = setup.config
-  step = make_train_step(
-    setup.model,
-    setup.optimizer,
-    seed=config.train.seed,
-    microbatches=setup.accumulate,
-    z_loss=config.train.z_loss,
-  )
   placed = NamedSharding(setup.mesh, spec_for(("act_batch", "act_seq"), setup.rules, setup.mesh))
   shape = (config.data.batch_size, config.data.row_length)
   array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
   names = ("tokens", "targets", "segments", "positions")
   batch = {name: array(jnp.int32) for name in names} | {"weights": array(jnp.float32)}
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
+  everywhere = NamedSharding(setup.mesh, PartitionSpec())
+  limit = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
   with use_mesh(setup.mesh, setup.rules):
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    return jitted.lower(setup.abstract, batch)
+    return jit_step(setup).lower(setup.abstract, batch, limit)
 
 
 def compile_here(lowered: jax.stages.Lowered, folder: Path) -> None:

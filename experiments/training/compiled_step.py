@@ -29,9 +29,7 @@ def jit_step(setup: Setup, digest: Callable[[Any], jax.Array] | None = None) -> 
   shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
   on_gpu = setup.mesh.devices.flat[0].platform == "gpu"
   options = {"xla_gpu_deterministic_ops": True} if config.train.deterministic and on_gpu else None
-  return jax.jit(
-    step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options
-  )
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
 
 
 class CompileOnce:
@@ -81,5 +79,3 @@ class Limit:
     if value != self._sent:
       self._sent, self._array = value, self._send(value)
     return self._array
-
-

@@ -56,6 +56,11 @@ class Clock:
     before, self._bucket, self._mark = self._bucket, bucket, now
     return before
 
+  def move(self, seconds: float, bucket: str) -> None:
+    """The last so many seconds were not what they are counted as."""
+    self._spent[self._bucket] -= seconds
+    self._spent[bucket] += seconds
+
   @contextlib.contextmanager
   def phase(self, bucket: str) -> Iterator[None]:
     """Count as `bucket` meanwhile; a phase inside takes its time for itself."""

@@ -16,6 +16,7 @@ run is (`--allow_config_change`) begins a lineage. A disk's refusal stops nobody
 
 import datetime
 import hashlib
+import json
 import os
 import threading
 import time
@@ -62,7 +63,7 @@ KINDS: dict[str, dict[str, Any]] = {
   },
   "anomaly": {
     "signal": ("loss", "grad_norm", "loss_scale", "act_norm", "nan", "step_time", "drop_rate",
-               "replica_mismatch", "hang"),
+               "replica_mismatch", "hang", "nonfinite", "update_ratio", "log_z", "load_cv", "bits"),
     "value": _NUMBER, "baseline": _NUMBER, "deviations": _NUMBER, "window": _COUNT,
     "first_bad": _TEXT, "batch_ids": list | None,
   },
@@ -196,7 +197,8 @@ class Logbook:
     cls: str | None = None,
     refs: Sequence[str] = (),
     owner: str | None = None,
-    **detail: Any,
+    detail: dict[str, Any] | None = None,
+    **more: Any,
   ) -> str:
     """Write an event; returns its id.
 
@@ -208,6 +210,7 @@ class Logbook:
       cls: of CLASSES.
       refs: ids of events that this one explains or amends.
       detail: fields of the kind, and any others.
+      more: the same, one by one.
 
     Raises:
       ValueError: an unknown kind, or a detail that is missing or of another type.
@@ -234,7 +237,7 @@ class Logbook:
         "class": cls,
         "severity": severity,
         "summary": " ".join(summary.split()),
-        "detail": plain(fields | detail),
+        "detail": plain(fields | (detail or {}) | more),
         "refs": list(refs),
         "prev": _sha256(self._journal.last),
       }
@@ -304,6 +307,11 @@ def _is_a(value: Any, wanted: Any) -> bool:
 
 def _sha256(line: str | None) -> str:
   return "" if line is None else hashlib.sha256(line.encode()).hexdigest()
+
+
+def digest_of(value: Any) -> str:
+  """SHA-256 of a value as JSON."""
+  return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()
 
 
 class Book(NamedTuple):

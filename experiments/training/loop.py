@@ -12,7 +12,7 @@ from layers.transformer import moe_layers
 from mesh.constrain import use_mesh
 from mesh.multihost import is_primary
 
-from ..config import Config, Halt
+from ..config import Config, HaltError
 from ..data.load import Dataset
 from ..data.loader import Loader, make_loader
 from ..overrides import Change
@@ -22,7 +22,7 @@ from .evaluate import HeldOut, held_out, make_held_out_step
 from .folder import write_config
 from .goodput import Clock
 from .guard import Decision
-from .metrics import summarise
+from .metrics import bits_of, summarise
 from .optimizer import hyperparameters, refuse_other_values
 from .record import Record
 from .recovery import GUARD_STOPPED, Recovery
@@ -76,7 +76,7 @@ def train(
 
   Raises:
     ConfigError: the checkpoint is of another model, optimizer or data; all are damaged.
-    Halt: the guard gave up, or a device computes wrongly.
+    HaltError: the guard gave up, or a device computes wrongly.
     OSError: the disk refused the last checkpoint; those finished before are whole.
   """
   config, total = setup.config, setup.config.train.steps
@@ -133,7 +133,9 @@ class _Run:
     self._fault: Fault | None = None
     self._limit = Limit(setup.mesh)
     self._timer = StepTimer(config, setup.mesh, self._clock)
-    self._step_fn = CompileOnce(jit_step(setup, self._verifier and self._verifier.digest), self.note)
+    self._step_fn = CompileOnce(
+      jit_step(setup, self._verifier and self._verifier.digest), self.note
+    )
     self.step, self._pending, self._skipped, self._blank = 0, [], 0, 0
     stack.enter_context(use_mesh(setup.mesh, setup.rules))
     stack.enter_context(contextlib.closing(self._loader))
@@ -167,8 +169,8 @@ class _Run:
     if self.primary:
       write_config(self._folder, self._config)
     self._stack.enter_context(contextlib.closing(record))
-    record.open(self.step, self._loader.state(), resume.base or self._config,
-                new_lineage=resume.allow_other_data)  # fmt: skip
+    base = resume.base or self._config
+    record.open(self.step, self._loader.state(), base=base, new_lineage=resume.allow_other_data)
     record.changed(self.step, resume.changes, resume.reason)
     if self._kept:
       record.effective(self.step, self._kept["optimizer"], hyperparameters(self._config))
@@ -214,7 +216,6 @@ class _Run:
       jax.block_until_ready(metrics.loss)
       self._compiled = True
       self._clock.switch("productive")
-      self._timer.restart()
       self._record.display.started()
     self.stopped = self.stop.asked()  # once a step: a signal may come at any moment
 
@@ -222,7 +223,7 @@ class _Run:
     """Hear the guard on all but the last steps, and go back to a checkpoint if it says so.
 
     Raises:
-      Halt: it says stop.
+      HaltError: it says stop.
     """
     if self._fault is not None:
       fault, self._fault = self._fault, None
@@ -244,7 +245,7 @@ class _Run:
 
   def _halt(self, decision: Decision) -> None:
     self._record.halted(self.step, decision)
-    raise Halt(f"step {self.step}: {decision.reason}", GUARD_STOPPED)
+    raise HaltError(f"step {self.step}: {decision.reason}", GUARD_STOPPED)
 
   def _go_back(self, decision: Decision) -> None:
     with self._clock.phase("restore"):
@@ -270,7 +271,8 @@ class _Run:
     row = summarise(host) | {"learning_rate": float(self._setup.schedule(self.step - 1))}
     row |= self._timer.interval(len(self._pending))
     row |= {"skipped_updates": self._skipped, "skipped_rows": self._blank}
-    self._record.row(self.step, row, bits_of(host[-1]))
+    row |= {"bits": bits_of(host[-1])}
+    self._record.row(self.step, row)
     self._record.saved(self._checkpoints.ended())
     self._pending = []
 
@@ -349,5 +351,3 @@ def _describe(heldout: HeldOut, config: Config) -> str:
 def _title(setup: Setup) -> str:
   devices = setup.mesh.devices.flat[0].device_kind
   return f"{setup.config.name}: {setup.mesh.devices.size} x {devices}"
-
-

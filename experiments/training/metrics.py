@@ -53,6 +53,11 @@ def summarise(steps: list[StepMetrics]) -> dict[str, Any]:
   return row
 
 
+def bits_of(metrics: StepMetrics) -> str:
+  """Loss and gradient norm of one step, on the host: the bits of two float32, to compare runs."""
+  return "-".join(np.float32(x).tobytes()[::-1].hex() for x in (metrics.loss, metrics.grad_norm))
+
+
 class MetricsWriter:
   """Appends to `metrics.jsonl` and to TensorBoard events in `tensorboard/`.
 
@@ -188,8 +193,8 @@ def read_history(folder: Path) -> History:
     if step is None:
       history.rows.append(row)
       continue
-    first = next((i for i, kept in enumerate(history.rows) if kept["step"] > step), None)
-    if first is not None:
-      history.abandoned.append(history.rows[first:])
-      del history.rows[first:]
+    back = [kept for kept in history.rows if kept["step"] > step]
+    if back:
+      history.abandoned.append(back)
+      history.rows[:] = [kept for kept in history.rows if kept["step"] <= step]
   return history

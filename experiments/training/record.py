@@ -1,6 +1,10 @@
 """What a run says while it trains: lines in the terminal, metrics, and its logbook."""
 
+import contextlib
 import platform
+import re
+import signal
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +12,7 @@ import jax
 
 from layers.count import count_params, train_flops_per_token
 
-from ..config import Config
+from ..config import Config, HaltError
 from ..data.faults import RowFault
 from ..overrides import Change, difference, flatten
 from .checkpoint import Saved
@@ -18,7 +22,7 @@ from .guard import Anomaly, Decision, Notice
 from .logbook import Logbook, digest_of
 from .metrics import MetricsWriter
 from .progress import ProgressDisplay
-from .recovery import Rewind
+from .recovery import GUARD_STOPPED, Rewind
 from .setup import Setup
 
 
@@ -41,11 +45,13 @@ class Record:
     if self._book is None:
       self._refused.append(text)
     else:
-      self._refuse(text, None)
+      self._refuse(text)
 
-  def _refuse(self, text: str, step: int | None) -> None:
-    detail = {"step": step or 0, "status": "refused"}
-    self.event("checkpoint", text, severity="error", cls="C", detail=detail)
+  def _refuse(self, text: str) -> None:
+    step = int(re.findall(r"\d+", text)[0])
+    self.event(
+      "checkpoint", text, step=step, severity="error", cls="C", detail={"status": "refused"}
+    )
 
   def open(self, start: int, data: dict[str, Any], *, base: Config, new_lineage: bool) -> None:
     """Begin to write, after `start` finished steps.
@@ -84,7 +90,7 @@ class Record:
     if changed:
       self.note(f"other software than before: {', '.join(changed)}")
     for text in self._refused:
-      self._refuse(text, None)
+      self._refuse(text)
 
   def close(self) -> None:
     try:
@@ -94,12 +100,21 @@ class Record:
       if self._book is not None:
         self._book.close()
 
-  def event(self, kind: str, summary: str, *, step: int | None = None, **more: Any) -> str:
-    """Into the logbook; returns the event's id."""
+  def event(
+    self,
+    kind: str,
+    summary: str,
+    *,
+    step: int | None = None,
+    detail: dict[str, Any] | None = None,
+    **more: Any,
+  ) -> str:
+    """Into the logbook; returns the event's id. See `Logbook.event`."""
     if self._book is None:
       return ""
     tokens = None if step is None else step * self._tokens
-    return self._book.event(kind, summary, step=step, tokens=tokens, **more)
+    fields = {k: v for k, v in (detail or {}).items() if k != "step"}
+    return self._book.event(kind, summary, step=step, tokens=tokens, **more, **fields)
 
   def row(self, step: int, row: dict[str, Any]) -> None:
     """Metrics of the steps since the last row."""
@@ -107,7 +122,7 @@ class Record:
       self._metrics.write(step, row | self._clock.row())
     self.display.update(step, row)
 
-  def changed(self, step: int, changes: list[Change], reason: str) -> None:
+  def changed(self, step: int, changes: Sequence[Change], reason: str) -> None:
     """What a person changed of a run in flight."""
     for c in changes:
       entry = {"key": c.path, "old": c.stored, "new": c.requested, "until_step": None}
@@ -222,7 +237,40 @@ class Record:
       what = "left out" if fault.skipped else f"read at try {fault.tries}"
       self.faulty(step, f"row {fault.row} of the data {what}: {fault.reason}", cls="I")
 
-  def stopped(self, step: int, reason: str, code: int, text: str) -> None:
+  def halted(self, step: int, decision: Decision) -> None:
+    """The guard's last word."""
+    cause = ""
+    if decision.anomaly is not None:
+      cause = self._anomaly(Notice(decision.reason, decision.anomaly), step, quiet=True)
+    detail = {"policy": "stop", "from_step": step, "to_step": step, "cause": cause}
+    self.event("action", f"stopped: {decision.reason}", step=step, severity="page", cls="E",
+               detail={**detail, "outcome": "abandoned"})  # fmt: skip
+    self._stop(step, "policy", GUARD_STOPPED, f"the guard stopped the run: {decision.reason}")
+
+  @contextlib.contextmanager
+  def ending(self) -> Iterator[None]:
+    """Writes down an error that ends the run."""
+    try:
+      yield
+    except (Exception, KeyboardInterrupt) as e:
+      if not isinstance(e, HaltError):
+        reason, code = ("human", 130) if isinstance(e, KeyboardInterrupt) else ("crash", 1)
+        said = str(e).strip().splitlines()
+        text = f"{type(e).__name__}: {said[0] if said else ''}"
+        self._stop(None, reason, code, text)
+      raise
+
+  def ended(self, step: int, signal_number: int | None) -> None:
+    """The run is finished, or a signal stopped it."""
+    if signal_number is None:
+      self._stop(step, "finished", 0, f"finished at step {step:,}")
+    elif signal_number == signal.SIGINT:
+      self._stop(step, "human", 130, f"stopped by Ctrl-C at step {step:,}")
+    else:
+      name = signal.Signals(signal_number).name
+      self._stop(step, "preempted", 75, f"stopped by {name} at step {step:,}")
+
+  def _stop(self, step: int | None, reason: str, code: int, text: str) -> None:
     severity = "info" if code == 0 else "warn"
     detail = {"reason": reason, "exit_code": code}
     self.event("stop", text, step=step, severity=severity, detail=detail)

@@ -66,9 +66,7 @@ class Recovery:
         break
     return found
 
-  def rewind(
-    self, decision: Decision, checkpoints: Checkpoints, position: int
-  ) -> Rewind | None:
+  def rewind(self, decision: Decision, checkpoints: Checkpoints, position: int) -> Rewind | None:
     """Find a checkpoint from before the anomaly, and leave out its data; None if there is none.
 
     Args:

@@ -1,4 +1,4 @@
-"""Bits that should be equal: of a step that is run twice, of parameters that devices hold copies of.
+"""Bits that should be equal: of a step that is run twice, of parameters that devices copied.
 
 A device that computes wrongly now and then (silent data corruption) leaves no error. So every
 `train.verify_every` steps a step is tried first, with the same inputs and the same program, and
@@ -40,9 +40,7 @@ def make_digest(abstract: Any, mesh: Mesh) -> Callable[[Any], jax.Array]:
     return jnp.stack([_sum_of_bits(x) for x in leaves])[:, None]
 
   def digest(tree: Any) -> jax.Array:
-    split = jax.shard_map(
-      local, mesh=mesh, in_specs=tuple(specs), out_specs=every, check_vma=False
-    )
+    split = jax.shard_map(local, mesh=mesh, in_specs=tuple(specs), out_specs=every, check_vma=False)
     return jax.lax.with_sharding_constraint(
       split(*jax.tree.leaves(tree)), jax.sharding.NamedSharding(mesh, PartitionSpec())
     )
@@ -151,7 +149,9 @@ def compare_copies(digests: np.ndarray, abstract: Any, mesh: Mesh) -> list[Misma
       odd = [c for c, s in zip(columns, sums, strict=True) if not clear or s != most]
       names = {str(devices.flat[c]): devices.flat[c].id for c in odd}
       name = _name(path)
-      text = f"{name} on {', '.join(names)}" + ("" if clear else " (which of them, copies can't say)")
+      text = f"{name} on {', '.join(names)}" + (
+        "" if clear else " (which of them, copies can't say)"
+      )
       found.append(Mismatch(name, names, text))
   return found
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
-from experiments.training.loop import batch_placer
-from experiments.training.setup import build
+from experiments.training.setup import batch_placer, build
 from experiments.training.state import init_state
 from experiments.training.step import make_train_step
 from layers.spec import (

@@ -141,6 +141,7 @@ def test_a_run_that_goes_back_and_back_again(tmp_path):
   writer = MetricsWriter(tmp_path)
   for step in range(1, 7):
     writer.write(step, {"loss": 1.0})
+  writer.write(4, {"checkpoint_s": 1.0})  # a save that ended later
   writer.rewind(4)
   for step in (5, 6):
     writer.write(step, {"loss": 2.0})
@@ -158,7 +159,7 @@ def test_a_run_that_goes_back_and_back_again(tmp_path):
   ]  # fmt: skip
   assert [[(r["step"], r.get("loss")) for r in branch] for branch in abandoned] == [
     [(5, 1.0), (6, 1.0)],
-    [(3, 1.0), (4, 1.0), (5, 2.0), (6, 2.0), (6, None)],
+    [(3, 1.0), (4, 1.0), (4, None), (5, 2.0), (6, 2.0), (6, None)],
   ]
   starts = [e.step for e in events(tmp_path) if e.session_log.status == SessionLog.START]
   assert starts == [5, 3]

@@ -8,9 +8,9 @@ from rich.console import Console
 
 from experiments.cli import named_config
 from experiments.training import progress
-from experiments.training.loop import _StepTimer
 from experiments.training.progress import ProgressDisplay, duration, load_bars
 from experiments.training.setup import build
+from experiments.training.timing import StepTimer
 from layers.count import train_flops_per_token
 from mesh import hardware
 
@@ -53,15 +53,15 @@ def test_experts_of_a_row():
 
 @pytest.mark.parametrize(("kind", "share"), (("h100", 989e12), ("cpu", None)))
 def test_mfu_is_model_flops_over_the_peak_where_it_is_known(kind, share, monkeypatch):
-  """Peak of all devices of the mesh, with the timer's own clock."""
+  """Peak of all devices of the mesh; waiting for data counts as time of steps."""
   config = named_config("debug")
   setup = build(config)
-  monkeypatch.setattr("experiments.training.loop.find_chip", lambda _: hardware.CHIPS[kind])
-  clock = iter((100.0, 104.0, 104.0))
-  # The loop's clock alone: JAX reads the real one while it traces.
-  own_time = types.SimpleNamespace(monotonic=lambda: next(clock))
-  monkeypatch.setattr("experiments.training.loop.time", own_time)
-  row = _StepTimer(config, setup.mesh).interval(steps=10)
+  monkeypatch.setattr("experiments.training.timing.find_chip", lambda _: hardware.CHIPS[kind])
+  clock = types.SimpleNamespace(seconds={"productive": 100.0, "data": 0.0})
+  timer = StepTimer(config, setup.mesh, clock)
+  timer.restart()
+  clock.seconds = {"productive": 103.0, "data": 1.0}
+  row = timer.interval(steps=10)
   assert row["tokens_per_second"] == 10 * 8 * 64 / 4
   if share is None:
     assert row["mfu"] is None

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.training.loop import CompileOnce
+from experiments.training.compiled_step import CompileOnce
 from experiments.training.state import TrainState
 from experiments.training.step import make_eval_step, make_train_step, row_keys
 from layers.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec, RotarySpec, Segment

@@ -284,5 +284,5 @@ def _report(workers: list[_Worker], culprit: _Worker) -> None:
     return
   how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
   print(f"process {culprit.index} {how}, and the others with it", file=sys.stderr)
-  if culprit.last:
+  if culprit.last and code != WATCHDOG:  # which has said all
     print("its last lines:", *(f"  {line}" for line in culprit.last), sep="\n", file=sys.stderr)

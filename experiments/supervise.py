@@ -50,6 +50,10 @@ STOPPED_SECONDS = 60.0  # that a child may be in state T; its peers have long gi
 
 _POLL_SECONDS = 0.2
 _LAST_LINES = 10
+_REASONS = {
+  FINISHED: "finished", USER_MISTAKE: "human", RESTART: "preempted", GUARD: "policy",
+  INTERRUPTED: "human",
+}  # fmt: skip
 
 
 class Supervisor:
@@ -93,7 +97,7 @@ class Supervisor:
       while True:
         ended = self._attempt()
         verdict = self._judge(ended, last)
-        self._record(ended, again=verdict is None)
+        self._record(ended, verdict)
         if verdict is not None:
           return verdict
         last = ended
@@ -252,8 +256,8 @@ class Supervisor:
   def _say(self, text: str) -> None:
     self._write(2, f"supervisor: {text}\n".encode())
 
-  def _record(self, ended: Ended, *, again: bool) -> None:
-    """Into the logbook: how the attempt ended, and that another follows."""
+  def _record(self, ended: Ended, verdict: int | None) -> None:
+    """Into the logbook: how the attempt ended, and whether another follows."""
     if self._number is None:  # that of the process which writes in the run directory is asked to
       mine = lock.holder(self._folder / ".lock").get("host") == platform.node()
     else:
@@ -261,19 +265,16 @@ class Supervisor:
     if mine:
       try:
         with contextlib.closing(Logbook(self._folder, "supervisor")) as book:
-          write_events(book, ended, self._reason(ended), self._folder, again=again)
+          reason = self._reason(ended.code if verdict is None else verdict)
+          write_events(book, ended, reason, self._folder, again=verdict is None)
       except OSError as e:
         self._say(f"no entry in the logbook: {e.strerror}")
 
-  def _reason(self, ended: Ended) -> str:
+  def _reason(self, code: int) -> str:
     """Of a `stop` event."""
-    if self._received == signal.SIGINT:
-      return "human"
-    if self._over:
+    if self._over and code == RESTART:
       return "policy"
-    named = {FINISHED: "finished", INTERRUPTED: "human", RESTART: "preempted",
-             USER_MISTAKE: "human", GUARD: "policy"}  # fmt: skip
-    return named.get(ended.code, "crash")
+    return _REASONS.get(code, "crash")
 
 
 def _keep(log: IO[bytes], data: bytes | str) -> None:

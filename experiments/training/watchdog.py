@@ -28,7 +28,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,9 @@ _RECENT = 50
 PATIENCE_SECONDS = 3600.0  # before the first beat, where programs compile, and in `patience`
 _ANSWER_SECONDS = 2.0
 _GRACE_SECONDS = 1.0  # to write and to tell the others, beyond that
-_FRAMES = 4  # of a stack, in the summary
+_FRAMES = 3  # of ours, in the summary of a stack
+_ROOT = Path(__file__).parents[2]
+_OURS = ("experiments/", "layers/", "mesh/")
 
 Groups = dict[tuple[str, ...], list[int]]  # stack -> processes
 
@@ -175,11 +177,11 @@ class Watchdog:
     """Of the main thread, innermost first, as JSON."""
     frame = sys._current_frames().get(self._main)
     stack = [] if frame is None else traceback.extract_stack(frame)
-    return json.dumps([f"{_short(f.filename)}:{f.lineno} {f.name}" for f in reversed(stack)])
+    return json.dumps([f"{_where(f.filename)}:{f.lineno} {f.name}" for f in reversed(stack)])
 
   def _note(self, limit: float, groups: Groups, silent: list[int]) -> None:
     """For the supervisor, which puts it into the logbook."""
-    stacks = [{"frame": " < ".join(s[:_FRAMES]), "ranks": ranks} for s, ranks in groups.items()]
+    stacks = [{"frame": brief(stack), "ranks": ranks} for stack, ranks in groups.items()]
     note = {"step": self._step, "limit": limit, "stack_groups": stacks, "silent": silent}
     with contextlib.suppress(OSError):
       (self._folder / f"{_now()}.json").write_text(json.dumps(note) + "\n")
@@ -198,7 +200,7 @@ def summary(groups: Groups, silent: list[int], count: int) -> list[str]:
   lines = []
   for stack, ranks in groups.items():
     who = "" if count == 1 else f"process {_ranges(ranks)} "
-    lines.append(f"  {who}at " + " < ".join(stack[:_FRAMES]))
+    lines.append(f"  {who}at {brief(stack)}")
   if silent:
     why = "gave no answer: stopped, dead, or stuck outside of Python"
     lines.append(f"  process {_ranges(silent)} {why}")
@@ -216,8 +218,16 @@ def _ranges(numbers: list[int]) -> str:
   return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
 
 
-def _short(path: str) -> str:
-  """The last two parts."""
+def brief(stack: Sequence[str]) -> str:
+  """The innermost frame, and then those of our own code."""
+  ours = [frame for frame in stack[1:] if frame.startswith(_OURS)]
+  return " < ".join([*stack[:1], *ours[:_FRAMES]])
+
+
+def _where(path: str) -> str:
+  """Of our files the path below the root, of others the last two parts."""
+  if path.startswith(f"{_ROOT}/"):
+    return path.removeprefix(f"{_ROOT}/")
   return "/".join(Path(path).parts[-2:])
 
 

@@ -5,6 +5,7 @@ Imports no JAX, so that the supervisor, which lasts for weeks, is small and star
 
 import contextlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,11 @@ class HaltError(Exception):
   def __init__(self, reason: str, code: int):
     super().__init__(reason)
     self.code = code
+
+
+def tells(line: str) -> bool:
+  """Whether a line of errors may say why: it is not empty, nor a frame of C++."""
+  return bool(line.strip()) and not re.match(r"\s*@\s+0x", line)
 
 
 _ATTEMPT = "MESHYARD_ATTEMPT"  # what the supervisor calls this start of the run

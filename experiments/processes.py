@@ -31,6 +31,7 @@ from .exits import (
   USER_MISTAKE,
   WATCHDOG,
   handling,
+  tells,
   with_parent,
 )
 from .joining import ENDED_BY
@@ -197,7 +198,8 @@ class _Worker:
     elif line.startswith("error: "):
       self.mistake = line
     elif line and not self.muted:
-      self.last.append(line)
+      if tells(line):
+        self.last.append(line)
       who = f"[process {self.index}] " if self.index else ""
       # One call: print writes the end of the line in a second one, and other workers' come between.
       sys.stderr.write(f"{who}{line}\n")

@@ -35,6 +35,7 @@ from .exits import (
   ConfigError,
   handling,
   numbered,
+  tells,
   with_parent,
 )
 from .training import lock
@@ -177,7 +178,7 @@ class Supervisor:
         if running:
           self._look_after(child)
     texts = (tails[d].decode(errors="replace").splitlines() for d in (2, 1))
-    return next(filter(None, ([line for line in text if line.strip()] for text in texts)), [])
+    return next(filter(None, ([line for line in text if tells(line)] for text in texts)), [])
 
   def _write(self, descriptor: int, data: bytes) -> None:
     """What nobody reads any more is dropped, and the run goes on."""

@@ -12,9 +12,9 @@ collective, so nobody else notices. When no beat came for the limit, the stacks 
 all processes that still answer go to `stacks/`, the summary names those that do not, and the
 process ends with exit code 76. A supervisor starts the run again.
 
-The thread counts its own ticks: a process that was stopped and went on (a debugger, a laptop's
-lid, a virtual machine that moved) has not been stuck. Code that keeps Python's lock for ever stops
-this thread too; the other processes see it.
+The thread counts its own ticks: a process that was stopped as a whole and went on (a debugger, a
+laptop's lid, a virtual machine that moved) has not been stuck. Code that keeps Python's lock for
+ever stops this thread too; the other processes see it.
 """
 
 import collections
@@ -115,12 +115,13 @@ class Watchdog:
       return max(usual, PATIENCE_SECONDS) if self._patience else usual
 
   def _watch(self) -> None:
-    tick = min(1.0, (self._limit or LEAST_SECONDS) / 20)
+    usual = self._limit or LEAST_SECONDS
+    tick = min(1.0, usual / 20)
     before = time.monotonic()
     while not self._ended.wait(tick):
       now = time.monotonic()
       with self._lock:
-        self._waited += min(now - before, 2 * tick)  # more: this process did not run
+        self._waited += min(now - before, usual / 4)  # more: this process did not run
         waited = self._waited
       before = now
       if waited > (limit := self.limit):

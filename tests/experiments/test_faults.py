@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from experiments.training.checkpoint import saved_steps
+from experiments.training.goodput import process_age
 from experiments.training.logbook import read_logbook
-from tests.experiments.programs import QUICK, ROOT, environment, steps
+from tests.experiments.programs import QUICK, ROOT, call, environment, steps
 from tests.experiments.test_processes import devices, free_port, workers_of
 from tests.experiments.test_supervise import children, eventually
 
@@ -154,6 +155,9 @@ def test_one_stops_all_stop_and_one_stuck_is_found(tmp_path):
     assert f"going on from step {saved}\n" in run.err  # at once
     run.says(f"resuming after step {saved}")
     run.steps_beyond(saved)
+    eight = (*QUICK, "--config.mesh.fsdp=4", "--config.mesh.expert=2")
+    second = call("run", *eight, f"--workdir={run.folder}")
+    assert second.code == 2 and "is in use by process" in second.err
 
     began = time.monotonic()
     os.kill(run.worker(1), signal.SIGSTOP)
@@ -167,6 +171,31 @@ def test_one_stops_all_stop_and_one_stuck_is_found(tmp_path):
   [fault] = detail(run.folder, "fault")
   assert fault["stack_groups"][0]["ranks"] == [0]
   assert len(list((run.folder / "attempts").iterdir())) == 2
+
+
+def test_the_hours_are_over(tmp_path):
+  """In the middle of training; the same command goes on."""
+  hours = (process_age() + 5) / 3600  # since this process, the test's, began
+  flags = (*QUICK, f"--workdir={tmp_path / 'run'}")
+  result = call("run", *flags, LONG, "--config.checkpoint.every=100000", f"--max_hours={hours}")
+  assert result.code == 75, result.err
+  [saved] = saved_steps(tmp_path / "run" / "checkpoints")
+  assert f"stopped, saved at step {saved};" in result.out
+  assert result.out.endswith(f"--max_hours={hours:g} are over\n")
+  assert steps(tmp_path / "run")[-1] == saved
+  more = call("run", *flags, f"--config.train.steps={saved + 1}")
+  assert more.code == 0 and f"resuming after step {saved}" in more.out
+
+
+@pytest.mark.full
+def test_the_hours_are_over_for_two_processes(tmp_path):
+  """At the same step, by the clock of process 0."""
+  flags = (*FOUR, LONG, "--processes=2", f"--max_hours={60 / 3600}")
+  with running(tmp_path, *flags, **devices(2)) as run:
+    assert run.process.wait(200) == 75, run.err
+  [saved] = saved_steps(tmp_path / "run" / "checkpoints")
+  assert f"stopped, saved at step {saved};" in run.out
+  assert steps(tmp_path / "run")[-1] == saved
 
 
 @pytest.mark.full
@@ -196,8 +225,8 @@ def test_a_worker_is_killed(tmp_path):
     eventually(lambda: zero.out.count("resuming after step") == 2, 200)
     last = zero.last_step
     zero.steps_beyond(last + 10)
-    codes = zero.end(signal.SIGTERM), one.process.wait(60)
-  assert codes == (75, 75)
+    one.process.send_signal(signal.SIGTERM)  # else it would wait for the other to come again
+    assert (zero.end(signal.SIGTERM), one.process.wait(60)) == (75, 75)
   numbers = steps(tmp_path / "run")
   assert len(set(numbers)) == len(numbers)
 

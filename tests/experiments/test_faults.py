@@ -3,6 +3,7 @@
 Every deadline here is one that the project promises.
 """
 
+import itertools
 import json
 import os
 import re
@@ -12,9 +13,12 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from experiments import run
+from experiments.training import stop
 from experiments.training.checkpoint import saved_steps
 from experiments.training.goodput import process_age
 from experiments.training.logbook import read_logbook
@@ -150,7 +154,7 @@ def test_one_stops_all_stop_and_one_stuck_is_found(tmp_path):
     os.kill(run.worker(1), signal.SIGTERM)
     eventually(lambda: "supervisor: attempt 1 ended with exit code 75" in run.err)
     took("SIGTERM to one of two processes, saved", began, 5 + 5)
-    [saved] = saved_steps(run.folder / "checkpoints")
+    *_, saved = saved_steps(run.folder / "checkpoints")
     assert f"stopped, saved at step {saved};" in run.out
     assert f"going on from step {saved}\n" in run.err  # at once
     run.says(f"resuming after step {saved}")
@@ -173,16 +177,20 @@ def test_one_stops_all_stop_and_one_stuck_is_found(tmp_path):
   assert len(list((run.folder / "attempts").iterdir())) == 2
 
 
-def test_the_hours_are_over(tmp_path):
-  """In the middle of training; the same command goes on."""
-  hours = (process_age() + 5) / 3600  # since this process, the test's, began
+def test_the_hours_are_over(tmp_path, monkeypatch):
+  """In the middle of training, when a clock jumps; the same command goes on."""
+  looks = itertools.count()
+  clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 2000 * (next(looks) > 12))
+  monkeypatch.setattr(run, "time", clock)
+  monkeypatch.setattr(stop, "time", clock)
+  hours = (process_age() + 1000) / 3600  # since this process, the test's, began
   flags = (*QUICK, f"--workdir={tmp_path / 'run'}")
-  result = call("run", *flags, LONG, "--config.checkpoint.every=100000", f"--max_hours={hours}")
+  result = call("run", *flags, LONG, f"--max_hours={hours}")
   assert result.code == 75, result.err
-  [saved] = saved_steps(tmp_path / "run" / "checkpoints")
+  *_, saved = saved_steps(tmp_path / "run" / "checkpoints")
   assert f"stopped, saved at step {saved};" in result.out
   assert result.out.endswith(f"--max_hours={hours:g} are over\n")
-  assert steps(tmp_path / "run")[-1] == saved
+  assert steps(tmp_path / "run")[-1] == saved and 8 < saved < 13
   more = call("run", *flags, f"--config.train.steps={saved + 1}")
   assert more.code == 0 and f"resuming after step {saved}" in more.out
 
@@ -193,7 +201,7 @@ def test_the_hours_are_over_for_two_processes(tmp_path):
   flags = (*FOUR, LONG, "--processes=2", f"--max_hours={60 / 3600}")
   with running(tmp_path, *flags, **devices(2)) as run:
     assert run.process.wait(200) == 75, run.err
-  [saved] = saved_steps(tmp_path / "run" / "checkpoints")
+  *_, saved = saved_steps(tmp_path / "run" / "checkpoints")
   assert f"stopped, saved at step {saved};" in run.out
   assert steps(tmp_path / "run")[-1] == saved
 

@@ -2,18 +2,17 @@
 
 Each signal is compared with its own recent past. Its level is the median of the last 16 values that
 were normal; its spread the median absolute deviation, over a window, of such values from the levels
-before them. So a trend is no anomaly, and a floor keeps a quiet window from making one of noise.
-All but log Z are taken as logarithms: gradient norms are roughly lognormal, losses relative.
+before them, with a floor: neither a trend nor the noise of a plateau is an anomaly. All but log Z
+are taken as logarithms: gradient norms are roughly lognormal, and losses compared by ratios.
 
 An anomaly begins `deviations` spreads above the level, for the loss also at two steps in a row
-above 4, and ends after 8 steps in a row within 3. Of these steps only those within 3 enter the
-window. After 60 steps without an end the new level is taken as normal, unless:
+above 4, and ends after 8 steps in a row within 3. Of its steps only those within 3 enter the
+window. After 60 without an end the new level is taken as normal, unless
 
 - the loss is still 5 % above, or 20 of 50 steps were skipped: rewind and leave out batches, as was
-  done by hand for PaLM (arXiv 2204.02311, section 5.1); 60 because BLOOM's spike healed alone in 30.
-  The second time near the same step more batches are left out; then it stops for a person.
-- the loss rises slowly, for hundreds of steps: a notice, then stop. Other batches do not cure that.
-- ten steps in a row are not finite: stop.
+  done by hand for PaLM (arXiv 2204.02311, section 5.1; BLOOM's spike healed alone in 30 steps).
+  The second time near the same step more batches are left out; then it stops for a person;
+- the loss rises slowly for hundreds of steps: a notice, then stop. Other batches do not cure that.
 
 Pure: no clock, no randomness. Every process runs it on the same numbers and decides the same.
 """
@@ -26,32 +25,25 @@ from typing import Any, Literal, NamedTuple
 
 from ..config import GuardConfig
 
-_RECENT = 16  # values in a level
-_HISTORY = 32  # values before anything is judged
-_WARN, _LEAVE, _CALM = 4.0, 3.0, 8
-_LASTING = 60  # steps of an anomaly
+_RECENT, _HISTORY = 16, 32  # values in a level, and before anything is judged
+_WARN, _LEAVE = 4.0, 3.0  # deviations
+_CALM, _LASTING = 8, 60  # steps to the end of an anomaly, and of one that does not end
 _SKIPS, _SKIPS_WITHIN = 20, 50
 _NEIGHBOURHOOD = 1000  # steps within which another rewind is for the same trouble
-_BEFORE = 10  # batches before an anomaly that may have caused it
-_MAD_TO_SIGMA = 1.4826  # of a normal distribution
-
-
-class _Rule(NamedTuple):
-  title: str
-  log: bool
-  floor: float  # of the spread
-  rise: float  # of the level, the least that matters
-
-
-# Floors: half a percent of the loss, so 3 % for an outlier; a factor 4 for the others, since norms
-# of three times the usual are ordinary. The update ratio rises with the learning rate, as it should.
 _FACTOR_4 = math.log(4)
+_BACK = "{value:.4g} is back where it was before step {first}"
+_STAYED = "has stayed at {value:.4g} since step {first}: taken as its level"
+_RISEN = "has risen slowly, from {baseline:.4g} at step {first} to {value:.4g}"
+_DOWN = "is down at {value:.4g} after its slow rise"
+
+# Title, floor of the spread, least rise of the level that matters. So an outlier is at least 3 % of
+# the loss or a factor 4: norms of three times the usual are ordinary. The update ratio may rise.
 _RULES = {
-  "loss": _Rule("loss", True, 0.005, 0.05),
-  "grad_norm": _Rule("gradient norm", True, _FACTOR_4 / 6, _FACTOR_4),
-  "update_ratio": _Rule("update/parameter ratio", True, _FACTOR_4 / 6, math.inf),
-  "log_z": _Rule("log Z", False, 0.25, 5.0),
-  "load_cv": _Rule("variation of expert load", True, _FACTOR_4 / 6, math.inf),
+  "loss": ("loss", 0.005, 0.05),
+  "grad_norm": ("gradient norm", _FACTOR_4 / 6, _FACTOR_4),
+  "update_ratio": ("update/parameter ratio", _FACTOR_4 / 6, math.inf),
+  "log_z": ("log Z", 0.25, 5.0),
+  "load_cv": ("variation of expert load", _FACTOR_4 / 6, math.inf),
 }
 
 
@@ -70,13 +62,21 @@ class Observation(NamedTuple):
 class Anomaly(NamedTuple):
   """A value that is not as those before it, for the logbook."""
 
-  signal: str  # a field of Observation, or nonfinite
+  signal: str  # a field of Observation
   value: float
   baseline: float  # its level
   deviations: float  # spreads between the two; 0 with too little history
   window: int  # values the baseline and the spread rest on
   first: int  # step
   last: int  # step
+
+  def describe(self, what: str = "") -> str:
+    """A sentence; `what` may name the fields."""
+    if not what:
+      what = "{value:.4g} is {deviations:.0f} deviations above {baseline:.4g}"
+      if self.last > self.first:
+        what += f" for {self.last - self.first + 1} steps"
+    return f"{_RULES[self.signal][0]} {what.format(**self._asdict())}"
 
 
 class Notice(NamedTuple):
@@ -92,37 +92,37 @@ class Decision(NamedTuple):
 
   action: Literal["continue", "skip", "rewind", "stop"] = "continue"
   reason: str = ""  # one sentence
-  anomaly: Anomaly | None = None
+  anomaly: Anomaly | None = None  # None only to continue
   back: int = 0  # rewind: steps from the anomaly's first to the checkpoint, at least
   skip_batches: int = 0  # rewind: batches to leave out after the anomaly's last
   notices: tuple[Notice, ...] = ()
 
   @property
   def left_out(self) -> tuple[int, int]:
-    """Rewind: the first and the last step whose batch is to be left out."""
+    """Rewind: the first and the last step whose batch is to be left out; ten may have caused it."""
     assert self.anomaly is not None
-    return max(self.anomaly.first - _BEFORE, 1), self.anomaly.last + self.skip_batches
+    return max(self.anomaly.first - 10, 1), self.anomaly.last + self.skip_batches
 
 
 class _Signal:
   """One stream of finite numbers: those that were normal, and the anomaly it may be in."""
 
   def __init__(self, name: str, settings: GuardConfig):
-    self._name, self._rule, self._settings = name, _RULES[name], settings
+    self._name, self._settings = name, settings
+    _, self._floor, self._rise = _RULES[name]
     self.values: list[float] = []  # transformed
     self.residuals: list[float] = []  # of the values, from the level before each
     self.first: int | None = None  # step at which the present anomaly began
     self.since: list[float] = []  # all values since then
     self.high = self.calm = 0  # steps in a row
     self.lowest: tuple[float, int] | None = None  # level of half a window, step
-    self.risen = 0  # 1: a slow rise was noticed; 2: one that lasts
+    self.risen = 0  # 1: a slow rise was noticed; 2: one that goes on
 
-  def state(self) -> dict[str, Any]:
-    return {name: value for name, value in vars(self).items() if name[0] != "_"}
+  def _transform(self, value: float) -> float:
+    return value if self._name == "log_z" else math.log(max(value, 1e-8))
 
-  @property
-  def ready(self) -> bool:
-    return len(self.values) >= _HISTORY
+  def _raw(self, x: float) -> float:
+    return x if self._name == "log_z" else math.exp(min(x, 700.0))
 
   @property
   def level(self) -> float:
@@ -132,108 +132,72 @@ class _Signal:
   def spread(self) -> float:
     middle = median(self.residuals)
     mad = median([abs(r - middle) for r in self.residuals])
-    return math.hypot(_MAD_TO_SIGMA * mad, self._rule.floor)
-
-  @property
-  def threshold(self) -> float:
-    return self._raw(self.level + self._settings.deviations * self.spread)
-
-  def _raw(self, x: float) -> float:
-    return math.exp(min(x, 700.0)) if self._rule.log else x
+    return math.hypot(1.4826 * mad, self._floor)  # that of a normal distribution
 
   def compare(self, step: int, value: float) -> Anomaly:
     x = self._transform(value)
     level = self.level if self.values else x
-    deviations = (x - level) / self.spread if self.ready else 0.0
+    deviations = (x - level) / self.spread if len(self.values) >= _HISTORY else 0.0
     first = step if self.first is None else self.first
-    baseline = self._raw(level)
-    return Anomaly(self._name, value, baseline, deviations, len(self.values), first, step)
-
-  def _transform(self, value: float) -> float:
-    return math.log(max(value, 1e-8)) if self._rule.log else value
+    return Anomaly(self._name, value, self._raw(level), deviations, len(self.values), first, step)
 
   def observe(self, step: int, value: float) -> Iterator[Notice]:
     """Takes in a value; yields where an anomaly or a slow rise begins and ends."""
     found, x = self.compare(step, value), self._transform(value)
     self.high = self.high + 1 if found.deviations > _WARN else 0
-    if self.first is None:
-      pair = self._name == "loss" and self.high == 2
-      if found.deviations > self._settings.deviations or pair:
-        self.first, self.since, self.calm = step - self.high + 1, [], 0
-        found = found._replace(first=self.first)
-        yield Notice(_sentence(found), found)
-    else:
-      self.calm = self.calm + 1 if found.deviations <= _LEAVE else 0
-      if self.calm == _CALM:
-        self.first = None
-        text = f"{self._rule.title} {value:.4g} is back where it was before step {found.first}"
-        yield Notice(text, found, recovered=True)
+    pair = self._name == "loss" and self.high == 2
+    if self.first is None and (pair or found.deviations > self._settings.deviations):
+      self.first, self.since, self.calm = step - self.high + 1, [], 0
+      found = found._replace(first=self.first)
+      yield Notice(found.describe(), found)
     if self.first is not None:
       self.since.append(x)
-    if self.first is None or found.deviations <= _LEAVE:
+      self.calm = self.calm + 1 if found.deviations <= _LEAVE else 0
+      if self.calm == _CALM:
+        self.first, self.since = None, []
+        yield Notice(found.describe(_BACK), found, recovered=True)
+      elif len(self.since) > _LASTING and not self.lasting:
+        yield self._settle(step)
+        return
+    if self.first is None or self.calm:
       self.residuals.append(x - self.level if self.values else 0.0)
       self.values.append(x)
       del self.values[: -self._settings.window], self.residuals[: -self._settings.window]
-    yield from self._watch_rise(step)
+      found, stage = self.rise(step)
+      if stage > self.risen:
+        yield Notice(found.describe(_RISEN), found)
+        self.risen = stage
+      elif stage < 0 < self.risen:
+        yield Notice(found.describe(_DOWN), found, recovered=True)
+        self.risen = 0
 
   @property
   def lasting(self) -> bool:
-    """Is the present anomaly one that does not end, and does it matter?"""
-    if self.first is None or len(self.since) <= _LASTING:
-      return False
-    return median(self.since[-_RECENT:]) - self.level >= self._rule.rise
+    """Is this a loss that stays so far above its level that it matters?"""
+    lasting = self._name == "loss" and len(self.since) > _LASTING
+    return lasting and median(self.since[-_RECENT:]) - self.level >= self._rise
 
-  def settle(self, step: int) -> Iterator[Notice]:
-    """Takes the values of an anomaly that does not end as normal."""
-    if self.first is None or len(self.since) <= _LASTING:
-      return
+  def _settle(self, step: int) -> Notice:
+    """Takes the values of the present anomaly as normal."""
     middle = median(self.since)
     found = self.compare(step, self._raw(middle))
-    text = f"has stayed at {found.value:.4g} since step {self.first}, which is its level now"
-    yield Notice(f"{self._rule.title} {text}", found, recovered=True)
-    window = self.since[-self._settings.window :]
-    self.values, self.residuals = window, [x - middle for x in window]
+    self.values, self.residuals = self.since, [x - middle for x in self.since]
     self.first, self.since, self.high = None, [], 0
+    return Notice(found.describe(_STAYED), found, recovered=True)
 
-  def rise(self, step: int) -> tuple[Anomaly, float]:
-    """The level of half a window, and how far it is above the lowest it has been."""
-    level = median(self.values[-(self._settings.window // 2) :])
-    if self.lowest is None or level < self.lowest[0]:
+  def rise(self, step: int) -> tuple[Anomaly, int]:
+    """The level of half a window over the lowest it has been; 1 if high for two windows, 2 if twice
+    as high for four (a quarter of that if six times as high), -1 if low again, else 0."""
+    window, spread = self._settings.window, self.spread
+    level = median(self.values[-(window // 2) :])
+    if self.lowest is None or level < self.lowest[0] or len(self.values) < window // 2:
       self.lowest = level, step
-    lowest, start = self.lowest
-    spread = self.spread
-    found = Anomaly(self._name, self._raw(level), self._raw(lowest), (level - lowest) / spread,
-                    len(self.values), start, step)  # fmt: skip
-    return found, (level - lowest) / max(self._rule.rise, 2 * spread)
-
-  def _watch_rise(self, step: int) -> Iterator[Notice]:
-    window = self._settings.window
-    if len(self.values) < max(window // 2, _HISTORY):
-      return
-    found, rise = self.rise(step)
-    windows = (step - found.first) / window * (4 if rise >= 6 else 1)
-    stage = (rise >= 1 and windows >= 2) + (rise >= 2 and windows >= 4)
-    if stage > self.risen:
-      self.risen = stage
-      yield Notice(_sentence(found, _RISEN), found)
-    elif self.risen and rise < 0.5:
-      self.risen = 0
-      text = f"{self._rule.title} {found.value:.4g} is down again after its slow rise"
-      yield Notice(text, found, recovered=True)
-
-
-_RISEN = "has risen slowly"
-
-
-def _sentence(found: Anomaly, what: str = "") -> str:
-  title = _RULES[found.signal].title
-  if what:
-    return f"{title} {what}, from {found.baseline:.4g} at step {found.first} to {found.value:.4g}"
-  steps = found.last - found.first + 1
-  text = (
-    f"{title} {found.value:.4g} is {found.deviations:.0f} deviations above {found.baseline:.4g}"
-  )
-  return f"{text} for {steps} steps" if steps > 1 else text
+    lowest, first = self.lowest
+    rise = (level - lowest) / max(self._rise, 2 * spread)
+    windows = (step - first) / window * (4 if rise >= 6 else 1)
+    stage = (rise >= 1 and windows >= 2) + (rise >= 2 and windows >= 4) - (rise < 0.5)
+    values = self._raw(level), self._raw(lowest), (level - lowest) / spread, len(self.values)
+    return Anomaly(self._name, *values, first, step), stage
 
 
 class Guard:
@@ -255,13 +219,8 @@ class Guard:
     self._nonfinite = 0  # steps in a row
 
   def rewound(self, state: dict[str, Any] | None = None) -> None:
-    """Goes back with a rewind that was asked for, which is remembered.
-
-    Args:
-      state: what `state` returned when the checkpoint was saved; None is a fresh start.
-    """
-    assert self._asked is not None, "no rewind was asked for"
-    rewinds = [*self._rewinds, self._asked]
+    """Goes back to `state`, saved with the checkpoint, or to no history; remembers the rewind."""
+    rewinds = self._rewinds + ([] if self._asked is None else [self._asked])
     self.reset()
     if state is not None:
       self.restore(state)
@@ -269,27 +228,23 @@ class Guard:
 
   def state(self) -> dict[str, Any]:
     """For the checkpoint, as JSON."""
-    return copy.deepcopy(
-      {
-        "signals": {name: signal.state() for name, signal in self._signals.items()},
-        "skips": self._skips,
-        "nonfinite": self._nonfinite,
-        "rewinds": self._rewinds,
-      }
-    )
+    signals = {name: {k: v for k, v in vars(signal).items() if k[0] != "_"}
+               for name, signal in self._signals.items()}  # fmt: skip
+    rest = {"skips": self._skips, "nonfinite": self._nonfinite, "rewinds": self._rewinds}
+    return copy.deepcopy({"signals": signals, **rest})
 
   def restore(self, state: dict[str, Any]) -> None:
     state = copy.deepcopy(state)
-    for name, signal in state["signals"].items():
-      vars(self._signals[name]).update(signal)
-    self._skips, self._nonfinite = state["skips"], state["nonfinite"]
-    self._rewinds = state["rewinds"]
+    for name, signal in self._signals.items():
+      vars(signal).update(state["signals"][name])
+    self._skips, self._nonfinite, self._rewinds = map(state.get, ("skips", "nonfinite", "rewinds"))
 
   @property
   def limit(self) -> float:
     """The gradient norm above which a step is to skip its update."""
     norms = self._signals["grad_norm"]
-    return norms.threshold if self._settings.mode == "act" and norms.ready else math.inf
+    known = self._settings.mode == "act" and len(norms.values) >= _HISTORY
+    return math.exp(norms.level + self._settings.deviations * norms.spread) if known else math.inf
 
   def observe(self, o: Observation) -> Decision:
     if self._settings.mode == "off":
@@ -297,58 +252,48 @@ class Guard:
     notices: list[Notice] = []
     decision = self._judge(o, notices)
     if self._settings.mode == "observe" and decision.action in ("rewind", "stop"):
-      assert decision.anomaly is not None
       notices.append(Notice(f"would {decision.action}: {decision.reason}", decision.anomaly))
-      self.reset()  # and says it once
+      self.reset()  # so that it is said once
       decision = Decision()
-    return decision._replace(notices=tuple(notices))
+    # A skip is said by the decision alone.
+    return decision._replace(notices=tuple(n for n in notices if n.anomaly != decision.anomaly))
 
   def _judge(self, o: Observation, notices: list[Notice]) -> Decision:
-    norm = self._signals["grad_norm"].compare(o.step, o.grad_norm)
+    norm, loss = self._signals["grad_norm"].compare(o.step, o.grad_norm), self._signals["loss"]
     bad = [name for name in ("grad_norm", "loss") if not math.isfinite(getattr(o, name))]
     self._nonfinite = self._nonfinite + 1 if bad else 0
-    for name, signal in self._signals.items():
-      value = getattr(o, name)
-      if not bad and value is not None and math.isfinite(value):
-        notices += signal.observe(o.step, value)
-    if bad or o.skipped or norm.deviations > self._settings.deviations:
+    if bad:
+      first, value = o.step - self._nonfinite + 1, getattr(o, bad[0])
+      norm = norm._replace(signal=bad[0], value=value, deviations=math.inf, first=first)
+    else:
+      for name, signal in self._signals.items():
+        value = getattr(o, name)
+        if value is not None and math.isfinite(value):
+          notices += signal.observe(o.step, value)
+    what = norm.describe("is not finite" if bad else "")
+    if o.skipped or norm.deviations > self._settings.deviations:
       self._skips.append(o.step)
     self._skips = [step for step in self._skips if step > o.step - _SKIPS_WITHIN]
-    if not bad:
-      return self._decide(o, norm, notices)
-    found = norm._replace(
-      signal=bad[0], value=getattr(o, bad[0]), deviations=math.inf,
-      first=o.step - self._nonfinite + 1,
-    )  # fmt: skip
-    text = f"{_RULES[bad[0]].title} is not finite"
-    if self._nonfinite >= self._settings.nonfinite_steps:
-      return Decision("stop", f"{text} for {self._nonfinite} steps in a row", found)
-    if o.skipped:
-      return Decision("skip", f"{text}: update skipped", found)
-    notices.append(Notice(f"{text}, and the update was made", found))
-    return Decision()
 
-  def _decide(self, o: Observation, norm: Anomaly, notices: list[Notice]) -> Decision:
-    loss = self._signals["loss"]
+    if self._nonfinite >= self._settings.nonfinite_steps:
+      return Decision("stop", f"{what} for {self._nonfinite} steps in a row", norm)
+    if len(self._skips) >= _SKIPS:
+      what = f"{what}; {_SKIPS} of {_SKIPS_WITHIN} updates were skipped"
+      return self._rewind(norm._replace(first=self._skips[0]), what)
     if loss.risen == 2:
       found = loss.rise(o.step)[0]
-      return Decision("stop", f"{_sentence(found, _RISEN)}; other batches do not cure that", found)
+      return Decision("stop", f"{found.describe(_RISEN)}; other batches do not cure that", found)
     if loss.lasting:
-      found = loss.compare(o.step, o.loss)
-      return self._rewind(found, _sentence(found))
-    if len(self._skips) >= _SKIPS:
-      text = f"{len(self._skips)} updates were skipped since step {self._skips[0]}"
-      return self._rewind(norm._replace(first=self._skips[0]), f"{text}; {_sentence(norm)}")
-    for signal in self._signals.values():
-      notices += signal.settle(o.step)
+      return self._rewind(found := loss.compare(o.step, o.loss), found.describe())
     if o.skipped:
-      return Decision("skip", f"{_sentence(norm)}: update skipped", norm)
+      return Decision("skip", f"{what}: update skipped", norm)
+    if bad:
+      notices.append(Notice(f"{what}, and the update was made", norm))
     return Decision()
 
   def _rewind(self, found: Anomaly, reason: str) -> Decision:
-    near = [step for step in self._rewinds if abs(step - found.first) <= _NEIGHBOURHOOD]
-    ladder = self._settings.skip_batches
-    if len(near) >= len(ladder):
-      return Decision("stop", f"{reason}, after {len(near)} rewinds near this step", found)
-    self._asked = found.first
-    return Decision("rewind", reason, found, self._settings.rewind_steps, ladder[len(near)])
+    before = sum(abs(step - found.first) <= _NEIGHBOURHOOD for step in self._rewinds)
+    if before >= len(self._settings.skip_batches):
+      return Decision("stop", f"{reason}, after {before} rewinds near this step", found)
+    self._asked, batches = found.first, self._settings.skip_batches[before]
+    return Decision("rewind", reason, found, self._settings.rewind_steps, batches)

@@ -103,7 +103,7 @@ def train(
       if save:
         run.save(loss)
       trace.after(step, run.state, last)
-    heldout = run.finish() if run.step == total and not run.stopped else None
+    heldout = run.finish() if run.step >= total and not run.stopped else None
     run.close()
     if run.primary:
       layers = [i for group in moe_layers(config.model) for i in group]
@@ -190,14 +190,13 @@ class _Run:
     """One step, and the batch of the next."""
     self.step += 1
     position, verify = self._position["position"], self._config.train.verify_every
-    tried = None
+    tried, limit = None, self._limit(self._recovery.guard.limit)
     with (
       jax.transfer_guard("disallow"),
       jax.profiler.StepTraceAnnotation("train", step_num=self.step),
     ):
       if self._verifier is not None and self.step % verify == 0:
         self.state, tried = self._step_fn(self.state, self._batch, self._limit.nothing)
-      limit = self._limit(self._recovery.guard.limit)
       self.state, metrics = self._step_fn(self.state, self._batch, limit)
     self._pending.append(metrics)
     self._recovery.ran(self.step, metrics, position)
@@ -259,6 +258,7 @@ class _Run:
       self.state, kept = self._checkpoints.restore(self.step, self._setup.abstract)
       self._loader.avoid(self._recovery.windows)
       self._loader.restore(kept)
+      self._recovery.guard.rewound(kept["guard"])
       self._pending = []
       self.stopped = self.stop.asked()
       self._next_batch()

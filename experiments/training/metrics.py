@@ -32,6 +32,8 @@ def summarise(steps: list[StepMetrics]) -> dict[str, Any]:
     "loss": float(np.mean([m.loss for m in steps])),
     "aux_loss": float(np.mean([m.aux_loss for m in steps])),
     "grad_norm": float(np.mean([m.grad_norm for m in steps])),
+    "update_ratio": float(np.mean([m.update_ratio for m in steps])),
+    "log_z": float(np.mean([m.log_z for m in steps])),
   }
   if not steps[0].moe:
     return row

@@ -17,6 +17,7 @@ from ..data.faults import RowFault
 from ..overrides import Change, difference, flatten
 from .checkpoint import Saved
 from .environment import environment
+from .folder import record_changes
 from .goodput import Clock
 from .guard import Anomaly, Decision, Notice
 from .logbook import Logbook, digest_of
@@ -124,6 +125,8 @@ class Record:
 
   def changed(self, step: int, changes: Sequence[Change], reason: str) -> None:
     """What a person changed of a run in flight."""
+    if changes and self._primary:
+      record_changes(self._folder, step, reason, changes)
     for c in changes:
       entry = {"key": c.path, "old": c.stored, "new": c.requested, "until_step": None}
       self.event(

@@ -81,17 +81,19 @@ class Recovery:
     if target is None:
       return None
     skipped = None
-    if decision.skip:
-      skipped = self._position_of(anomaly), position + decision.skip * self._batch_size
+    if decision.skip_batches:
+      end = position + decision.skip_batches * self._batch_size
+      skipped = self._position_of(decision.left_out[0]), end
       self._leave_out(skipped, anomaly, decision.reason)
     checkpoints.forget_after(target)
-    self.guard.rewound(target)
+    while self._positions and self._positions[-1][0] > target:
+      self._positions.pop()  # those steps will come again, with other data
     self._waiting.clear()
     return Rewind(target, skipped)
 
-  def _position_of(self, anomaly: Anomaly) -> int:
-    later = [position for step, position in self._positions if step >= anomaly.first]
-    return min(later)
+  def _position_of(self, first: int) -> int:
+    """Where the batch of a step began; of the earliest that is remembered, if it is older."""
+    return next(position for step, position in self._positions if step >= first)
 
   def _leave_out(self, window: tuple[int, int], anomaly: Anomaly, reason: str) -> None:
     first, end = window

@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import tomllib
+import types
 
 import pytest
 
@@ -352,7 +353,7 @@ def test_no_room_at_all_is_found_before_training(tmp_path):
 def test_another_write_error_of_orbax_is_not_hidden(trained, monkeypatch):
   """Only what the system refuses is the user's to repair."""
 
-  def wait():
+  def wait(*_, **__):
     raise ValueError("ours")
 
   with (
@@ -360,5 +361,5 @@ def test_another_write_error_of_orbax_is_not_hidden(trained, monkeypatch):
     monkeypatch.context() as patch,
     pytest.raises(ValueError, match="ours"),
   ):
-    patch.setattr(checkpoints._manager, "wait_until_finished", wait)
-    checkpoints.wait()
+    patch.setattr(checkpoints._orbax, "save", wait)
+    checkpoints.save(99, types.SimpleNamespace(params={}, step=0, opt_state={}), {})

@@ -13,6 +13,7 @@ from experiments.config import (
   ConfigError,
   DataConfig,
   EvalConfig,
+  GuardConfig,
   MeshConfig,
   OptimizerConfig,
   TrainConfig,
@@ -268,13 +269,14 @@ sections = {
     TrainConfig, steps=st.integers(1, 10**18),
     remat=st.text("abc", max_size=3) | st.tuples(*2 * [st.text("abc", min_size=1, max_size=3)]),
   ),
+  "guard": st.builds(GuardConfig, skip_batches=st.lists(st.integers(1, 9), max_size=3).map(tuple)),
   "eval": st.builds(EvalConfig, sample_prompt=words, baselines=st.booleans()),
 }  # fmt: skip
 configs = st.builds(Config, name=words, model=models, **sections)
 
 
 def as_text(value):
-  return ",".join(value) if isinstance(value, tuple) else str(value)
+  return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 @settings(max_examples=60, deadline=None)

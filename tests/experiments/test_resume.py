@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from experiments.overrides import to_json
-from experiments.training import checkpoint, loop
+from experiments.training import checkpoint
+from experiments.training import evaluate as evaluation
 from experiments.training.checkpoint import saved_steps
 from experiments.training.folder import read_config
 from experiments.training.metrics import MetricsWriter
@@ -33,8 +34,8 @@ DIE_SAVING = """
 import os, signal
 from experiments.training import checkpoint
 save = checkpoint.Checkpoints.save
-def die(self, step, state, data):
-  save(self, step, state, data)
+def die(self, step, state, data, **more):
+  save(self, step, state, data, **more)
   if step == {step}:
     os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.Checkpoints.save = die
@@ -99,7 +100,8 @@ def test_no_noise_and_nothing_outside(stopped):
   assert [p.name for p in (home / "home").iterdir()] == [".cache"]
   assert [p.name for p in (home / "home" / ".cache").iterdir()] == ["meshyard"]
   assert sorted(p.name for p in (home / "run").iterdir()) == [
-    "checkpoints", "config.json", "metrics.jsonl", "report.png", "tensorboard",
+    "checkpoints", "config.json", "latest", "logbook.jsonl", "metrics.jsonl", "report.png",
+    "tensorboard",
   ]  # fmt: skip
 
 
@@ -230,9 +232,9 @@ def test_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
     write(self, step, row)
     signal.raise_signal(signal.SIGINT)
 
-  def second(self, *arguments):
+  def second(self, *arguments, **more):
     signal.raise_signal(signal.SIGINT)
-    save(self, *arguments)
+    save(self, *arguments, **more)
 
   monkeypatch.setattr(MetricsWriter, "write", first)
   monkeypatch.setattr(checkpoint.Checkpoints, "save", second)
@@ -245,13 +247,13 @@ def test_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_in_the_last_evaluation_stops(copy, monkeypatch):
-  evaluate = loop.evaluate
+  evaluate = evaluation.evaluate
 
   def interrupted(*arguments):
     signal.raise_signal(signal.SIGINT)
     return evaluate(*arguments)
 
-  monkeypatch.setattr(loop, "evaluate", interrupted)
+  monkeypatch.setattr(evaluation, "evaluate", interrupted)
   result = go_on(copy, "--config.train.steps=21")
   assert result.code == 130, result.err
   assert "stopped, saved at step 21" in result.out

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from experiments import cli
-from experiments.training import loop
+from experiments.training import compiled_step, loop
 from experiments.training.checkpoint import saved_steps
 from experiments.training.state import init_state
 from tests.experiments.programs import (
@@ -66,7 +66,8 @@ def test_what_a_run_prints(finished):
 
 def test_what_a_run_leaves(trained):
   assert {p.name for p in trained.iterdir()} == {
-    "checkpoints", "config.json", "metrics.jsonl", "report.png", "tensorboard",
+    "checkpoints", "config.json", "latest", "logbook.jsonl", "metrics.jsonl", "report.png",
+    "tensorboard",
   }  # fmt: skip
   assert saved_steps(trained / "checkpoints") == [10, 20]
   assert steps(trained) == list(range(1, 21))
@@ -141,8 +142,8 @@ def test_profile_holds_the_named_scopes(tmp_path):
 
 def test_implicit_transfers_in_the_step_are_refused(tmp_path, monkeypatch):
   """An array that never got placed would be copied in every step, unseen."""
-  step = lambda state, batch: (state, batch["tokens"].sum())
-  monkeypatch.setattr(loop, "make_train_step", lambda *_, **__: step)
+  step = lambda state, batch, limit: (state, batch["tokens"].sum())
+  monkeypatch.setattr(compiled_step, "make_train_step", lambda *_, **__: step)
   monkeypatch.setattr(loop, "batch_placer", lambda setup: lambda batch: batch)
   result = call("run", *QUICK, f"--workdir={tmp_path}/run")
   assert result.code == 1

@@ -10,7 +10,7 @@ from experiments import cli
 from experiments.overrides import apply_overrides
 from experiments.planning.exhausted import explain
 from experiments.planning.search import abstract_mesh
-from experiments.training import loop
+from experiments.training import compiled_step
 from experiments.training.setup import build_on
 from tests.experiments.programs import call
 
@@ -44,7 +44,7 @@ def test_a_run_says_them_in_place_of_a_trace(status, code, tmp_path, monkeypatch
   def make_train_step(*_, **__):
     raise jax.errors.JaxRuntimeError(ERROR.replace("RESOURCE_EXHAUSTED", status))
 
-  monkeypatch.setattr(loop, "make_train_step", make_train_step)
+  monkeypatch.setattr(compiled_step, "make_train_step", make_train_step)
   result = call("run", "--config=debug", f"--workdir={tmp_path / 'run'}")
   assert result.code == code
   if code == 2:

@@ -1,6 +1,7 @@
 """What a run logs: means over an interval, JSON lines, TensorBoard events."""
 
 import contextlib
+import functools
 import gc
 import json
 import math
@@ -46,9 +47,14 @@ def moe(load_LE, dropped, tokens=8, nonfinite=0):
   )  # fmt: skip
 
 
+stats = functools.partial(
+  StepMetrics, update_ratio=0.5, log_z=4.0, skipped=False, blank_rows=0, load_cv=0.0
+)
+
+
 def test_summary_is_a_mean_over_steps_and_a_share_over_choices():
-  first = StepMetrics(1.0, 0.1, 2.0, 8, (moe([[8, 0], [4, 4]], 4), moe([[1, 7], [2, 6]], 0)))
-  second = StepMetrics(3.0, 0.3, 4.0, 8, (moe([[0, 8], [4, 4]], 0), moe([[1, 7], [2, 6]], 0)))
+  first = stats(1.0, 0.1, 2.0, 8, (moe([[8, 0], [4, 4]], 4), moe([[1, 7], [2, 6]], 0)))
+  second = stats(3.0, 0.3, 4.0, 8, (moe([[0, 8], [4, 4]], 0), moe([[1, 7], [2, 6]], 0)))
   row = summarise([first, second])
   assert (row["loss"], row["aux_loss"], row["grad_norm"]) == (2.0, pytest.approx(0.2), 3.0)
   assert row["load"] == [[0.5, 0.5], [0.5, 0.5], [0.125, 0.875], [0.25, 0.75]]
@@ -60,18 +66,20 @@ def test_summary_is_a_mean_over_steps_and_a_share_over_choices():
 def test_router_health():
   """The worked load [3, 0, 1, 0] has a CV of 1.224745, an even one of 0; experts are dead when they
   are so over the whole interval."""
-  first = StepMetrics(1.0, 0.1, 2.0, 8, (moe([[2, 0, 0, 0], [1, 1, 1, 1]], 0, nonfinite=2),))
-  second = StepMetrics(1.0, 0.1, 2.0, 8, (moe([[1, 0, 1, 0], [0, 0, 0, 0]], 0, nonfinite=1),))
+  first = stats(1.0, 0.1, 2.0, 8, (moe([[2, 0, 0, 0], [1, 1, 1, 1]], 0, nonfinite=2),))
+  second = stats(1.0, 0.1, 2.0, 8, (moe([[1, 0, 1, 0], [0, 0, 0, 0]], 0, nonfinite=1),))
   row = summarise([first, second])
   assert row["load_cv"] == pytest.approx(1.224745 / 2, abs=1e-6)
   assert row["dead_experts"] == 2
   assert row["nonfinite"] == 6  # in both layers
-  empty = summarise([StepMetrics(1.0, 0.1, 2.0, 8, (moe([[0, 0]], 0, tokens=0),))])
+  empty = summarise([stats(1.0, 0.1, 2.0, 8, (moe([[0, 0]], 0, tokens=0),))])
   assert empty["load_cv"] == 0 and empty["dead_experts"] == 2
 
 
 def test_summary_of_a_dense_model_has_no_experts():
-  assert summarise([StepMetrics(1.0, 0.0, 2.0, 8, ())]).keys() == {"loss", "aux_loss", "grad_norm"}
+  assert summarise([stats(1.0, 0.0, 2.0, 8, ())]) == {
+    "loss": 1.0, "aux_loss": 0.0, "grad_norm": 2.0, "update_ratio": 0.5, "log_z": 4.0,
+  }  # fmt: skip
 
 
 def test_rows_are_there_before_the_file_is_closed(tmp_path):

@@ -142,6 +142,61 @@ def test_a_batch_without_targets_gives_no_gradient():
   assert float(metrics.loss) == float(metrics.grad_norm) == 0
 
 
+@pytest.mark.parametrize("microbatches", (1, 2))
+def test_a_skipped_update_leaves_every_bit(microbatches):
+  """NaN and infinite gradients, norms above the limit, and steps that are only tried."""
+  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))
+  params = params_of(SPARSE)
+  step = jax.jit(make_train_step(SPARSE, optimizer, seed=0, microbatches=microbatches))
+  state, metrics = step(TrainState(jnp.int32(0), params, optimizer.init(params)), batch(), np.inf)
+  assert not metrics.skipped and metrics.update_ratio > 0
+  norm = float(metrics.grad_norm)
+
+  def same(limit, weight=1.0, finished=1):
+    weights_BT = batch()["weights"].copy()
+    weights_BT[2, 3] = weight
+    after, told = step(state, batch() | {"weights": weights_BT}, np.float32(limit))
+    jax.tree.map(np.testing.assert_array_equal, after[1:], state[1:])
+    assert bool(told.skipped) and float(told.update_ratio) == 0
+    assert int(after.step) == int(state.step) + finished
+    return told
+
+  assert not np.isfinite(same(np.inf, np.nan).grad_norm)
+  assert not np.isfinite(same(np.inf, np.inf).loss)
+  same(0.0)
+  same(-np.inf, finished=0)
+  below, told = step(state, batch(), np.float32(2 * norm))
+  assert not told.skipped
+  plain, _ = step(state, batch())
+  jax.tree.map(np.testing.assert_array_equal, below, plain)
+  assert any(
+    np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (below[1], state[1])), strict=True)
+  )
+
+
+def test_what_a_step_tells_of_itself():
+  """log Z and the update's ratio against numpy, blank rows counted."""
+  params, optimizer = params_of(DENSE), optax.sgd(0.5)
+  blank = {
+    k: np.where(np.arange(B)[:, None] == 1, 0, x).astype(x.dtype) for k, x in batch().items()
+  }
+  state = TrainState(jnp.int32(0), params, optimizer.init(params))
+  after, told = jax.jit(make_train_step(DENSE, optimizer, seed=0))(state, blank)
+  assert int(told.blank_rows) == 1
+  norm = lambda tree: np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in tree))
+  old, new = (list(map(np.asarray, jax.tree.leaves(t))) for t in (params, after.params))
+  moved = norm([b.astype(np.float64) - a for a, b in zip(old, new, strict=True)])
+  np.testing.assert_allclose(told.update_ratio, moved / norm(old), rtol=1e-4)
+  logits_BTV = DENSE.apply(
+    {"params": params}, blank["tokens"], positions_BT=blank["positions"],
+    segments_BT=blank["segments"],
+  ).logits_BTV  # fmt: skip
+  logits_BTV = np.asarray(logits_BTV, np.float64)
+  log_z_BT = np.log(np.exp(logits_BTV).sum(-1))
+  expected = (log_z_BT * blank["weights"]).sum() / blank["weights"].sum()
+  np.testing.assert_allclose(told.log_z, expected, rtol=1e-5)
+
+
 def test_evaluation_sums_without_noise():
   lengths_V = np.arange(V - 2, dtype=np.int32) % 4
   evaluate = jax.jit(make_eval_step(SPARSE, lengths_V))

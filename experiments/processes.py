@@ -202,8 +202,9 @@ class _Worker:
         self.last.append(line)
       who = f"[process {self.index}] " if self.index else ""
       # One call: print writes the end of the line in a second one, and other workers' come between.
-      sys.stderr.write(f"{who}{line}\n")
-      sys.stderr.flush()
+      with contextlib.suppress(OSError):  # nobody reads it any more
+        sys.stderr.write(f"{who}{line}\n")
+        sys.stderr.flush()
 
   def signal(self, number: int) -> None:
     if self.process.poll() is None:

@@ -24,7 +24,7 @@ from experiments.training.goodput import process_age
 from experiments.training.logbook import read_logbook
 from tests.experiments.programs import QUICK, ROOT, call, environment, steps
 from tests.experiments.test_processes import devices, free_port, workers_of
-from tests.experiments.test_supervise import children, eventually
+from tests.experiments.test_supervise import children, eventually, gone
 
 pytestmark = pytest.mark.xdist_group("devices")
 
@@ -237,6 +237,23 @@ def test_a_worker_is_killed(tmp_path):
     assert (zero.end(signal.SIGTERM), one.process.wait(60)) == (75, 75)
   numbers = steps(tmp_path / "run")
   assert len(set(numbers)) == len(numbers)
+
+
+@pytest.mark.full
+def test_the_supervisor_is_killed(tmp_path):
+  """Launcher and workers hear of it from the kernel, save, and end; another goes on."""
+  flags = (*FOUR, LONG, "--processes=2", "--supervise")
+  with running(tmp_path, *flags, **devices(2)) as first:
+    first.says("step 1/20000")
+    pids = [first.child, first.worker(0), first.worker(1)]
+    first.process.kill()
+    with running(tmp_path, *flags, name="second", **devices(2)) as second:
+      eventually(lambda: all(map(gone, pids)), 60)
+      *_, saved = saved_steps(first.folder / "checkpoints")
+      second.says(f"resuming after step {saved}")
+      assert "attempt" not in second.err  # it waited for those that were ending
+      assert second.end(signal.SIGINT) == 130
+    assert (first.folder / "attempts" / "002.log").exists()
 
 
 @pytest.mark.full

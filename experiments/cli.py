@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import errno
 import importlib
+import inspect
 import io
 import os
 import pkgutil
@@ -51,7 +52,7 @@ _NO_TPU_HERE = {
 _overrides: list[tuple[str, str]] = []
 
 
-def run(main: Callable[[], int | None], *, leave: Callable[[int], Any] = sys.exit) -> None:
+def run(main: Callable[..., int | None], *, leave: Callable[[int], Any] = sys.exit) -> None:
   """Run a program as this process: `execute` the command line, and `leave` with its exit code."""
   if sys.stdout is not None:
     sys.stdout = _lasting(sys.stdout)
@@ -61,8 +62,10 @@ def run(main: Callable[[], int | None], *, leave: Callable[[int], Any] = sys.exi
   leave(code)
 
 
-def execute(main: Callable[[], int | None], argv: list[str]) -> int:
+def execute(main: Callable[..., int | None], argv: list[str]) -> int:
   """Parse flags, run `main`, and return the exit code.
+
+  A `main` with a parameter gets the arguments that are no flags; elsewhere they are a mistake.
 
   A `ConfigError` (the user's mistake) is one line on stderr and exit code 2; anything else keeps
   its full trace and gives 1.
@@ -72,13 +75,14 @@ def execute(main: Callable[[], int | None], argv: list[str]) -> int:
       print(_usage(main))
       return FINISHED
     rest = _parse(argv)[1:]
-    if rest:
+    given = [rest] if inspect.signature(main).parameters else []
+    if rest and not given:
       raise ConfigError(f"unexpected argument {rest[0]!r}; flags start with -- (--help lists them)")
     if not flags.FLAGS["verbosity"].present:
       # Orbax and absl log failures at length that are raised, and answered, all the same.
       logging.set_verbosity(logging.FATAL)
     platform.prepare()
-    return main() or FINISHED
+    return main(*given) or FINISHED
   except (ConfigError, flags.Error) as e:
     print(end="", flush=True)  # what was said before comes first
     print(f"error: {e}", file=sys.stderr)

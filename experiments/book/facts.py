@@ -1,6 +1,7 @@
 """What a run's logbook and metrics tell: how far it is, what it took, what happened."""
 
 import datetime
+import functools
 import math
 from collections import Counter
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 from mesh.hardware import Chip, find_chip
 
-from ..config import ConfigError
+from ..config import Config, ConfigError
 from ..planning.cost import Bill, Prices, bill
 from ..planning.search import abstract_mesh
 from ..planning.speed import count_work
@@ -54,15 +55,18 @@ class Facts(NamedTuple):
     return [event for event in self.events if event["kind"] in kinds]
 
 
-def gather(folder: Path) -> Facts:
+def gather(folder: Path, *, most: int | None = None) -> Facts:
   """All of it; prices are the shipped ones, and those of `prices.toml` in the folder over them.
+
+  Args:
+    most: rows of metrics to read, of a longer file only some (`read_history`).
 
   Raises:
     ConfigError: there is neither a logbook nor metrics; a line of the metrics is damaged; the
       prices are.
   """
   events, problems = read_logbook(folder)
-  history = read_history(folder)
+  history = read_history(folder, most=most)
   if not events and not history.rows:
     raise ConfigError(f"{folder} has no logbook and no metrics: nothing was trained there yet")
   every = [row for branch in (*history.abandoned, history.rows) for row in branch]
@@ -137,11 +141,16 @@ def _executed_per_token(folder: Path, launch: dict[str, Any]) -> float | None:
   config = read_config(folder)
   if config is None:
     return None
+  per_step = _executed_per_step(config, tuple(launch["mesh"].items()))
+  return None if per_step is None else per_step / launch["tokens_per_step"]
+
+
+@functools.cache
+def _executed_per_step(config: Config, mesh: tuple[tuple[str, int], ...]) -> float | None:
   try:
-    setup = build_on(config, abstract_mesh(launch["mesh"]), "tpu")
+    return sum(count_work(build_on(config, abstract_mesh(dict(mesh)), "tpu")))
   except ConfigError:  # what made the run need not be what reads its book
     return None
-  return sum(count_work(setup)) / launch["tokens_per_step"]
 
 
 def interventions(facts: Facts) -> list[tuple[dict[str, Any], str]]:
@@ -191,7 +200,12 @@ def state(facts: Facts) -> str:
     return f"Finished at step {facts.step:,}"
   if last.reason == "open":
     return f"At {where}; the last record is of {moment(last.end)}, and no end is on record"
-  return f"Stopped at {where}: {last.cause or last.reason}"
+  return f"Stopped at {where}: {brief(last.cause) or last.reason}"
+
+
+def brief(words: str, most: int = 140) -> str:
+  """The beginning of a long message."""
+  return words if len(words) <= most else words[:most].rpartition(" ")[0] + " ..."
 
 
 def class_name(letter: str | None) -> str:

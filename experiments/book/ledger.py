@@ -18,7 +18,6 @@ from ..training.goodput import BUCKETS
 TIMES = (*BUCKETS, "lost", "down", "paused")
 _PLANNED = ("finished", "human")  # ways to end that are no failure
 _OPEN = "open"  # no end is on record
-_ENDING = ("stop", "fault", "anomaly", "action")
 
 
 class Attempt(NamedTuple):
@@ -106,7 +105,8 @@ def ledger(events: Sequence[dict[str, Any]], rows: Iterable[dict[str, Any]] = ()
   seconds = dict.fromkeys(TIMES, 0.0)
   attempts: list[Attempt] = []
   for i, run in enumerate(runs):
-    own, said = by_run[run], [e for e in events if e["run"] == run]
+    own = by_run[run]
+    said = [e for e in events if e["run"] == run and e["source"] != "human"]
     if attempts:
       attempts[-1] = _close(attempts[-1], work, own[0].back_to)
       gap = "paused" if attempts[-1].reason in _PLANNED else "down"
@@ -200,11 +200,19 @@ def _attempt(
   """An attempt as its own and the supervisor's events have it."""
   stops = [e for e in said if e["kind"] == "stop"]
   stop = next((e for e in stops if e["source"] == "trainer"), stops[0] if stops else None)
-  # Its last words: nothing but what is about an end.
-  words = list(takewhile(lambda e: e["kind"] in _ENDING, reversed(said)))
+  last_words = list(takewhile(_is_about_an_end, reversed(said)))
+  # What the trainer met before it died without a word need not be what killed it.
+  own = any(e["source"] == "trainer" and e["kind"] != "fault" for e in last_words)
+  words = [e for e in last_words if own or e["source"] == "supervisor"]
   faults = [e for e in words if e["kind"] == "fault"]
   open_or_died = "died" if faults and not last else _OPEN
   reason = open_or_died if stop is None else stop["detail"]["reason"]
   cls = next((e["class"] for e in words if e["class"]), None)
   cause = next((e["summary"] for e in ([stop] if stop else []) + words), "")
   return Attempt(run, begin, end, first, last_step, reason, cls, cause, 0, 0.0)
+
+
+def _is_about_an_end(event: dict[str, Any]) -> bool:
+  if event["kind"] == "action":
+    return event["detail"]["policy"] == "stop"
+  return event["kind"] in ("stop", "fault")

@@ -10,6 +10,7 @@ from ..planning.memory import gigabytes
 from .facts import (
   Facts,
   big,
+  brief,
   class_name,
   gather,
   interventions,
@@ -22,8 +23,15 @@ from .facts import (
 )
 from .ledger import TIMES, Attempt
 
+_MOST_ROWS = 3000  # of metrics: a trainer has no time for more
 _MOST_ATTEMPTS = 60  # rows of the table of attempts: the first few, and the last
-_ROUTINE = ("perf", "energy", "health")  # not in the time line while all is well
+_ROUTINE = (
+  "perf",
+  "energy",
+  "health",
+  "effective_config",
+)  # not in the time line while all is well
+_OWN = "`prices.toml` in the run directory can say it"
 _ID = 4  # last digits of an id that people read
 
 
@@ -33,7 +41,7 @@ def write_book(folder: Path, note: Callable[[str], None] = print) -> Path | None
   path = folder / "LOGBOOK.md"
   temporary = path.with_suffix(".md.tmp")
   try:
-    temporary.write_text(markdown(gather(folder)), encoding="utf-8")
+    temporary.write_text(markdown(gather(folder, most=_MOST_ROWS)), encoding="utf-8")
     os.replace(temporary, path)
   except Exception as e:
     note(f"LOGBOOK.md could not be written: {e}")
@@ -86,7 +94,8 @@ def totals(facts: Facts) -> list[tuple[str, str]]:
     rows.append(("MFU", f"{work.stepping:.1%} while stepping, {work.running:.1%} of all the time "
                         f"a process ran{hardware}"))  # fmt: skip
   if times:
-    rows.append(("time", f"{span(times.wall)} since {moment(times.attempts[0].begin)}"))
+    begin, end = moment(times.attempts[0].begin), moment(times.attempts[-1].end)
+    rows.append(("time", f"{span(times.wall)}, from {begin} to {end}"))
     rows.append(("goodput", f"{times.goodput:.1%}"))
   return rows + _costs(facts)
 
@@ -113,12 +122,14 @@ def _costs(facts: Facts) -> list[tuple[str, str]]:
   for bill in facts.bills:
     chip = bill.chip
     price = (
-      f" at {bill.price.usd_per_hour:g} USD an hour" if bill.price else f": no price of {chip}"
+      f" at {bill.price.usd_per_hour:g} USD an hour"
+      if bill.price
+      else f": no price of {chip} ({_OWN})"
     )
     rows.append(("chip-hours", f"{small(bill.chip_hours, '')}of {chip}".replace("  ", " ")))
     rows.append(("cost", small(bill.usd, "USD") + price))
     if bill.power is None:
-      rows.append(("energy", f"unknown: nobody published the power of {chip}"))
+      rows.append(("energy", f"unknown: nobody published the power of {chip} ({_OWN})"))
       continue
     grounds = f" ({bill.power.watts:g} W a chip, PUE {bill.pue.value:g})"
     rows.append(("energy", small(bill.kwh, "kWh") + grounds))
@@ -127,25 +138,36 @@ def _costs(facts: Facts) -> list[tuple[str, str]]:
   if not facts.bills and facts.device_hours:
     kind = facts.launch["device_kind"]
     rows.append(("device-hours", f"{small(facts.device_hours, '').strip()} of {kind}"))
-    rows.append(("cost, energy", f"unknown: no price and no power of {kind} is known"))
+    rows.append(("cost, energy", f"unknown: there is no price and no power of {kind}"))
   return rows
 
 
-def _times(facts: Facts) -> list[str]:
-  """The goodput ledger."""
-  times = facts.ledger
-  if times is None:
+def times(facts: Facts) -> list[tuple[str, str, str]]:
+  """The goodput ledger: (bucket, time, share of the whole)."""
+  found = facts.ledger
+  if found is None:
     return []
-  rows = [
-    (name, span(seconds), f"{seconds / times.wall:.1%}")
+  return [
+    (name, span(seconds), f"{seconds / found.wall:.1%}")
     for name in TIMES
-    if (seconds := times.seconds[name]) >= 0.005
+    if (seconds := found.seconds[name]) >= 0.005
   ]
-  lines = ["## Where the time went", "", *table(("", "time", "share"), rows)]
-  if abs(times.unexplained) > 0.01 * times.wall:
-    lines += ["", f"{span(abs(times.unexplained))} are in no bucket, or in two: a clock was set, or"
-                  " the machine slept."]  # fmt: skip
-  return lines
+
+
+def _times(facts: Facts) -> list[str]:
+  if facts.ledger is None:
+    return []
+  lines = ["## Where the time went", "", *table(("", "time", "share"), times(facts))]
+  return [*lines, "", unexplained(facts)] if unexplained(facts) else lines
+
+
+def unexplained(facts: Facts) -> str:
+  """What the buckets lack, in words; empty up to a hundredth."""
+  found = facts.ledger
+  if found is None or abs(found.unexplained) <= 0.01 * found.wall:
+    return ""
+  amount = span(abs(found.unexplained))
+  return f"{amount} are in no bucket, or in two: a clock was set, or the machine slept."
 
 
 def _interventions(facts: Facts) -> list[str]:
@@ -197,7 +219,7 @@ def attempt_row(a: Attempt) -> tuple[str, ...]:
   ended = {"open": "", "finished": "finished"}.get(a.reason)
   if ended is None:
     cls = f"{class_name(a.cls)}: " if a.cls else ""
-    ended = f"{cls}{a.cause or 'died without a word'}"
+    ended = f"{cls}{brief(a.cause) or 'died without a word'}"
   lost = f"{a.lost_steps:,}" if a.lost_steps else ""
   steps = f"{a.first_step:,} to {a.last_step:,}"
   return a.run, moment(a.begin), steps, span(a.end - a.begin), ended, lost
@@ -228,6 +250,8 @@ def time_line(facts: Facts) -> list[str]:
   linked = {ref for e in facts.events for ref in (*e["refs"], e["detail"].get("cause"))}
   explained: dict[str, list[str]] = {}
   for event in facts.of("note", "postmortem"):
+    if event["refs"]:
+      linked.add(event["id"])
     for ref in event["refs"]:
       explained.setdefault(ref, []).append(event["id"][-_ID:])
   lines, saves = [], []
@@ -268,11 +292,10 @@ def human_lines(
     explained: by id, events that explain it.
   """
   detail, kind = event["detail"], event["kind"]
-  word = detail["policy"] if kind == "action" and detail["policy"] != "none" else kind
   parts = [stamp(event["time"]), f"[{event['owner'] or event['source']}]", event["run"]]
   if event["step"] is not None:
     parts.append(f"step {_step(event)}")
-  parts += [word.upper(), event["summary"]]
+  parts += [word_of(event), event["summary"]]
   line = " ".join(parts)
   if detail.get("cause"):
     line += f"; cause {detail['cause'][-_ID:]}"
@@ -282,6 +305,12 @@ def human_lines(
     line += f"  WARNING: see {other}"
   more = detail["text"].splitlines()[1:] if kind == "note" else []
   return [line, *(f"    {text}" for text in more)]
+
+
+def word_of(event: dict[str, Any]) -> str:
+  """What an event is, in capitals: its kind, or what was done."""
+  policy = event["detail"]["policy"] if event["kind"] == "action" else "none"
+  return (event["kind"] if policy == "none" else policy).upper()
 
 
 def _step(event: dict[str, Any]) -> str:

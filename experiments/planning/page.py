@@ -3,13 +3,13 @@
 Nothing but HTML and CSS in one file: no script, no font, no picture from elsewhere.
 """
 
-import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from mesh.hardware import CHIPS, Chip
 from mesh.slices import Topology
 
+from ..markup import bar, escape, table
 from . import drawing
 from .cost import Bill
 from .estimate import memory_rows
@@ -18,10 +18,6 @@ from .places import Places, places, run_of
 from .search import Option, loses_by
 from .speed import HIDDEN_AXES, NODE, mfu, time_rows
 
-_COLORS = (
-  "#3b6ea5", "#7aa6d2", "#c0392b", "#e08e79", "#4f8f5b", "#9cc5a1", "#8e6bb0", "#c9b3dd", "#b8860b",
-  "#e3c878", "#5f6a72",
-)  # fmt: skip
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 68rem;
   padding: 0 1rem; }
@@ -60,8 +56,8 @@ def write_page(
   title = f"{own.setup.config.name} on {topology.num_chips} x {chip.name}"
   best = options[0] if options and options[0].fits else None
   parts = [
-    f"<h1>{_text(title)}</h1>",
-    f"<p class=quiet>{_text(own.name)}. Estimates from shapes and data sheets.</p>",
+    f"<h1>{escape(title)}</h1>",
+    f"<p class=quiet>{escape(own.name)}. Estimates from shapes and data sheets.</p>",
     "<h2>Memory of a device</h2>",
     _memory(own, available),
     "<h2>Time of a step</h2>",
@@ -69,37 +65,21 @@ def write_page(
     "<h2>Mesh</h2>",
     _mesh(own, topology),
     "<h2>The run</h2>",
-    _table(("", "", "on which grounds"), bill.rows(), text=(2,)),
+    table(("", "", "on which grounds"), bill.rows(), words=(2,)),
   ]
   if options:
     rows = [_row(option, options[0], chip, available) for option in options[:12]]
     head = ("mesh, recomputation, parts", "memory", "seconds", "MFU", "why not the first")
-    parts += ["<h2>Options</h2>", _table(head, rows, text=(4,))]
+    parts += ["<h2>Options</h2>", table(head, rows, words=(4,))]
   if best is not None:
     parts.append(
-      f"<p>The first: <code>{_text(' '.join(best.overrides(own.setup.config)))}</code></p>"
+      f"<p>The first: <code>{escape(' '.join(best.overrides(own.setup.config)))}</code></p>"
     )
   body = "\n".join(parts)
   return (
-    f"<!doctype html>\n<html lang=en><head><meta charset=utf-8><title>{_text(title)}</title>"
+    f"<!doctype html>\n<html lang=en><head><meta charset=utf-8><title>{escape(title)}</title>"
     f"<style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
   )
-
-
-def _text(value: object) -> str:
-  return html.escape(str(value))
-
-
-def _bar(amounts: Iterable[tuple[str, float, str]], whole: float) -> str:
-  """A bar of parts, each (name, amount, as text), and its legend."""
-  shown = [item for item in amounts if item[1] > 0]
-  spans, legend = [], []
-  for i, (name, amount, text) in enumerate(shown):
-    color, label = _COLORS[i % len(_COLORS)], f"{_text(name)} {_text(text)}"
-    width = f"width:{100 * amount / whole:.2f}%"
-    spans.append(f'<span style="background:{color};{width}" title="{label}"></span>')
-    legend.append(f'<span><i style="background:{color}"></i>{label}</span>')
-  return f"<div class=bar>{''.join(spans)}</div><div class=legend>{''.join(legend)}</div>"
 
 
 def _memory(option: Option, available: int) -> str:
@@ -109,7 +89,7 @@ def _memory(option: Option, available: int) -> str:
   verdict = (
     f"<p>{share}: fits</p>" if needed <= available else f"<p class=bad>{share}: too much</p>"
   )
-  return _bar(amounts, max(available, needed)) + verdict
+  return bar(amounts, max(available, needed)) + verdict
 
 
 def _time(option: Option, chip: Chip) -> str:
@@ -138,7 +118,7 @@ def _time(option: Option, chip: Chip) -> str:
     why = ", since this is one slice" if idle == ["DCN"] else ""
     notes.append(f"Nothing goes over {' or '.join(idle).replace('network', 'the network')}{why}.")
   return (
-    f"{_bar(amounts, step.total)}<p>{share}</p>"
+    f"{bar(amounts, step.total)}<p>{share}</p>"
     f"<figure>{drawing.timeline(found, step.total)}</figure><div class=legend>{drawn}</div>"
     f"<p class=quiet>{' '.join(notes)}</p>"
   )
@@ -155,10 +135,10 @@ def _mesh(option: Option, topology: Topology) -> str:
     if size > 1:
       picture, part = drawing.mesh_picture(found, i)
       text = "; ".join(([run_of(found, i)] if found.known else []) + ([part] if part else []))
-      name = f"<b>{_text(axis)} {size}</b> {_text(text)}"
+      name = f"<b>{escape(axis)} {size}</b> {escape(text)}"
       figures.append(f"<figure><figcaption>{name}</figcaption>{picture}</figure>")
   return (
-    f"<p class=quiet>{_text(_where(topology, found))}</p><div class=mesh>{''.join(figures)}</div>"
+    f"<p class=quiet>{escape(_where(topology, found))}</p><div class=mesh>{''.join(figures)}</div>"
   )
 
 
@@ -187,12 +167,3 @@ def _row(option: Option, best: Option, chip: Chip, available: int) -> tuple[str,
   seconds = option.step.total
   why = "" if option is best else loses_by(option, best)
   return option.name, size, f"{seconds:.2f}", f"{mfu(option.setup, chip, seconds):.1%}", why
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text: Sequence[int] = ()) -> str:
-  def line(tag: str, cells: Sequence[str]) -> str:
-    kind = lambda i: " class=text" if i in text else ""
-    return "".join(f"<{tag}{kind(i)}>{_text(cell)}</{tag}>" for i, cell in enumerate(cells))
-
-  body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows)
-  return f"<table><tr>{line('th', head)}</tr>{body}</table>"

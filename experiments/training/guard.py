@@ -186,16 +186,16 @@ class _Signal:
     return Notice(found.describe(_STAYED), found, recovered=True)
 
   def rise(self, step: int) -> tuple[Anomaly, int]:
-    """The level of half a window over the lowest it has been; 1 if high for two windows, 2 if twice
-    as high for four (a quarter of that if six times as high), -1 if low again, else 0."""
+    """The level of half a window over the lowest it has been; -1 if low, 1 if high for two windows
+    or twice as high for one, 2 if twice as high for four or four times for two, else 0."""
     window, spread = self._settings.window, self.spread
     level = median(self.values[-(window // 2) :])
     if self.lowest is None or level < self.lowest[0] or len(self.values) < window // 2:
       self.lowest = level, step
     lowest, first = self.lowest
     rise = (level - lowest) / max(self._rise, 2 * spread)
-    windows = (step - first) / window * (4 if rise >= 6 else 1)
-    stage = (rise >= 1 and windows >= 2) + (rise >= 2 and windows >= 4) - (rise < 0.5)
+    area = rise * (step - first) / window if step - first >= window else 0.0
+    stage = (rise >= 1 and area >= 2) + (rise >= 2 and area >= 8) - (rise < 0.5)
     values = self._raw(level), self._raw(lowest), (level - lowest) / spread, len(self.values)
     return Anomaly(self._name, *values, first, step), stage
 

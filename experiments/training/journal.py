@@ -15,6 +15,7 @@ import math
 import os
 import threading
 from collections import deque
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -179,17 +180,22 @@ def read_lines(path: Path) -> list[str]:
   return [*lines, rest.decode()] if _is_row(rest) else lines
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(
+  path: Path, choose: Callable[[list[str]], Iterable[int]] | None = None
+) -> list[dict[str, Any]]:
   """Rows of a journal; a last line cut off by a crash is left out.
+
+  Args:
+    choose: which lines to read, from 0; the others may be damaged.
 
   Raises:
     ConfigError: another line is damaged.
   """
-  rows = []
-  for number, line in enumerate(read_lines(path), start=1):
-    row = parse(line)
+  lines, rows = read_lines(path), []
+  for i in range(len(lines)) if choose is None else choose(lines):
+    row = parse(lines[i])
     if row is None:
-      raise ConfigError(f"{path} line {number} is not JSON; repair or remove the file")
+      raise ConfigError(f"{path} line {i + 1} is not JSON; repair or remove the file")
     rows.append(row)
   return rows
 

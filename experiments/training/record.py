@@ -4,6 +4,7 @@ import contextlib
 import platform
 import re
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from .progress import ProgressDisplay
 from .recovery import GUARD_STOPPED, Rewind
 from .setup import Setup
 
+_BOOK_SECONDS = 600.0  # between writings of LOGBOOK.md, at a save
+
 
 class Record:
   """Of one process; all but the primary say and write nothing."""
@@ -39,6 +42,7 @@ class Record:
     self._book: Logbook | None = None
     self._tokens = self.config.data.batch_size * self.config.data.row_length
     self._refused: list[str] = []  # checkpoints, before there was a logbook to say it in
+    self._written = time.monotonic()  # the readable book
 
   def refused(self, text: str) -> None:
     """A checkpoint that is damaged."""
@@ -166,6 +170,8 @@ class Record:
           self._latest(s)
         text = f"saved, {s.bytes:,} bytes in {s.total_s:.1f} s"
         self.event("checkpoint", text, step=s.step, detail={**detail, "status": "finished"})
+        if time.monotonic() - self._written > _BOOK_SECONDS:
+          self._write_book()
         continue
       text = f"step {s.step} could not be saved: {s.error.strerror or s.error}"
       self.note(f"{text}; training goes on, and saves again later")
@@ -228,6 +234,7 @@ class Record:
     self.event("action", text, step=step, severity="error", cls="E", detail=detail)
     if self._metrics is not None:
       self._metrics.rewind(target.step)
+    self._write_book()
 
   def faulty(self, step: int, error: str, *, cls: str, device: int | None = None) -> None:
     """Hardware or data that failed."""
@@ -277,3 +284,14 @@ class Record:
     severity = "info" if code == 0 else "warn"
     detail = {"reason": reason, "exit_code": code}
     self.event("stop", text, step=step, severity=severity, detail=detail)
+    self._write_book()
+
+  def _write_book(self) -> None:
+    """LOGBOOK.md, from all that was written down."""
+    if self._book is None:
+      return
+    # Reads the whole run again, which training needs only now and then.
+    from ..book.text import write_book
+
+    write_book(self._folder, self.note)
+    self._written = time.monotonic()

@@ -96,37 +96,18 @@ def make_train_step(
   ) -> tuple[TrainState, StepMetrics]:
     valid = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
     rows_B = jnp.arange(batch["tokens"].shape[0], dtype=jnp.int32)
-    if microbatches == 1:
-      (_, (means, aux, stats)), grads = grad(state.params, batch, rows_B, state.step, valid)
-    else:
-      parts = jax.tree.map(lambda x: _split(x, microbatches), (batch, rows_B))
-
-      def accumulate(carry, part):
-        (_, aux), grads = grad(state.params, *part, state.step, valid)
-        return jax.tree.map(jnp.add, carry, (grads, aux)), None
-
-      first = jax.tree.map(lambda x: x[0], parts)
-      shapes = jax.eval_shape(lambda: grad(state.params, *first, state.step, valid))
-      zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[1], shapes[0][1]))
-      (grads, (means, aux, stats)), _ = jax.lax.scan(accumulate, zeros, parts)
+    of_part = lambda part: grad(state.params, *part, state.step, valid)
+    (means, aux, stats), grads = _sum_over_parts(of_part, (batch, rows_B), microbatches)
     norm = optax.tree.norm(grads)
     good = jnp.isfinite(norm) & (norm <= limit)
-    with jax.named_scope("optimizer"):
-      updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-      ratio = optax.tree.norm(updates) / optax.tree.norm(state.params)
-      params = optax.apply_updates(state.params, updates)
-      params = update_selection_biases(model.spec, params, stats)
-      # The old state is read anyway, and the choice is made where the new one is written.
-      old = state.params, state.opt_state
-      choose = lambda new, old: jnp.where(good, new, old)
-      params, opt_state = jax.tree.map(choose, (params, opt_state), old)
+    params, opt_state, ratio = _update(model, optimizer, state, grads, stats, good)
     metrics = StepMetrics(
       means[0],
       aux,
       norm,
       jnp.sum(batch["weights"]),
       stats,
-      jnp.where(good, ratio, 0.0),
+      ratio,
       means[1],
       ~good,
       jnp.sum(jnp.all(batch["segments"] == 0, axis=1)),
@@ -137,6 +118,45 @@ def make_train_step(
     return TrainState(state.step + finished, params, opt_state), metrics
 
   return step
+
+
+def _update(
+  model: TransformerLM,
+  optimizer: optax.GradientTransformation,
+  state: TrainState,
+  grads,
+  stats,
+  good,
+) -> tuple[Any, optax.OptState, jax.Array]:
+  """New parameters, optimizer state, and the update's ratio; if not `good` the old ones, and 0."""
+  with jax.named_scope("optimizer"):
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    ratio = optax.tree.norm(updates) / optax.tree.norm(state.params)
+    params = optax.apply_updates(state.params, updates)
+    params = update_selection_biases(model.spec, params, stats)
+    # The old state is read anyway, and the choice is made where the new one is written.
+    old = state.params, state.opt_state
+    choose = lambda new, old: jnp.where(good, new, old)
+    params, opt_state = jax.tree.map(choose, (params, opt_state), old)
+    return params, opt_state, jnp.where(good, ratio, 0.0)
+
+
+def _sum_over_parts(grad, batch: Any, microbatches: int) -> Any:
+  """(aux, gradients) of `grad(part) -> ((_, aux), gradients)`, one part after the other."""
+  if microbatches == 1:
+    (_, aux), grads = grad(batch)
+    return aux, grads
+  parts = jax.tree.map(lambda x: _split(x, microbatches), batch)
+
+  def accumulate(carry, part):
+    (_, aux), grads = grad(part)
+    return jax.tree.map(jnp.add, carry, (grads, aux)), None
+
+  first = jax.tree.map(lambda x: x[0], parts)
+  shapes = jax.eval_shape(lambda: grad(first))
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[1], shapes[0][1]))
+  (grads, aux), _ = jax.lax.scan(accumulate, zeros, parts)
+  return aux, grads
 
 
 def _load_cv(stats: tuple[MoeStats, ...]) -> jax.Array:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from absl.testing import flagsaver
 
-from experiments import cli, evaluate, generate, plan, run
+from experiments import cli, evaluate, generate, logbook, plan, run
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.folder import read_config
 from experiments.training.metrics import read_metrics
@@ -21,7 +21,9 @@ from experiments.training.setup import build
 from experiments.training.state import param_layout
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = {"run": run, "generate": generate, "evaluate": evaluate, "plan": plan}
+PROGRAMS = {
+  "run": run, "generate": generate, "evaluate": evaluate, "plan": plan, "logbook": logbook,
+}  # fmt: skip
 
 # Config `debug` on one of the eight devices that tests have, its schedule independent of the
 # number of steps, so that one compiled program serves all runs; and the same without a sample.

@@ -66,8 +66,8 @@ def test_what_a_run_prints(finished):
 
 def test_what_a_run_leaves(trained):
   assert {p.name for p in trained.iterdir()} == {
-    "checkpoints", "config.json", "latest", "logbook.jsonl", "metrics.jsonl", "report.png",
-    "tensorboard",
+    "LOGBOOK.md", "checkpoints", "config.json", "latest", "logbook.jsonl", "metrics.jsonl",
+    "report.png", "tensorboard",
   }  # fmt: skip
   assert saved_steps(trained / "checkpoints") == [10, 20]
   assert steps(trained) == list(range(1, 21))

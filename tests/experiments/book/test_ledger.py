@@ -1,48 +1,9 @@
 """The goodput ledger on runs whose every second was counted by hand."""
 
-import datetime
-
 import pytest
 
 from experiments.book.ledger import TIMES, ledger
-from experiments.training.goodput import BUCKETS
-
-DAY = datetime.datetime(2026, 3, 2, 9, tzinfo=datetime.UTC).timestamp()
-
-
-class Life:
-  """Writes events and rows of attempts, each second of which is told."""
-
-  def __init__(self):
-    self.now, self.events, self.rows, self.attempt = 0.0, [], [], 0
-    self.clock: dict[str, float] = {}
-
-  def birth(self):
-    self.attempt += 1
-    self.clock = dict.fromkeys(BUCKETS, 0.0)
-
-  def spend(self, seconds, bucket):
-    self.now += seconds
-    self.clock[bucket] += seconds
-
-  def event(self, kind, step=None, source="trainer", cls=None, severity="info", **detail):
-    time = datetime.datetime.fromtimestamp(DAY + self.now, datetime.UTC).isoformat()
-    event = {
-      "time": time, "run": f"1.{self.attempt}", "step": step, "source": source, "kind": kind,
-      "class": cls, "severity": severity, "summary": f"{kind} of {source}", "detail": detail,
-    }  # fmt: skip
-    if source == "trainer":
-      event["clock"] = dict(self.clock)
-    self.events.append(event)
-
-  def row(self, step):
-    self.rows.append({"step": step, "loss": 1.0, "time": DAY + self.now, "clock": dict(self.clock)})
-
-  def steps(self, first, last, seconds, every=10):
-    for step in range(first, last + 1):
-      self.spend(seconds, "productive")
-      if step % every == 0 or step == first:
-        self.row(step)
+from tests.experiments.book.life import Life
 
 
 def killed_once():
@@ -51,7 +12,7 @@ def killed_once():
   life = Life()
   life.birth()
   life.spend(5, "start")
-  life.event("launch", 0, restore=None)
+  life.launch()
   life.spend(10, "compile")
   life.steps(1, 40, 1.0)
   life.spend(2, "checkpoint")
@@ -59,11 +20,13 @@ def killed_once():
   life.steps(41, 50, 1.0)
   life.now += 7
   life.event("fault", source="supervisor", cls="A", severity="error", error="killed")
-  life.now += 6
+  life.now += 2
+  life.event("note", source="human", text="saw it", tags=[])
+  life.now += 4
   life.birth()
   life.spend(4, "start")
   life.spend(3, "restore")
-  life.event("launch", 40, restore={"step": 40})
+  life.launch(40)
   life.spend(1, "compile")
   life.steps(41, 60, 1.0)
   life.spend(2, "checkpoint")
@@ -107,7 +70,7 @@ def test_rewinds_lose_what_they_take_back():
   """By hand: back from 35 to 20, again from 30 to 10, then to 40; a second each."""
   life = Life()
   life.birth()
-  life.event("launch", 0, restore=None)
+  life.launch()
   life.steps(1, 35, 1.0)
   life.event("action", 35, policy="rewind_skip", from_step=35, to_step=20)
   life.steps(21, 30, 1.0)
@@ -126,7 +89,7 @@ def test_a_restart_loses_steps_of_the_attempt_before_last_too():
   life = Life()
   for first, last, seconds in ((0, 30, 1.0), (20, 28, 2.0), (20, 50, 0.5)):
     life.birth()
-    life.event("launch", first, restore={"step": first} if first else None)
+    life.launch(first)
     life.steps(first + 1, last, seconds, every=1)
     life.now += 1
   found = ledger(life.events, life.rows)
@@ -140,7 +103,7 @@ def test_a_restart_loses_steps_of_the_attempt_before_last_too():
 def test_a_save_that_ends_later_takes_no_step_back():
   life = Life()
   life.birth()
-  life.event("launch", 0, restore=None)
+  life.launch()
   life.steps(1, 14, 1.0)
   life.event("checkpoint", 10, status="finished")
   life.steps(15, 20, 1.0)
@@ -148,15 +111,48 @@ def test_a_save_that_ends_later_takes_no_step_back():
   assert found.lost_steps == 0 and found.seconds["productive"] == pytest.approx(20)
 
 
+def endings(*events):
+  """(reason, class, cause) of an attempt with these last events, after which another began."""
+  life = Life()
+  life.birth()
+  life.launch()
+  life.steps(1, 10, 1.0)
+  for kind, more in events:
+    life.event(kind, 10, **more)
+  life.birth()
+  life.launch()
+  first = ledger(life.events, life.rows).attempts[0]
+  return first.reason, first.cls, first.cause
+
+
+def test_what_an_attempt_ended_by():
+  row = ("fault", {"cls": "I", "severity": "error", "summary": "row 7 is damaged"})
+  drift = ("fault", {"cls": "A", "severity": "error", "summary": "device 3 adds wrongly"})
+  halt = ("action", {"cls": "E", "summary": "stopped", "policy": "stop"})
+  stop = ("stop", {"reason": "policy", "exit_code": 77, "summary": "the guard stopped it"})
+  slower = ("action", {"cls": "F", "summary": "slower", "policy": "none"})
+  killed = ("fault", {"source": "supervisor", "cls": "B", "summary": "no step for 300 s"})
+  crash = ("stop", {"reason": "crash", "exit_code": 1, "summary": "ValueError"})
+  gone = {"source": "supervisor", "reason": "crash", "exit_code": -9, "summary": "killed"}
+  assert endings() == ("died", None, "")
+  assert endings(row) == ("died", None, "")  # hours before, perhaps
+  assert endings(row, killed) == ("died", "B", "no step for 300 s")
+  assert endings(drift, halt, stop) == ("policy", "E", "the guard stopped it")
+  assert endings(drift, crash) == ("crash", "A", "ValueError")
+  assert endings(slower, crash) == ("crash", None, "ValueError")
+  assert endings(slower, ("stop", gone)) == ("crash", None, "killed")
+  assert endings(crash, ("stop", gone)) == ("crash", None, "ValueError")
+
+
 def test_time_after_a_finished_run_is_no_loss():
   life = Life()
   life.birth()
-  life.event("launch", 0, restore=None)
+  life.launch()
   life.steps(1, 10, 1.0)
   life.event("stop", 10, reason="finished", exit_code=0)
   life.now += 86_400
   life.birth()
-  life.event("launch", 10, restore={"step": 10})
+  life.launch(10)
   life.steps(11, 20, 1.0)
   life.event("stop", 20, reason="preempted", exit_code=75)
   found = ledger(life.events, life.rows)
@@ -168,7 +164,7 @@ def test_a_clock_that_was_set_is_seen():
   """Somebody set the time an hour ahead while it ran."""
   life = Life()
   life.birth()
-  life.event("launch", 0, restore=None)
+  life.launch()
   life.steps(1, 10, 1.0)
   life.now += 3600
   life.event("stop", 10, reason="finished", exit_code=0)

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from experiments.book.ledger import ledger
 from experiments.training import goodput
 from experiments.training.goodput import BUCKETS, Clock
+from experiments.training.logbook import read_logbook
+from experiments.training.metrics import read_history
 
 ROOT = Path(__file__).parents[3]
 
@@ -90,3 +93,60 @@ print(sum(clock.seconds.values()), clock.seconds["compile"])
   total, compiling = map(float, line.split())
   assert took - 0.3 < total < took + 0.05
   assert 0.3 <= compiling < 0.3 + took - 0.8
+
+
+def test_a_run_that_is_killed_again_and_again(tmp_path):
+  """Against the watch of who starts and kills it: buckets sum to the wall clock's time, and hold
+  the time that nothing ran."""
+  script = """
+import sys, time
+from pathlib import Path
+from experiments.training.goodput import Clock
+from experiments.training.logbook import Logbook
+from experiments.training.metrics import MetricsWriter
+folder, first, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+clock = Clock()
+book, metrics = Logbook(folder, clock=clock), MetricsWriter(folder, resume_step=first)
+software = {"versions": {}, "env_lock_sha256": "", "git_commit": None, "git_dirty": None}
+book.launch(
+  software, step=first, config="x", config_sha256="", config_diff=[], mesh={}, hosts=[], seed=0,
+  device_kind="cpu", devices=1, steps=100, tokens_per_step=1, flops_per_token=1.0,
+  restore={"step": first} if first else None,
+)
+clock.switch("productive")
+for step in range(first + 1, last + 1):
+  time.sleep(0.05)
+  metrics.write(step, {"loss": 1.0} | clock.row())
+  if step % 10 == 0:
+    with clock.phase("checkpoint"):
+      time.sleep(0.1)
+if last == 40:
+  book.event("stop", "finished", step=last, reason="finished", exit_code=0)
+print("there", flush=True)
+time.sleep(100)
+"""
+  began = time.time()
+  down = 0.0
+  for first, last in ((0, 18), (10, 25), (20, 40)):
+    command = [sys.executable, "-c", script, str(tmp_path), str(first), str(last)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout.readline() == "there\n"
+    process.kill()
+    process.communicate()
+    ended = time.time()
+    if last < 40:
+      time.sleep(0.5)
+      down += 0.5
+  found = ledger(*_book(tmp_path))
+  assert found.wall == pytest.approx(ended - began, abs=0.25)
+  assert sum(found.seconds.values()) == pytest.approx(found.wall, rel=0.01)
+  assert found.seconds["down"] == pytest.approx(down, abs=0.2)
+  assert found.lost_steps == 8 + 5
+  assert found.seconds["lost"] == pytest.approx(13 * 0.05, rel=0.2)
+  assert found.seconds["productive"] == pytest.approx(40 * 0.05, rel=0.2)
+  assert found.seconds["checkpoint"] == pytest.approx(4 * 0.1, rel=0.3)
+
+
+def _book(folder):
+  rows, abandoned = read_history(folder)
+  return read_logbook(folder).events, [row for branch in (*abandoned, rows) for row in branch]

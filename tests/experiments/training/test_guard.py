@@ -141,6 +141,9 @@ def test_after_a_rewind_the_guard_is_as_it_was_at_the_checkpoint():
   again = guard.state()
   assert again.pop("rewinds") == [260] and guard.limit == limit
   assert again == {name: value for name, value in saved.items() if name != "rewinds"}
+  before = json.dumps(saved)  # which further steps leave alone, for another rewind
+  drive(guard, noisy(np.full(20, 2.5)), start=201)
+  assert json.dumps(saved) == before
   guard.rewound()
   assert guard.limit == math.inf and guard.state()["rewinds"] == [260]
 

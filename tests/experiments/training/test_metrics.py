@@ -181,6 +181,29 @@ def test_a_run_that_died_before_it_saved_starts_afresh(tmp_path):
   assert read_history(tmp_path) == ([{"step": 1, "loss": 2.0}], [[{"step": 1, "loss": 1.0}]])
 
 
+def test_some_rows_of_a_long_run(tmp_path):
+  """Every part's first and last row, each held-out one, and a share of the rest."""
+  writer = MetricsWriter(tmp_path)
+  for first, last in ((1, 777), (501, 1234), (1001, 3000)):
+    if first > 1:
+      writer.rewind(first - 1)
+    for step in range(first, last + 1):
+      writer.write(step, {"loss": 1.0})
+      if step == 2345:
+        writer.write(step, {"heldout_loss": 1.0})
+  writer.close()
+  rows, abandoned = read_history(tmp_path, most=50)
+  whole = read_history(tmp_path)
+  assert len(rows) + sum(map(len, abandoned)) < 70 < len(whole.rows)
+  assert [branch[-1]["step"] for branch in abandoned] == [777, 1234]
+  assert rows[0]["step"] == 1 and rows[-1]["step"] == 3000
+  assert [r["step"] for r in rows if "heldout_loss" in r] == [2345]
+  steps = [r["step"] for r in rows]
+  assert steps == sorted(steps) and {501, 1001} <= set(steps)
+  assert read_history(tmp_path, most=10_000) == whole
+  assert read_history(tmp_path / "nowhere", most=10) == ([], [])
+
+
 @contextlib.contextmanager
 def full_disk():
   """No file grows beyond 10 bytes."""

@@ -49,8 +49,9 @@ def _last_step(folder: Path) -> int:
       status = os.fstat(file.fileno())
       file.seek(max(0, status.st_size - (1 << 16)))
       for line in reversed(file.read().split(b"\n")):
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-          found = int(json.loads(line)["step"])
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
+          row = json.loads(line)
+          found = int(row.get("step", row.get("resumed_after")))
           if status.st_mtime >= newest:
             newest, step = status.st_mtime, found
           break

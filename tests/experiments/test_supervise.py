@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.attempt import progress
 from experiments.training.logbook import read_logbook
 from tests.experiments.programs import ROOT
 
@@ -200,6 +201,24 @@ def test_another_step_is_another_failure(supervise):
   run = supervise("step(attempt)\nsys.exit(0 if attempt == 4 else 1)")
   assert run.end() == 0
   assert len(run.logs()) == 4
+
+
+def test_steps_are_read_as_metrics_have_them(tmp_path):
+  """Of a run and its twin: the last row of the file that was written last."""
+  assert progress(tmp_path)[1:] == (0, 0.0, 0)
+  main, twin = tmp_path / "metrics.jsonl", tmp_path / "twin" / "metrics.jsonl"
+  main.write_text('{"step": 40, "loss": 1}\n{"step": 50, "lo')  # a crash cut it off
+  assert progress(tmp_path).step == 40
+  main.write_text('{"step": 40, "loss": 1}\n{"resumed_after": 30}\n')
+  assert progress(tmp_path).step == 30
+  twin.parent.mkdir()
+  twin.write_text('{"step": 7, "loss": 1}\n')
+  os.utime(twin, (main.stat().st_mtime + 1,) * 2)
+  assert progress(tmp_path).step == 7
+  for step, digests in ((20, 1), (30, 2)):  # the second lacks one of two processes' digests
+    (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+    (tmp_path / "checkpoints" / str(step) / f"digests.0-of-{digests}.json").write_text("")
+  assert progress(tmp_path).checkpoint == 20
 
 
 def test_a_later_supervisor_counts_on(supervise):

@@ -23,7 +23,7 @@ import json, os, pathlib, signal, sys, time
 attempt = int(os.environ["MESHYARD_ATTEMPT"])
 folder = pathlib.Path(sys.argv[1])
 def say(text):
-  sys.stdout.write(f"{text}\n")
+  sys.stdout.write(f"{text}\\n")
   sys.stdout.flush()
 def step(number):
   with (folder / "metrics.jsonl").open("a") as file:

@@ -20,10 +20,18 @@ from absl import flags, logging
 from mesh.topology import describe_devices
 
 from . import configs, platform
-from .config import Config, ConfigError, HaltError
+from .config import Config, ConfigError
+from .exits import (  # noqa: F401 - programs name all of them
+  FINISHED,
+  GUARD,
+  INTERRUPTED,
+  OUR_FAULT,
+  RESTART,
+  USER_MISTAKE,
+  WATCHDOG,
+  HaltError,
+)
 from .overrides import apply_overrides
-
-FINISHED, OUR_FAULT, USER_MISTAKE, RESTART, INTERRUPTED = 0, 1, 2, 75, 130
 
 _CONFIG = flags.DEFINE_string("config", "moe_tiny", "A named config, or FAMILY:SIZE.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run directory; default runs/CONFIG.")

@@ -12,17 +12,7 @@ from typing import Any, Literal
 from layers.spec import ModelSpec
 from mesh.rules import parse_rules
 
-
-class ConfigError(ValueError):
-  """A user's mistake in a config, a flag or an input: one sentence, exit code 2."""
-
-
-class HaltError(Exception):
-  """The end of a run that is neither a mistake nor our fault: a sentence and an exit code."""
-
-  def __init__(self, reason: str, code: int):
-    super().__init__(reason)
-    self.code = code
+from .exits import ConfigError, HaltError  # noqa: F401 - raised by those who read configs
 
 
 def _field(change: str) -> Callable[[Any], Any]:
@@ -145,9 +135,22 @@ class TrainConfig:
   # Only kernels whose sums have one order, for bit-equal repetitions. CPU and TPU always do; on GPU
   # this costs some speed.
   deterministic: bool = free(False)
+  # After so many seconds without a step the run ends, its stacks written down (`watchdog`). None is
+  # 20 times the longest of the last steps, at least 300; 0 is never.
+  hang_seconds: float | None = free(None)
 
   def __post_init__(self):
-    _at_least(self, "train", steps=1, microbatches=1, z_loss=0, seed=0, log_every=1, verify_every=0)
+    _at_least(
+      self,
+      "train",
+      steps=1,
+      microbatches=1,
+      z_loss=0,
+      seed=0,
+      log_every=1,
+      verify_every=0,
+      hang_seconds=0,
+    )
     if self.seed >= 1 << 32:  # JAX would keep the lower half only
       raise ConfigError(f"train.seed={self.seed}: must be below 2^32")
 

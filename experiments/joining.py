@@ -16,6 +16,7 @@ import jaxlib
 from mesh import multihost
 
 from .config import Config, ConfigError
+from .exits import RESTART, HaltError, restarted
 from .overrides import flatten
 from .training.checkpoint import saved_steps
 
@@ -45,6 +46,21 @@ class Place(NamedTuple):
   timeout: float = 300.0
 
 
+def number(place: Place) -> str:
+  """Of this process among the others, as announced; "0" alone, empty where only JAX can tell.
+
+  Raises:
+    ConfigError: an incomplete announcement.
+  """
+  try:
+    arguments = multihost.announced(*place[:3])
+  except ValueError as e:
+    raise ConfigError(str(e)) from e
+  if arguments is None:
+    return "0"
+  return str(arguments.get("process_id", os.environ.get("SLURM_PROCID", "")))
+
+
 def join(place: Place, config: Config, folder: Path) -> None:
   """Wait for the other processes, if there are any, and compare with them.
 
@@ -53,13 +69,14 @@ def join(place: Place, config: Config, folder: Path) -> None:
   Raises:
     ConfigError: an incomplete announcement, processes that did not come in time, one that runs
       another config, code, JAX or platform, or has another number of devices. All get the last.
+    HaltError: as a supervisor's restart, processes that did not come in time, and may come yet.
   """
   coordinator, count, index, timeout = place
   _enter(_Stage.JOINING)
   try:
     joined = multihost.initialize(coordinator, count, index, timeout=timeout)
   except TimeoutError as e:
-    raise ConfigError(str(e)) from e
+    raise (HaltError(str(e), RESTART) if restarted() else ConfigError(str(e))) from e
   except ValueError as e:
     _enter(_Stage.FREE)
     raise ConfigError(str(e)) from e

@@ -23,14 +23,24 @@ from typing import IO
 from mesh.launch import launch_arguments
 from mesh.multihost import on_tpu
 
-from .cli import FINISHED, INTERRUPTED, RESTART, USER_MISTAKE
 from .config import ConfigError
+from .exits import (
+  FINISHED,
+  INTERRUPTED,
+  RESTART,
+  USER_MISTAKE,
+  WATCHDOG,
+  handling,
+  tells,
+  with_parent,
+)
 from .joining import ENDED_BY
-from .training.stop import handling
 
 # After a signal or the first good end workers have this long to save, after a failure to say why.
+# A watchdog has told the others before; one that goes on is stuck.
 STOP_SECONDS = 600.0
 FAILURE_SECONDS = 5.0
+_STUCK_SECONDS = 0.5
 
 _POLL_SECONDS = 0.05
 _LAST_LINES = 10
@@ -42,14 +52,6 @@ _GLOO = re.compile(
 )
 # JAX, of every SIGTERM that it passes on.
 _CAUGHT = re.compile(r"preemption_notifier\.cc:\d+\] SIGTERM caught")
-
-# Becomes a worker that gets SIGTERM when the launcher is gone, however that came about (Linux).
-_WITH_PARENT = f"""
-import ctypes, os, sys
-if sys.platform == "linux":
-  ctypes.CDLL(None).prctl(1, {signal.SIGTERM:d})  # PR_SET_PDEATHSIG
-os.execv(sys.argv[1], sys.argv[1:])
-"""
 
 
 def check(count: int, environ: Mapping[str, str] = os.environ) -> None:
@@ -160,7 +162,7 @@ class _Worker:
     self.muted = False
     self.last: deque[str] = deque(maxlen=_LAST_LINES)
     self.process = subprocess.Popen(
-      [sys.executable, "-S", "-c", _WITH_PARENT, *command],
+      with_parent(command, os.getpid()),
       env=os.environ | environ,
       stdin=subprocess.DEVNULL,
       stdout=subprocess.PIPE,
@@ -196,11 +198,13 @@ class _Worker:
     elif line.startswith("error: "):
       self.mistake = line
     elif line and not self.muted:
-      self.last.append(line)
+      if tells(line):
+        self.last.append(line)
       who = f"[process {self.index}] " if self.index else ""
       # One call: print writes the end of the line in a second one, and other workers' come between.
-      sys.stderr.write(f"{who}{line}\n")
-      sys.stderr.flush()
+      with contextlib.suppress(OSError):  # nobody reads it any more
+        sys.stderr.write(f"{who}{line}\n")
+        sys.stderr.flush()
 
   def signal(self, number: int) -> None:
     if self.process.poll() is None:
@@ -246,6 +250,8 @@ class _Group:
         first = first or (worker if worker.process.returncode else None)
         failed = worker.process.returncode not in _GOOD_ENDS
         patience = FAILURE_SECONDS if _not_killed(worker) else 0  # nobody told the others
+        if worker.process.returncode == WATCHDOG:
+          patience = _STUCK_SECONDS
         self._hurry(
           patience if failed else self._stop_seconds, f"the end of process {worker.index}"
         )
@@ -281,5 +287,5 @@ def _report(workers: list[_Worker], culprit: _Worker) -> None:
     return
   how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
   print(f"process {culprit.index} {how}, and the others with it", file=sys.stderr)
-  if culprit.last:
+  if culprit.last and code != WATCHDOG:  # which has said all
     print("its last lines:", *(f"  {line}" for line in culprit.last), sep="\n", file=sys.stderr)

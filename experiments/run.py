@@ -1,16 +1,23 @@
 """Train: `python -m experiments.run --config=NAME [--workdir=PATH] [--config.section.field=value]`.
 
-The same command with the same work directory resumes. `--list` prints the configs, `--show` what a
-config resolves to.
+The same command with the same work directory resumes. `--supervise` does so by itself until the run
+is finished. `--list` prints the configs, `--show` what a config resolves to.
 """
 
+import os
 import signal
 import sys
+import time
+from pathlib import Path
+from typing import NoReturn
 
 from absl import flags
 
+from mesh.multihost import is_primary
+
 from . import cli, joining, processes, show, start
 from .config import ConfigError
+from .training.goodput import process_age
 from .training.timing import Profile
 
 _LIST = flags.DEFINE_bool("list", False, "Print all configs with their sizes, and stop.")
@@ -22,6 +29,12 @@ _PROFILE = flags.DEFINE_string("profile", "", "START:STOP: an xprof trace of the
 _REASON = flags.DEFINE_string("reason", "", "Why a resumed run changes optimizer, schedule, batch.")
 _ALLOW = flags.DEFINE_bool(
   "allow_config_change", False, "Resume though the run's identity changed."
+)
+_SUPERVISE = flags.DEFINE_bool(
+  "supervise", False, "Start it again whenever it ends early, but for mistakes and Ctrl-C."
+)
+_MAX_HOURS = flags.DEFINE_float(
+  "max_hours", None, "Save and end with 75 after so long; with --supervise, of all starts in sum."
 )
 _PROCESSES = flags.DEFINE_integer("processes", 1, "Start this many processes on this machine.")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0 of several.")
@@ -41,17 +54,21 @@ def main() -> int:
   look = flags.FLAGS["show_mesh"].present
   if not look:
     cli.refuse_topology()
-  profile, place = _profile(), _place()
+  profile, place, deadline = _profile(), _place(), _deadline()
   request = start.resolve(reason=_REASON.value, allow=_ALLOW.value, check=not look)
+  if _SUPERVISE.value and not look:
+    _become_supervisor(request.folder, place)
   if _PROCESSES.value > 1:
     command = [sys.executable, "-m", "experiments.run", *sys.argv[1:], "--processes=1"]
     return processes.launch(command, _PROCESSES.value)
   if look:
     show.print_mesh(request, _SHOW_MESH.value, place)
     return cli.FINISHED
-  stopped_by = start.run(request, profile=profile, place=place)
+  stopped_by = start.run(request, profile=profile, place=place, deadline=deadline)
   if stopped_by is None:
     return cli.FINISHED
+  if deadline is not None and time.monotonic() >= deadline and is_primary():
+    print(f"--max_hours={_MAX_HOURS.value:g} are over")
   return cli.INTERRUPTED if stopped_by == signal.SIGINT else cli.RESTART
 
 
@@ -62,6 +79,27 @@ def _profile() -> Profile | None:
   if not (start.isdecimal() and stop.isdecimal() and 0 < int(start) < int(stop)):
     raise ConfigError(f"--profile={_PROFILE.value}: give steps as START:STOP, e.g. --profile=20:25")
   return Profile(int(start), int(stop))
+
+
+def _deadline() -> float | None:
+  if _MAX_HOURS.value is None:
+    return None
+  if not _MAX_HOURS.value > 0:
+    raise ConfigError(f"--max_hours={_MAX_HOURS.value:g}: must be above 0")
+  return time.monotonic() - process_age() + 3600 * _MAX_HOURS.value
+
+
+def _become_supervisor(folder: Path, place: joining.Place) -> NoReturn:
+  """Replace this process by one that holds no JAX, and starts this command for as long as it takes.
+
+  Raises:
+    ConfigError: an incomplete announcement of processes.
+  """
+  command = [sys.executable, "-m", "experiments.run", *sys.argv[1:], "--nosupervise"]
+  hours = "" if _MAX_HOURS.value is None else str(_MAX_HOURS.value)
+  words = [str(folder), hours, joining.number(place), *command]
+  sys.stdout.flush()
+  os.execv(sys.executable, [sys.executable, "-m", "experiments.supervise", *words])
 
 
 def _place() -> joining.Place:

@@ -17,6 +17,7 @@ from .closing import print_closing, print_sample
 from .config import Config, ConfigError
 from .data.load import Dataset, load
 from .data.trigram import ngram_bits_per_byte
+from .exits import restarted
 from .overrides import check_resume
 from .planning.memory import gigabytes, refuse_if_too_large, training_bytes
 from .training.checkpoint import saved_steps
@@ -26,6 +27,7 @@ from .training.setup import Setup, build
 from .training.timing import Profile
 
 _BASELINE = "interpolated byte trigrams"
+_ENDING_SECONDS = 60.0
 
 
 class Request(NamedTuple):
@@ -64,31 +66,42 @@ def resolve(*, reason: str = "", allow: bool = False, check: bool = True) -> Req
   return Request(config, folder, Resume(told, reason, allow))
 
 
-def run(request: Request, *, profile: Profile | None, place: joining.Place) -> int | None:
+def run(
+  request: Request,
+  *,
+  profile: Profile | None,
+  place: joining.Place,
+  deadline: float | None = None,
+) -> int | None:
   """Train and print what a person wants to know; the signal that stopped it, or None.
 
   Args:
     place: this process among several.
+    deadline: a `time.monotonic` at which to save and stop, as by SIGTERM.
 
   Raises:
-    ConfigError: the model does not fit, the data is missing or unreadable, the folder unwritable,
-      the other processes are missing or run something else.
+    ConfigError: the model does not fit, the data is missing or unreadable, the folder unwritable
+      or in use, the other processes are missing or run something else.
+    HaltError: as `joining.join` and `train`.
   """
   config, folder = request.config, request.folder
   joining.join(place, config, folder)
-  stopped_by = _run(request, profile)
+  with contextlib.ExitStack() as stack:
+    stopped_by = _run(request, profile, deadline, stack)
   joining.done()
   return stopped_by
 
 
-def _run(request: Request, profile: Profile | None) -> int | None:
+def _run(
+  request: Request, profile: Profile | None, deadline: float | None, stack: contextlib.ExitStack
+) -> int | None:
   config, folder = request.config, request.folder
   setup = build(config)
   refuse_if_too_large(setup)
   twin = _twin_setup(config) if config.eval.twin else None
   dataset = load(config.data, config.model.vocab_size)
   if is_primary():
-    claim(folder)
+    stack.enter_context(claim(folder, patience=_patience()))
     _introduce(setup, dataset, folder)
   lines: dict[str, float] = {}
   resume = request.resume
@@ -105,12 +118,15 @@ def _run(request: Request, profile: Profile | None) -> int | None:
 
   with writing(folder):
     with _explained(setup):
-      outcome = train(setup, dataset, folder, profile=profile, resume=resume, baselines=baselines)
+      outcome = train(
+        setup, dataset, folder, profile=profile, resume=resume, baselines=baselines,
+        deadline=deadline,
+      )  # fmt: skip
     if _stopped(outcome):
       return outcome.stopped_by
     if twin is not None:
       with _explained(twin):
-        beside = _train_twin(twin, dataset, folder / twin.config.name)
+        beside = _train_twin(twin, dataset, folder / twin.config.name, deadline)
       if beside is not None and _stopped(beside):
         return beside.stopped_by
       if beside is not None:
@@ -158,7 +174,9 @@ def _twin_setup(config: Config) -> Setup:
     raise ConfigError(f"eval.twin={config.eval.twin}: {e} (--config.eval.twin= for none)") from e
 
 
-def _train_twin(setup: Setup, dataset: Dataset, folder: Path) -> Outcome | None:
+def _train_twin(
+  setup: Setup, dataset: Dataset, folder: Path, deadline: float | None
+) -> Outcome | None:
   """Train the twin in a folder of its own; None if what it did there before is not comparable."""
   name = setup.config.name
   stored = read_config(folder)
@@ -169,10 +187,16 @@ def _train_twin(setup: Setup, dataset: Dataset, folder: Path) -> Outcome | None:
       if is_primary():
         print(f"\n{name} is left out, since it began otherwise: {e}")
       return None
-  if is_primary():
-    claim(folder)
-    print(f"\nNow its twin {name}: the same steps, data and FLOPs a token, without experts.")
-  return train(setup, dataset, folder)
+  with contextlib.ExitStack() as stack:
+    if is_primary():
+      stack.enter_context(claim(folder, patience=_patience()))
+      print(f"\nNow its twin {name}: the same steps, data and FLOPs a token, without experts.")
+    return train(setup, dataset, folder, deadline=deadline)
+
+
+def _patience() -> float:
+  """Seconds to wait for a folder in use: what a supervisor starts again may still be ending."""
+  return _ENDING_SECONDS if restarted() else 0.0
 
 
 def _introduce(setup: Setup, dataset: Dataset, folder: Path) -> None:

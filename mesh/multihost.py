@@ -2,16 +2,19 @@
 
 `jax.distributed` watches over the processes that it joined. Measured on CPU, JAX 0.10.2: when the
 coordinator (process 0) is killed the others abort after 0.2 s, with exit code 134; when another is
-killed they stay in their collective and abort with 134 once its heartbeats were missed for 100 s
-(83 and 99 s after the kill). An abort is a C++ check: no Python code runs any more. A process that
-ends by itself says so through `announce_failure`, and the others, if they `watch_failures`, need
-not wait; nor if they were started by `experiments.run --processes`, which ends them at once.
+killed they stay in their collective and abort with 134 once its heartbeats were missed for
+_HEARTBEAT_SECONDS (JAX's own 100 s: 83 and 99 s after the kill). An abort is a C++ check: no Python
+code runs any more. A process that ends by itself says so through `announce_failure`, and the
+others, if they `watch_failures`, need not wait; nor if they were started by `experiments.run
+--processes`, which ends them at once. One that is alive but stuck sends heartbeats for ever: see
+`experiments.training.watchdog`.
 """
 
 import itertools
 import math
 import os
 import threading
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -32,9 +35,11 @@ from .launch import FLAGS, launch_arguments
 
 # Process 0 may be alone with its last report for long while the others wait to leave.
 _SHUTDOWN_SECONDS = 3600
+_HEARTBEAT_SECONDS = 10  # threads in C++ send them, also while Python is busy
 _FAILED = "meshyard/failed"
+_FOR_EVER = 7 * 24 * 3600 * 1000  # milliseconds
 
-_watcher: threading.Thread | None = None
+_watchers: list[threading.Thread] = []
 _turns = itertools.count()
 
 
@@ -65,11 +70,18 @@ def initialize(
       another minute, so end it with `os._exit`.
   """
   if not jax.distributed.is_initialized():
-    given = dict(zip(FLAGS, (coordinator, num_processes, process_id), strict=True))
-    arguments = launch_arguments(os.environ, on_tpu=on_tpu(), flags=given)
+    arguments = announced(coordinator, num_processes, process_id)
     if arguments is not None:
       _join(arguments, timeout)
   return jax.distributed.is_initialized()
+
+
+def announced(
+  coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> dict[str, Any] | None:
+  """`launch_arguments` of these values, this environment and these devices."""
+  given = dict(zip(FLAGS, (coordinator, num_processes, process_id), strict=True))
+  return launch_arguments(os.environ, on_tpu=on_tpu(), flags=given)
 
 
 def on_tpu() -> bool:
@@ -88,6 +100,7 @@ def _join(arguments: dict[str, Any], timeout: float) -> None:
       jax.distributed.initialize(
         **arguments,
         initialization_timeout=math.ceil(timeout) + 60,
+        heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
       )
     except BaseException as e:
@@ -142,6 +155,11 @@ def _client() -> Any:
   if global_state.client is None:
     raise RuntimeError("mesh.multihost.initialize has not joined any processes")
   return global_state.client
+
+
+def joined() -> bool:
+  """Whether this is one of several processes, as `initialize` said."""
+  return global_state.client is not None
 
 
 def process_numbers() -> tuple[int, int]:
@@ -204,27 +222,70 @@ def watch_failures(failed: Callable[[int, int], None]) -> None:
 
   `shut_down` ends the thread.
   """
-  global _watcher
-  client, own = _client(), global_state.process_id
+  own = global_state.process_id
 
-  def wait():
-    try:
-      text = client.blocking_key_value_get(_FAILED, 7 * 24 * 3600 * 1000)
-    except jax.errors.JaxRuntimeError:  # `shut_down`, or the coordinator is gone
-      return
+  def heard(text: str) -> None:
     process, code = map(int, text.split())
     if process != own:
       failed(process, code)
 
-  _watcher = threading.Thread(target=wait, daemon=True)
-  _watcher.start()
+  _watch(_FAILED, heard)
+
+
+def _watch(key: str, heard: Callable[[str], None]) -> None:
+  """Calls `heard` in a thread with what somebody stores under `key`."""
+  client = _client()
+
+  def wait() -> None:
+    try:
+      text = client.blocking_key_value_get(key, _FOR_EVER)
+    except jax.errors.JaxRuntimeError:  # `shut_down`, or the coordinator is gone
+      return
+    heard(text)
+
+  _watchers.append(threading.Thread(target=wait, daemon=True))
+  _watchers[-1].start()
+
+
+def answer(question: str, reply: Callable[[], str]) -> None:
+  """Replies, in a thread, if another process asks this question; `ask` is for the one that asks.
+
+  `shut_down` ends the thread.
+  """
+  client, own = _client(), global_state.process_id
+
+  def heard(asker: str) -> None:
+    if int(asker) != own:
+      client.key_value_set(f"meshyard/{question}/{own}", reply())
+
+  _watch(f"meshyard/{question}", heard)
+
+
+def ask(question: str, mine: str, *, seconds: float) -> dict[int, str] | None:
+  """What the processes say that come to `answer` within `seconds`, by number, and what this one
+  does; None if another has asked before. Each question can be asked once.
+
+  Needs the coordinator, and may wait for it for ever: call in a thread.
+  """
+  client, own = _client(), global_state.process_id
+  try:
+    client.key_value_set(f"meshyard/{question}", str(own))
+  except jax.errors.JaxRuntimeError:  # it is there already
+    return None
+  said, until = {own: mine}, time.monotonic() + seconds
+  while len(said) < global_state.num_processes and time.monotonic() < until:
+    time.sleep(0.1)
+    for key, text in client.key_value_dir_get(f"meshyard/{question}/"):
+      said[int(key.rpartition("/")[2])] = text
+  return said
 
 
 def shut_down() -> None:
   """Waits until all processes call this, and leaves them."""
   jax.distributed.shutdown()
-  if _watcher is not None:  # a thread inside of JAX aborts an interpreter that ends
-    _watcher.join()
+  for watcher in _watchers:  # a thread inside of JAX aborts an interpreter that ends
+    watcher.join()
+  _watchers.clear()
 
 
 def stop_point(tick: int) -> bool:

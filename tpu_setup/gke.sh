@@ -36,8 +36,9 @@ options
   --dry-run            print the exact commands instead of running them
   --help               this text
 
-The JobSet restarts on exit codes 75, 76, crashes and lost nodes; 0 completes it, and 2, 77 and 130
-fail it for good. Compiler flags are those of `tpu_vm.sh flags`.
+In each pod a supervisor starts the program again after 75, 76 and crashes. The JobSet restarts on
+lost nodes and where a supervisor gives up; 0 completes it, and 2, 77 and 130 fail it for good.
+Compiler flags are those of `tpu_vm.sh flags`.
 TEXT
 }
 
@@ -158,7 +159,7 @@ YAML
               containers:
                 - name: meshyard
                   image: $image
-                  command: ["python", "-u", "-m", "experiments.run"]
+                  command: ["python", "-u", "-m", "experiments.run", "--supervise"]
                   args:
 YAML
   for word in "${program[@]}"; do echo "                    - $(yaml "$word")"; done
@@ -221,7 +222,7 @@ spec:
           completionMode: Indexed
           parallelism: $PODS
           completions: $PODS
-          backoffLimit: 0 # 75, 76, a crash or a lost node fails the Job, and so restarts the JobSet
+          backoffLimit: 0 # a lost node, or 75, 76 or a crash at last, restarts the JobSet
           podFailurePolicy:
             rules:
               - action: FailJob # 2 the user's mistake, 77 stopped by the guard, 130 interrupted

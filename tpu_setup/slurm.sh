@@ -25,7 +25,8 @@ options
   --dry-run            print the command of submit instead of running it
   --help               this text
 
-The job is requeued on exit codes 75, 76 and crashes, and ends on 0, 2, 77 and 130.
+On each node a supervisor starts the program again after 75, 76 and crashes. The job is requeued
+when its time is over, a node is lost or a supervisor gives up; it ends on 0, 2, 77 and 130.
 TEXT
 }
 
@@ -84,7 +85,7 @@ TEXT
 }
 
 script() {
-  local line lines=() words=("$python" -u -m experiments.run "${program[@]}")
+  local line lines=() words=("$python" -u -m experiments.run --supervise "${program[@]}")
   # Without this variable JAX asks the TPU, not SLURM, which process is which.
   [ -z "$tpu" ] || words=(env -u SLURM_LOCALID "${words[@]}")
   echo "#!/bin/bash"
@@ -96,8 +97,8 @@ script() {
   done
   cat <<TEXT
 
-# One process a node; srun answers with the highest exit code. Nobody is killed when one process
-# ends, since the others may be saving; JAX ends those that have lost a peer.
+# One process a node, with a supervisor; srun answers with the highest exit code. Nobody is killed
+# when one ends, since the others may be saving; JAX ends those that have lost a peer.
 code=0
 srun --kill-on-bad-exit=0 --label $(quoted "${words[@]}") || code=\$?
 echo "experiments.run ended with \$code, restart \${SLURM_RESTART_COUNT:-0}"

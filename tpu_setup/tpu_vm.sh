@@ -13,15 +13,16 @@ commands
   create    --type=v5p-64 [--spot|--reserved] [--num-slices=N]   request a slice, wait until ACTIVE
                                    (--async: do not wait)
   install   [--bucket=BUCKET]      build the wheel; ship it, Python and the bucket to all hosts
-  launch    -- --config=NAME ...   start the program on all hosts, detached; with --type=... create
-                                   and install come first
+  launch    -- --config=NAME ...   start the program on all hosts, detached and supervised; with
+                                   --type=... create and install come first
   status                           the slice, and state and last log line of every host
   tail      [--worker=N] [--node=N]   follow one host's log
   check     [--type=...] [-- flags of check_devices.py]   psum, matmul and all-reduce rates; names
                                    slow and missing hosts
   stop                             SIGTERM: the run saves and ends with 75
   watch     --type=... -- --workdir=/PATH ...   create, install, launch, and again after preemption
-                                   and crashes, until the program ends with 0, 2, 77 or 130
+                                   and where supervisors gave up, until the program ends with 0,
+                                   2, 77 or 130
   flags     --type=...             the compiler flags that launch sets, and why (also --type=gpu)
   delete                           delete the slice
 

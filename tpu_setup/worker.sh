@@ -8,7 +8,8 @@ usage: worker.sh COMMAND, in ~/meshyard of a TPU host
 
 commands
   install WHEEL [BUCKET]     Python through uv, the wheel, and gs://BUCKET mounted at /mnt/BUCKET
-  start [NAME=VALUE ...] -- FLAGS   start experiments.run FLAGS, detached, with these variables
+  start [NAME=VALUE ...] -- FLAGS   start experiments.run --supervise FLAGS, detached, with these
+                                    variables
   state                      meshyard-state HOST idle | running | exit CODE | gone
   last                       the state and the last line of the log
   stop                       SIGTERM (the run saves and exits 75), after two minutes SIGKILL
@@ -76,7 +77,7 @@ start() {
   # shellcheck disable=SC2016  # expanded by the inner shell
   setsid bash -c 'cd "$0"; trap : TERM INT HUP; code=0; "$@" || code=$?
     echo "$code" > exit_code.new; mv exit_code.new exit_code' \
-    "$FOLDER" env "${variables[@]}" "$PYTHON" -u -m experiments.run "$@" \
+    "$FOLDER" env "${variables[@]}" "$PYTHON" -u -m experiments.run --supervise "$@" \
     >> "$FOLDER/log" 2>&1 < /dev/null &
   echo $! > "$FOLDER/pid"
   until is_running || [ -f "$FOLDER/exit_code" ]; do sleep 0.05; done
@@ -101,15 +102,27 @@ last() {
 }
 
 stop() {
-  local group end=$((SECONDS + STOP_SECONDS))
+  local group end=$((SECONDS + STOP_SECONDS)) family
   is_running || return 0
   group="$(cat "$FOLDER/pid")"
   kill -TERM -- "-$group"
   while is_running && [ "$SECONDS" -lt "$end" ]; do sleep 0.2; done
   if is_running; then
+    family="$(descendants "$group")" # the supervisor's children have sessions of their own
     kill -KILL -- "-$group"
+    # shellcheck disable=SC2086  # a list
+    [ -z "$family" ] || kill -KILL $family 2> /dev/null || true
     echo 137 > "$FOLDER/exit_code"
   fi
+}
+
+descendants() { # descendants PID: the processes that it began, and that they did
+  local child children=()
+  read -ra children < <(cat "/proc/$1/task/$1/children" 2> /dev/null) || true
+  for child in "${children[@]}"; do
+    echo "$child"
+    descendants "$child"
+  done
 }
 
 check() {

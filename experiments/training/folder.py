@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..config import Config, ConfigError
 from ..overrides import Change, from_json, to_json
+from . import lock
 from .checkpoint import saved_steps
 
 # The disk is full (or a quota, or a limit on file sizes), or has become unwritable.
@@ -37,20 +38,30 @@ def read_config(folder: Path) -> Config | None:
     ) from e
 
 
-def claim(folder: Path) -> None:
-  """Create the run directory and see that it can be written.
+@contextlib.contextmanager
+def claim(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
+  """Create the run directory, see that it can be written, and keep others from writing there.
+
+  Args:
+    patience: seconds to wait for another process that is about to end.
 
   Raises:
-    ConfigError: it can't.
+    ConfigError: it can't be written, or another process does that.
   """
   probe = folder / ".writable"
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    probe.write_text("yes")
-    probe.unlink()
-  except (OSError, ValueError) as e:  # ValueError: a NUL in the path
-    why = e.strerror if isinstance(e, OSError) else e
-    raise ConfigError(f"can't write to the work directory {folder}: {why}") from e
+  with contextlib.ExitStack() as stack:
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+      what = f"the work directory {folder}"
+      stack.enter_context(lock.hold(folder / ".lock", what, patience=patience))
+      probe.write_text("yes")
+      probe.unlink()
+    except ConfigError:
+      raise
+    except (OSError, ValueError) as e:  # ValueError: a NUL in the path
+      why = e.strerror if isinstance(e, OSError) else e
+      raise ConfigError(f"can't write to the work directory {folder}: {why}") from e
+    yield
 
 
 def write_config(folder: Path, config: Config) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ..config import ConfigError
+from ..exits import ConfigError
 
 _BLOCK = 1 << 16  # bytes read at once in search of the last line
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

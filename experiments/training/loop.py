@@ -29,9 +29,10 @@ from .recovery import GUARD_STOPPED, Recovery
 from .report import write_report
 from .setup import Setup, batch_placer, batch_rows
 from .state import TrainState, init_state
-from .stop import stop_signal
+from .stop import Stop, stop_signal
 from .timing import Profile, StepTimer, Trace
 from .verify import Fault, Verifier
+from .watchdog import Watchdog
 
 # A CPU process that lets many collective steps pile up can deadlock; a few hide all latency.
 _IN_FLIGHT = 4
@@ -66,11 +67,13 @@ def train(
   profile: Profile | None = None,
   resume: Resume | None = None,
   baselines: Callable[[], dict[str, float]] = dict,
+  deadline: float | None = None,
 ) -> Outcome:
   """Train to `config.train.steps` in run directory `folder`, resuming from its newest checkpoint.
 
   Args:
     baselines: called for the report, bits a byte by name.
+    deadline: a `time.monotonic` at which to save and stop, as by SIGTERM.
 
   Ctrl-C and SIGTERM finish the step, save, and return with `stopped_by` set.
 
@@ -81,7 +84,8 @@ def train(
   """
   config, total = setup.config, setup.config.train.steps
   with contextlib.ExitStack() as stack:
-    run = _Run(setup, dataset, folder, Resume() if resume is None else resume, stack)
+    resume = Resume() if resume is None else resume
+    run = _Run(setup, dataset, folder, resume, stack, stop_signal(deadline))
     run.restore()
     start = run.step
     trace = Trace(profile, folder, run.note, start, total)
@@ -116,7 +120,13 @@ class _Run:
   """What the parts of `train` share."""
 
   def __init__(
-    self, setup: Setup, dataset: Dataset, folder: Path, resume: Resume, stack: contextlib.ExitStack
+    self,
+    setup: Setup,
+    dataset: Dataset,
+    folder: Path,
+    resume: Resume,
+    stack: contextlib.ExitStack,
+    stop: contextlib.AbstractContextManager[Stop],
   ):
     config = setup.config
     self._setup, self._config, self._dataset, self._folder = setup, config, dataset, folder
@@ -139,10 +149,11 @@ class _Run:
     self.step, self._pending, self._skipped, self._blank = 0, [], 0, 0
     stack.enter_context(use_mesh(setup.mesh, setup.rules))
     stack.enter_context(contextlib.closing(self._loader))
-    self.stop = stack.enter_context(stop_signal())
+    self.stop = stack.enter_context(stop)
     self._checkpoints = stack.enter_context(
       Checkpoints(folder / "checkpoints", config.checkpoint, note=self._record.refused)
     )
+    self._dog = stack.enter_context(Watchdog(config.train.hang_seconds, folder))
 
   def restore(self) -> None:
     """From the newest checkpoint, or the first draw."""
@@ -159,7 +170,7 @@ class _Run:
         self.note(f"resuming after step {self.step}")
         refuse_other_values(self._kept["optimizer"], config, self._resume.reason)
         _restore_data(self._loader, self._kept, self._resume, self.note)
-        if not self._resume.changes:  # else levels may move
+        if not self._resume.changes:  # else levels may move: the guard learns them anew
           self._recovery.guard.restore(self._kept["guard"])
     self.stopped = self.stop.asked()
 
@@ -216,6 +227,7 @@ class _Run:
       self._compiled = True
       self._clock.switch("productive")
       self._record.display.started()
+    self._dog.beat(self.step)
     self.stopped = self.stop.asked()  # once a step: a signal may come at any moment
 
   def went_back(self, in_flight: int) -> bool:
@@ -247,7 +259,7 @@ class _Run:
     raise HaltError(f"step {self.step}: {decision.reason}", GUARD_STOPPED)
 
   def _go_back(self, decision: Decision) -> None:
-    with self._clock.phase("restore"):
+    with self._clock.phase("restore"), self._dog.patience():
       before = self.step
       position = self._loader.state()["position"]
       target = self._recovery.rewind(decision, self._checkpoints, position)
@@ -279,7 +291,7 @@ class _Run:
   def evaluate(self) -> float | None:
     """The held-out loss; None if a signal came meanwhile."""
     began = time.monotonic()
-    with self._clock.phase("evaluation"):
+    with self._clock.phase("evaluation"), self._dog.patience():
       result = held_out(
         self._setup, self._dataset, self._eval_step, self.state.params, self._place, self.stop
       )
@@ -300,7 +312,7 @@ class _Run:
       "optimizer": hyperparameters(self._config),
       "guard": self._recovery.guard.state(),
     }
-    with self._clock.phase("checkpoint"):
+    with self._clock.phase("checkpoint"), self._dog.patience():
       self._checkpoints.save(self.step, self.state, kept, loss=loss)
 
   def finish(self) -> HeldOut | None:
@@ -314,7 +326,7 @@ class _Run:
     Raises:
       OSError: the last checkpoint is not.
     """
-    with self._clock.phase("checkpoint"):
+    with self._clock.phase("checkpoint"), self._dog.patience():
       self._checkpoints.wait()
     ended = self._checkpoints.ended()
     self._record.saved(ended)

@@ -1,28 +1,40 @@
-"""Ctrl-C, SIGTERM and a lost terminal: noted, and obeyed where all processes can stop together."""
+"""Ctrl-C, SIGTERM, a lost terminal and the end of the time: noted, and obeyed where all processes
+can stop together."""
 
 import contextlib
 import itertools
 import os
 import signal
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 from mesh.multihost import stop_point
 
+from ..exits import handling
+
 _ticks = itertools.count(1)  # of all runs of a program, as processes agree on one of them
 
 
 class Stop:
-  """Whether a signal asked to stop."""
+  """Whether a signal asked to stop.
 
-  def __init__(self):
+  Args:
+    deadline: a `time.monotonic` from which on process 0 sends itself SIGTERM.
+  """
+
+  def __init__(self, deadline: float | None = None):
     self.received: int | None = None
     self._agreed = False
+    self._deadline = deadline if jax.process_index() == 0 else None
 
   def asked(self) -> bool:
     """Whether to stop here. Several processes must ask at the same points, and get one answer."""
+    if self._deadline is not None and time.monotonic() >= self._deadline:
+      self._deadline = None
+      os.kill(os.getpid(), signal.SIGTERM)
     if jax.process_count() > 1:
       self._agreed = self._agreed or stop_point(next(_ticks))
     return self.by is not None
@@ -36,12 +48,15 @@ class Stop:
 
 
 @contextlib.contextmanager
-def stop_signal() -> Iterator[Stop]:
+def stop_signal(deadline: float | None = None) -> Iterator[Stop]:
   """Note SIGINT, SIGTERM and a lost terminal instead of dying; a second Ctrl-C interrupts.
 
   With several processes JAX has SIGTERM, and tells all of them.
+
+  Args:
+    deadline: stop then, as by SIGTERM.
   """
-  stop = Stop()
+  stop = Stop(deadline)
   several = jax.process_count() > 1
 
   def receive(number: int, _frame: Any) -> None:
@@ -53,18 +68,3 @@ def stop_signal() -> Iterator[Stop]:
 
   with handling(receive, sigterm=not several):
     yield stop
-
-
-@contextlib.contextmanager
-def handling(receive: Callable[[int, Any], None], *, sigterm: bool = True) -> Iterator[None]:
-  """`receive(signal, frame)` for Ctrl-C, a lost terminal (not under nohup) and, if asked, SIGTERM;
-  what was there before comes back."""
-  numbers = [signal.SIGINT, signal.SIGTERM] if sigterm else [signal.SIGINT]
-  if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
-    numbers.append(signal.SIGHUP)
-  previous = {number: signal.signal(number, receive) for number in numbers}
-  try:
-    yield
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)

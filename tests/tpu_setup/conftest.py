@@ -52,6 +52,7 @@ what=$(sed -n "$(cat "$CLOUD/launches")p" "$CLOUD/plan")
 case "$what" in
   suspended | preempted) exec sleep 100 ;;
   wait) trap 'exit 75' TERM; sleep 100 & wait; ;;
+  deaf) trap '' TERM; setsid sleep 100 & echo $! > "$HOME/child"; while true; do sleep 1; done ;;
   *,*) exit "$(cut -d , -f $((index + 1)) <<< "$what")" ;;
   *) exit "$what" ;;
 esac

@@ -110,6 +110,7 @@ def test_exit_codes(cloud):
   }  # fmt: skip
   assert spec["backoffLimit"] == 0
   assert pod["restartPolicy"] == "Never"
+  assert container["command"][-2:] == ["experiments.run", "--supervise"]
   policy = jobset["spec"]["failurePolicy"]
   assert policy["maxRestarts"] == 7
   assert [(r["action"], r["onJobFailureReasons"]) for r in policy["rules"]] == [

@@ -35,7 +35,7 @@ def test_requeues_on_the_codes_that_want_it(cloud, code, restarts, requeued):
     assert (cloud.folder / "scontrol").read_text() == "requeue 42\n"
   words = (cloud.folder / "srun").read_text().splitlines()
   assert words[-2:] == list(PROGRAM[1:])
-  assert words[-6:-2] == ["python3", "-u", "-m", "experiments.run"]
+  assert words[-7:-2] == ["python3", "-u", "-m", "experiments.run", "--supervise"]
 
 
 def test_submit(cloud):

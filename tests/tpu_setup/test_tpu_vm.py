@@ -105,7 +105,7 @@ def test_launch_from_nothing(cloud):
   for host in cloud.hosts():
     wait_for(host / "meshyard" / "exit_code")
     assert (host / "meshyard" / "exit_code").read_text() == "0\n"
-    expected = " ".join(["-u -m experiments.run", *PROGRAM[1:]])
+    expected = " ".join(["-u -m experiments.run --supervise", *PROGRAM[1:]])
     assert (host / "programs").read_text() == expected + "\n"
     environment = (host / "environment").read_text().splitlines()
     assert "LIBTPU_INIT_ARGS=--xla_tpu_enable_latency_hiding_scheduler=true" in environment
@@ -160,6 +160,21 @@ def test_one_run_at_a_time_and_stop(cloud):
   tail = cloud.run("tpu_vm.sh", "tail", *NAME, "--worker=1").stdout
   assert "t1v-n-0-w-1: experiments.run" in tail
   assert cloud.run("tpu_vm.sh", "launch", *NAME, *PROGRAM).returncode == 0  # goes on
+
+
+def test_stop_kills_what_does_not_listen(cloud):
+  """Also what the supervisor began in a session of its own."""
+  cloud.plan("deaf")
+  cloud.run("tpu_vm.sh", "launch", *NAME, *NEW, *PROGRAM)
+  notes = [host / "child" for host in cloud.hosts()]
+  for note in notes:
+    wait_for(note)
+  assert cloud.run("tpu_vm.sh", "stop", *NAME).returncode == 0
+  status = cloud.run("tpu_vm.sh", "status", *NAME).stdout
+  assert len(re.findall(r"^t1v-n-0-w-\d exit 137: ", status, re.MULTILINE)) == 2
+  for note in notes:
+    stat = Path(f"/proc/{note.read_text().strip()}/stat")
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def test_a_program_that_vanished_with_its_shell_is_gone(cloud):

@@ -135,9 +135,7 @@ class Checkpoints:
   def forget_after(self, step: int) -> None:
     """Set aside what was saved after `step`, to which the run goes back."""
     self.wait()
-    for later in _steps(self._folder):
-      if later > step:
-        self._set_aside(later)
+    self._set_aside(*(later for later in _steps(self._folder) if later > step))
 
   def _damage(self, step: int) -> str | None:
     process, count = jax.process_index(), jax.process_count()
@@ -147,14 +145,24 @@ class Checkpoints:
       return mine
     return agree_in_turn(mine or "", lambda said: next(filter(None, said), "")) or None
 
-  def _set_aside(self, step: int) -> None:
-    """Out of the way of a later save of this step, for a person to look at; only the last one."""
-    if _is_first():
-      aside = self._folder / f"{step}{REFUSED}"
-      shutil.rmtree(aside, ignore_errors=True)
-      (self._folder / str(step)).rename(aside)
-    if jax.process_count() > 1:
+  def _set_aside(self, *steps: int) -> None:
+    """Out of the way of later saves of these steps. Of all that ever were, the last one stays for a
+    person to look at; more would fill the disk."""
+    if _is_first() and steps:
+      for old in self._folder.glob(f"*{REFUSED}"):
+        shutil.rmtree(old, ignore_errors=True)
+      *more, last = sorted(steps)
+      for step in more:
+        self._remove(step)
+      (self._folder / str(last)).rename(self._folder / f"{last}{REFUSED}")
+    if (
+      jax.process_count() > 1
+    ):  # nobody goes on before; what the others list meanwhile is no matter
       agree_in_turn("", lambda said: "")
+
+  def _remove(self, step: int) -> None:
+    manifest.unseal(self._folder / str(step))  # first: half a step must not look like a whole
+    shutil.rmtree(self._folder / str(step), ignore_errors=True)
 
   def _clear_temporaries(self) -> None:
     """What a killed process left half written."""
@@ -232,8 +240,7 @@ class Checkpoints:
       kept |= {step for _, step in judged[: policy.keep_best]}
     for step in steps:
       if step not in kept:
-        manifest.unseal(self._folder / str(step))  # first: half a step must not look like a whole
-        shutil.rmtree(self._folder / str(step), ignore_errors=True)
+        self._remove(step)
 
   def ended(self) -> list[Saved]:
     """Saves that ended since the last call."""

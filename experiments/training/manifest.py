@@ -126,7 +126,7 @@ def _files(step: Path, *, refuse_links: bool = False) -> Iterator[str]:
       name = f"{prefix}/{path.name}" if prefix else path.name
       if not (refuse_links and path.is_symlink()) and path.is_dir():
         waiting.append(name)
-      elif prefix or not _DIGESTS.fullmatch(path.name):
+      elif prefix or not _DIGESTS.fullmatch(path.name.removesuffix(".tmp")):
         yield name
 
 

@@ -4,6 +4,7 @@ import contextlib
 import platform
 import re
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -243,9 +244,13 @@ class Record:
     self.event("fault", error, step=step, severity="error", cls=cls, detail=detail)
 
   def unread(self, step: int, faults: list[RowFault]) -> None:
+    """Rows that this process had trouble with; those of others are on their standard error."""
     for fault in faults:
       what = "left out" if fault.skipped else f"read at try {fault.tries}"
-      self.faulty(step, f"row {fault.row} of the data {what}: {fault.reason}", cls="I")
+      text = f"row {fault.row} of the data {what}: {fault.reason}"
+      self.faulty(step, text, cls="I")
+      if not self._primary:
+        print(f"step {step}: {text}", file=sys.stderr)
 
   def halted(self, step: int, decision: Decision) -> None:
     """The guard's last word."""

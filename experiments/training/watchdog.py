@@ -88,13 +88,13 @@ class Watchdog:
     with self._lock:
       if self._step is None:
         self._patience -= 1
-      elif self._last is not None:
+      elif self._last is not None and not self._patience:
         self._recent.append(now - self._last)
       self._step, self._last, self._waited = step, now, 0.0
 
   @contextlib.contextmanager
   def patience(self) -> Iterator[None]:
-    """What happens meanwhile is no step, and may last an hour."""
+    """What happens meanwhile is no step, and may last an hour, or an hour between beats."""
     with self._lock:
       self._patience += 1
       self._waited = 0.0

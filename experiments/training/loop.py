@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from layers.transformer import moe_layers
 from mesh.constrain import use_mesh
@@ -15,6 +16,7 @@ from mesh.multihost import is_primary
 from ..config import Config, HaltError
 from ..data.load import Dataset
 from ..data.loader import Loader, make_loader
+from ..exits import GUARD
 from ..overrides import Change
 from .checkpoint import Checkpoints
 from .compiled_step import CompileOnce, Limit, jit_step
@@ -25,7 +27,7 @@ from .guard import Decision
 from .metrics import bits_of, summarise
 from .optimizer import hyperparameters, refuse_other_values
 from .record import Record
-from .recovery import GUARD_STOPPED, Recovery
+from .recovery import Recovery
 from .report import write_report
 from .setup import Setup, batch_placer, batch_rows
 from .state import TrainState, init_state
@@ -256,7 +258,7 @@ class _Run:
 
   def _halt(self, decision: Decision) -> None:
     self._record.halted(self.step, decision)
-    raise HaltError(f"step {self.step}: {decision.reason}", GUARD_STOPPED)
+    raise HaltError(f"step {self.step}: {decision.reason}", GUARD)
 
   def _go_back(self, decision: Decision) -> None:
     with self._clock.phase("restore"), self._dog.patience():
@@ -293,7 +295,12 @@ class _Run:
     began = time.monotonic()
     with self._clock.phase("evaluation"), self._dog.patience():
       result = held_out(
-        self._setup, self._dataset, self._eval_step, self.state.params, self._place, self.stop
+        self._setup,
+        self._dataset,
+        self._eval_step,
+        self.state.params,
+        self._place_held_out,
+        self.stop,
       )
     if result is None:
       return None
@@ -303,6 +310,10 @@ class _Run:
     self._record.heldout(self.step, _heldout_row(result), text, time.monotonic() - began)
     self._result = result
     return result.loss
+
+  def _place_held_out(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    self._dog.beat(self.step)
+    return self._place(batch)
 
   def save(self, loss: float | None) -> None:
     if self.stopped:

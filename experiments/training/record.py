@@ -16,6 +16,7 @@ from layers.count import count_params, train_flops_per_token
 
 from ..config import Config, HaltError
 from ..data.faults import RowFault
+from ..exits import GUARD
 from ..overrides import Change, difference, flatten
 from .checkpoint import Saved
 from .environment import environment
@@ -25,7 +26,7 @@ from .guard import Anomaly, Decision, Notice
 from .logbook import Logbook, digest_of
 from .metrics import MetricsWriter
 from .progress import ProgressDisplay
-from .recovery import GUARD_STOPPED, Rewind
+from .recovery import Rewind
 from .setup import Setup
 
 _BOOK_SECONDS = 600.0  # between writings of LOGBOOK.md, at a save
@@ -260,7 +261,7 @@ class Record:
     detail = {"policy": "stop", "from_step": step, "to_step": step, "cause": cause}
     self.event("action", f"stopped: {decision.reason}", step=step, severity="page", cls="E",
                detail={**detail, "outcome": "abandoned"})  # fmt: skip
-    self._stop(step, "policy", GUARD_STOPPED, f"the guard stopped the run: {decision.reason}")
+    self._stop(step, "policy", GUARD, f"the guard stopped the run: {decision.reason}")
 
   @contextlib.contextmanager
   def ending(self) -> Iterator[None]:

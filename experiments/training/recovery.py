@@ -13,7 +13,6 @@ from .guard import Anomaly, Decision, Guard, Observation
 from .step import StepMetrics
 
 WINDOWS = "skipped.json"
-GUARD_STOPPED = 77
 _POSITIONS = 10_000  # of the data, remembered; an anomaly that began earlier is left out from there
 
 

@@ -100,7 +100,7 @@ def test_no_noise_and_nothing_outside(stopped):
   assert [p.name for p in (home / "home").iterdir()] == [".cache"]
   assert [p.name for p in (home / "home" / ".cache").iterdir()] == ["meshyard"]
   assert sorted(p.name for p in (home / "run").iterdir()) == [
-    "LOGBOOK.md", "checkpoints", "config.json", "latest", "logbook.jsonl", "metrics.jsonl",
+    ".lock", "LOGBOOK.md", "checkpoints", "config.json", "latest", "logbook.jsonl", "metrics.jsonl",
     "report.png", "tensorboard",
   ]  # fmt: skip
 

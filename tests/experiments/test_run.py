@@ -66,7 +66,7 @@ def test_what_a_run_prints(finished):
 
 def test_what_a_run_leaves(trained):
   assert {p.name for p in trained.iterdir()} == {
-    "LOGBOOK.md", "checkpoints", "config.json", "latest", "logbook.jsonl", "metrics.jsonl",
+    ".lock", "LOGBOOK.md", "checkpoints", "config.json", "latest", "logbook.jsonl", "metrics.jsonl",
     "report.png", "tensorboard",
   }  # fmt: skip
   assert saved_steps(trained / "checkpoints") == [10, 20]

@@ -109,7 +109,8 @@ def memory(setup: Setup, weights: Weights | None = None) -> Memory:
   return Memory(
     parameters=weights.parameters,
     optimizer=weights.optimizer,
-    batch=5 * local_bytes(setup)(Tensor("", rows, ("act_batch", "act_seq"), 4)),
+    # Five arrays of rows, and the limit of the gradient's norm.
+    batch=5 * local_bytes(setup)(Tensor("", rows, ("act_batch", "act_seq"), 4)) + padded((), 4),
     gradients=copies * weights.parameters,
     kept=kept,
     head_gradient=head_gradient,

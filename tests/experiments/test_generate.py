@@ -58,7 +58,7 @@ def test_reads_without_writing(trained, tmp_path):
 
 def test_evaluate_repeats_the_last_held_out_loss(trained):
   rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-  stored = rows[-1]
+  stored = [row for row in rows if "heldout_loss" in row][-1]
   result = call("evaluate", f"--workdir={trained}", ONE)
   assert result.code == 0 and result.err == "", result.err
   assert f"debug at step {steps(trained)[-1]}, 2,048 held-out tokens" in result.out

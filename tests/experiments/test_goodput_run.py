@@ -37,11 +37,12 @@ def test_ten_minutes_of_kills(tmp_path):
   minutes, mean, rng = 10.0, 60.0, random.Random(20261123)
   folder = tmp_path / "run"
   program = [sys.executable, "-m", "experiments.run", "--config=moe_tiny"]
+  program += ["--config.optimizer.decay_steps=1000000"]  # so that both are one program
   more = ("--config.train.steps=1000000", "--config.checkpoint.every=20", "--config.eval.twin=",
           "--config.train.log_every=5", "--config.eval.sample_prompt=")  # fmt: skip
   command = [*program, "--workdir=run", *more]
   warm = subprocess.run(
-    [*program, "--workdir=warm", "--config.train.steps=20", "--config.eval.twin="],
+    [*program, "--workdir=warm", "--config.train.steps=25", "--config.eval.twin="],
     cwd=tmp_path, env=environment(tmp_path), capture_output=True, check=False, timeout=300,
   )  # fmt: skip
   assert warm.returncode == 0, warm.stderr

@@ -45,10 +45,11 @@ while True: time.sleep(0.05)
 """
 
 
-# The supervisor in a hurry.
+# The supervisor in a hurry, in a terminal or (`hangup=SIG_IGN`) under nohup.
 HURRIED = """
-import sys
+import signal, sys
 from experiments import supervise
+signal.signal(signal.SIGHUP, signal.Handlers(int(sys.argv.pop(1))))
 supervise.FIRST_PAUSE, supervise.STOPPED_SECONDS = 0.25, 1.0
 sys.exit(supervise.main(sys.argv[1:]))
 """
@@ -57,13 +58,15 @@ sys.exit(supervise.main(sys.argv[1:]))
 class Supervised:
   """A supervisor with its output in files."""
 
-  def __init__(self, home: Path, script: str, *, hours: str = "", number: str = "0"):
+  def __init__(
+    self, home: Path, script: str, *, hours: str = "", number: str = "0", hangup=signal.SIG_DFL
+  ):
     self.folder = home / "run"
     child = [sys.executable, "-S", "-c", CHILD + script, str(self.folder)]
     self._out, self._err = home / "out", home / "err"
     with self._out.open("ab") as out, self._err.open("ab") as err:
       self.process = subprocess.Popen(
-        [sys.executable, "-c", HURRIED, str(self.folder), hours, number, *child],
+        [sys.executable, "-c", HURRIED, f"{hangup:d}", str(self.folder), hours, number, *child],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=out,
         stderr=err,
@@ -238,6 +241,14 @@ def test_signals_are_passed_on_and_end_it(supervise, number, code):
   assert run.end(number) == code
   assert run.out == f"ready\ngot {signal.Signals(number).name}\n"
   assert len(run.logs()) == 1 and run.events("fault") == []
+
+
+def test_a_lost_terminal_is_no_signal_under_nohup(supervise):
+  run = supervise(LISTENING, hangup=signal.SIG_IGN)
+  eventually(lambda: "ready" in run.out)
+  run.process.send_signal(signal.SIGHUP)
+  assert run.end(signal.SIGTERM) == 75
+  assert run.out == "ready\ngot SIGTERM\n"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])

@@ -13,6 +13,7 @@ from layers.transformer import moe_layers
 from mesh.constrain import use_mesh
 from mesh.multihost import is_primary
 
+from .. import bucket
 from ..config import Config, HaltError
 from ..data.load import Dataset
 from ..data.loader import Loader, make_loader
@@ -153,7 +154,7 @@ class _Run:
     stack.enter_context(contextlib.closing(self._loader))
     self.stop = stack.enter_context(stop)
     self._checkpoints = stack.enter_context(
-      Checkpoints(folder / "checkpoints", config.checkpoint, note=self._record.refused)
+      Checkpoints(bucket.checkpoints(folder), config.checkpoint, note=self._record.refused)
     )
     self._dog = stack.enter_context(Watchdog(config.train.hang_seconds, folder))
 

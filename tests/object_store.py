@@ -157,13 +157,19 @@ def _reply(store: Store, method: str, path: str, headers: dict[str, str], body: 
       return 200, _json({"kind": "storage#bucket", "name": bucket, "id": bucket, "location": "US"})
     if not name:
       return 200, _json(_list(store, bucket, query))
-    if copy := re.fullmatch(r"(.*)/(?:copyTo|rewriteTo)/b/([^/]+)/o/(.*)", match[2]):
-      thing = _get(store, bucket, unquote(copy[1]), query)
-      made = store.put(unquote(copy[3]), thing.data, copy[2])
-      facts = _facts(copy[2], unquote(copy[3]), made)
-      return 200, _json({"done": True, "resource": facts, **facts})
+    if match := re.fullmatch(r"(.*)/(copyTo|rewriteTo|moveTo)(?:/b/([^/]+))?/o/(.*)", match[2]):
+      return _copy(store, bucket, query, *match.groups())
     return _object(store, method, bucket, name, query, headers)
   raise _RefusedError(404)
+
+
+def _copy(store, bucket, query, name, how, to_bucket, to_name) -> tuple:
+  name, to_name, to_bucket = unquote(name), unquote(to_name), to_bucket or bucket
+  made = store.put(to_name, _get(store, bucket, name, query).data, to_bucket)
+  if how == "moveTo":
+    del store.objects[bucket, name]
+  facts = _facts(to_bucket, to_name, made)
+  return 200, _json({"done": True, "resource": facts, **facts})
 
 
 def _object(store, method, bucket, name, query, headers) -> tuple:

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ _WORDS = {
 class Progress(NamedTuple):
   """What files of a run directory tell."""
 
-  sealed: frozenset[tuple[str, int]]  # finished checkpoints, by path and time
+  sealed: frozenset[tuple[str, int]]  # finished checkpoints and near copies, by path and time
   checkpoint: int  # step of the newest; 0 is none
   saved_at: float  # its time, in seconds since 1970
   step: int  # last that was logged
@@ -32,7 +33,7 @@ class Progress(NamedTuple):
 def progress(folder: Path) -> Progress:
   """Of a run and of what it trains in folders below (`eval.twin`)."""
   sealed = []
-  for steps in (*folder.glob("checkpoints"), *folder.glob("*/checkpoints")):
+  for steps in (*folder.glob("checkpoints"), *folder.glob("*/checkpoints"), *_near_copies(folder)):
     for path in steps.glob("[0-9]*"):
       with contextlib.suppress(OSError):  # it is just being removed
         if path.name.isdecimal() and manifest.is_sealed(path):
@@ -40,6 +41,13 @@ def progress(folder: Path) -> Progress:
   at, checkpoint, _ = max(sealed, default=(0, 0, ""))
   found = frozenset((path, time) for time, _, path in sealed)
   return Progress(found, checkpoint, at / 1e9, _last_step(folder))
+
+
+def _near_copies(folder: Path) -> Iterator[Path]:
+  """Folders of this host (`training/near.py`), from which the next attempt may go on."""
+  for path in (*folder.glob("near.json"), *folder.glob("*/near.json")):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+      yield from Path(json.loads(path.read_text())["folder"]).glob("*-of-*")
 
 
 def _last_step(folder: Path) -> int:

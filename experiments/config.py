@@ -170,8 +170,8 @@ class CheckpointConfig:
     _at_least(self, "checkpoint", every=1, keep=1, keep_every=0, keep_best=0, near_every=0)
     if self.near_every and not self.near:
       raise ConfigError(
-        f"checkpoint.near_every={self.near_every} needs a folder on each host: set checkpoint.near, "
-        "say to /dev/shm/meshyard, or checkpoint.near_every=0 for no near copies"
+        f"checkpoint.near_every={self.near_every} needs a folder on each host: set "
+        "checkpoint.near=/dev/shm/meshyard, or checkpoint.near_every=0 for no near copies"
       )
     if "://" in self.near:
       raise ConfigError(f"checkpoint.near={self.near}: must be a folder on the host itself")

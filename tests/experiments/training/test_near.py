@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from experiments.attempt import progress
 from experiments.cli import named_config
 from experiments.config import ConfigError
 from experiments.overrides import apply_overrides
+from experiments.training import near as module
 from experiments.training.near import NearCopies
 from experiments.training.setup import build
 from tests.experiments.test_bad_input import crowded
@@ -234,11 +237,70 @@ def test_what_a_run_did_not_go_on_from_is_never_found_again(run, how, tmp_path):
   assert run.newest() is None and not run.said + run.refused
 
 
-def test_parts_of_different_starts_are_no_state(run):
-  from experiments.training import near
+def both(monkeypatch, run, act, count=2):
+  """What `act` returns for each of several processes, which are threads here."""
+  said, barrier, number = [""] * count, threading.Barrier(count, timeout=30), threading.local()
 
-  said = [json.dumps(("a", "")), json.dumps(("b", ""))]
-  assert "different starts" in near._judge(said) and near._judge(said[:1] * 2) == ""
+  def agree(mine, judge):
+    said[number.here] = mine
+    barrier.wait()
+    verdict = judge(list(said))
+    barrier.wait()
+    return verdict
+
+  def one(index):
+    number.here = index
+    with run.open() as near:
+      near._process, near._count = index, count
+      return act(near)
+
+  monkeypatch.setattr(module, "_agree", agree)
+  with ThreadPoolExecutor(count) as pool:
+    return list(pool.map(one, range(count)))
+
+
+def copies(*steps):
+  def make(near):
+    near.begin()
+    for step in steps:
+      near.save(step, state(n=np.float32(step)), {})
+
+  return make
+
+
+def found(near):
+  return near.newest([], abstract(state(n=np.float32(0))))
+
+
+def test_what_one_process_lacks_no_process_uses(run, monkeypatch):
+  both(monkeypatch, run, copies(2, 4, 6))
+  assert both(monkeypatch, run, found) == [6, 6] and not run.said + run.refused
+  [theirs] = run.near.glob("run-*/*/1-of-2")
+  shutil.rmtree(theirs / "6")  # it was killed before that was written
+  assert both(monkeypatch, run, found) == [4, 4]
+  assert set(run.said) == {"near copy of step 6 not used: process 1 has none"}
+  flipped(theirs / "4")
+  assert both(monkeypatch, run, found) == [None, None]
+  assert "near copy of step 4 refused: process 1: " in run.refused[0]
+
+
+def test_parts_of_different_starts_are_no_state(run, monkeypatch, tmp_path):
+  """A host that was away comes back, with a step that was made anew meanwhile."""
+  both(monkeypatch, run, copies(2, 4))
+  [theirs] = run.near.glob("run-*/*/1-of-2")
+  shutil.copytree(theirs, tmp_path / "away")
+  shutil.rmtree(theirs / "4")
+
+  def go_on(near):
+    assert found(near) == 2
+    copies(4)(near)
+
+  both(monkeypatch, run, go_on)
+  assert both(monkeypatch, run, found) == [4, 4]
+  shutil.rmtree(theirs)
+  shutil.copytree(tmp_path / "away", theirs)
+  assert both(monkeypatch, run, found) == [2, 2]
+  assert set(run.said) == {"near copy of step 4 not used: its parts are of different starts"}
 
 
 def test_two_runs_in_one_near_folder(run, tmp_path):

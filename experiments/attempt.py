@@ -92,7 +92,7 @@ class Ended(NamedTuple):
 
   @property
   def advanced(self) -> bool:
-    """Whether it left a new checkpoint."""
+    """Whether it left a new checkpoint or near copy."""
     return bool(self.after.sealed - self.before.sealed)
 
 

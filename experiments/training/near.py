@@ -21,7 +21,7 @@ import secrets
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +111,9 @@ class NearCopies:
       say = self._refused if why.startswith(_DAMAGED) else self._note
       say(f"near copy of step {step} {why}")
     counts = {path.name.rpartition("-")[2] for path in _listing(self._run / self._id)}
-    if counts - {str(self._count)}:
-      there = " and ".join(sorted(counts))
-      self._note(f"near copies not used: they are of {there} processes, this run has {self._count}")
+    if there := counts - {str(self._count)}:
+      was = " or ".join(sorted(there))
+      self._note(f"near copies {_NOT_OURS}number of processes was {was} and is {self._count}")
     return None
 
   def _read_id(self) -> str:
@@ -130,15 +130,14 @@ class NearCopies:
       return "", f"{_NOT_OURS}{who} has none"
     facts = manifest.read_facts(path)
     if facts:
-      config = facts.get("config", {})
-      for name in sorted(self._config.keys() | config.keys()):
-        old, new = (values.get(name, "absent") for values in (config, self._config))
-        if old != new:
+      there, here = facts.get("config", {}), self._config
+      for name in sorted(there.keys() | here.keys()):
+        if (old := there.get(name, "absent")) != (new := here.get(name, "absent")):
           return "", f"{_NOT_OURS}{name} was {old} and is {new}"
       if facts["layout"] != layout:
         pairs = zip(facts["layout"], layout, strict=False)
-        names = [f"{new[0]} was cut otherwise" for old, new in pairs if old != new]
-        return "", f"{_NOT_OURS}{next(iter(names), 'other arrays')}, by another mesh or model"
+        name = next((new[0] for old, new in pairs if old != new), "an array")
+        return "", f"{_NOT_OURS}{name} was cut otherwise, by another mesh or model"
     try:
       damage = manifest.damage(path)
     except OSError as e:
@@ -163,8 +162,8 @@ class NearCopies:
       return jax.make_array_from_callback(leaf.shape, leaf.sharding, piece)
 
     leaves, tree = jax.tree.flatten(abstract)
-    read_leaves = [read(file, leaf) for file, leaf in zip(_files(abstract), leaves, strict=True)]
-    return jax.tree.unflatten(tree, read_leaves), manifest.read_facts(folder)["data"]
+    state = jax.tree.unflatten(tree, map(read, _files(abstract), leaves))
+    return state, manifest.read_facts(folder)["data"]
 
   def begin(self) -> None:
     """Before the run takes its first step: of what was copied, only what was restored stays."""
@@ -187,13 +186,13 @@ class NearCopies:
 
   def forget(self) -> None:
     """The run goes back, or stops for a reason that lies in its state: nothing copied counts."""
-    self._join()
+    self.wait()
     self.restored = None
     self.begin()
 
   def remove(self) -> None:
     """A checkpoint of the last step is there: none are needed any more."""
-    self._join()
+    self.wait()
     if not self.every:
       return
     if self._process == 0:
@@ -206,7 +205,7 @@ class NearCopies:
   def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
     """Start copying; returns once the arrays have left the devices. The copy before this one is
     waited for. One that can't be written is told, and no more comes of it."""
-    self._join()
+    self.wait()
     layout, pieces = _layout(state), _to_host(state)
     facts = {"start": self._start, "config": self._config, "layout": layout, "data": data}
     self._thread = threading.Thread(target=self._write, args=(step, pieces, facts))
@@ -239,7 +238,8 @@ class NearCopies:
       for old in _steps(self._mine)[: 1 - KEPT]:
         _remove(self._mine / str(old))
 
-  def _join(self) -> None:
+  def wait(self) -> None:
+    """Until the copy under way has ended."""
     if self._thread is not None:
       self._thread.join()
       self._thread = None
@@ -252,10 +252,10 @@ class NearCopies:
     if why not in self._told:
       self._told.add(why)
       text = f"near copies can't be written to {self._run}: {why}; training goes on without them"
-      if self._process == 0:
-        self._note(text)
-      else:
+      if self._process:
         print(f"process {self._process}: {text}", file=sys.stderr)
+      else:
+        self._note(text)
 
 
 def _agree(mine: str, judge: Callable[[list[str]], str]) -> str:
@@ -303,22 +303,17 @@ def _cut(leaf: Any) -> list[_Bounds]:
   return sorted({_bounds(index, leaf.shape) for index in indices})
 
 
-def _names(tree: Any) -> Iterator[str]:
-  for path, _ in jax.tree.leaves_with_path(tree):
-    yield jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _files(tree: Any) -> list[str]:
-  return [f"{i:04d}.{name.replace('/', '.')[:200]}" for i, name in enumerate(_names(tree))]
+def _files(state: TrainState) -> list[str]:
+  """A name for each array."""
+  paths = (path for path, _ in jax.tree.leaves_with_path(state))
+  names = (jax.tree_util.keystr(path, simple=True, separator=".") for path in paths)
+  return [f"{i:04d}.{name[:200]}" for i, name in enumerate(names)]
 
 
 def _layout(state: TrainState) -> list:
   """Name, dtype, shape and pieces of each array, as JSON has them."""
-  parts = [
-    (name, str(leaf.dtype), leaf.shape, _cut(leaf))
-    for name, leaf in zip(_names(state), jax.tree.leaves(state), strict=True)
-  ]
-  return json.loads(json.dumps(parts))
+  named = zip(_files(state), jax.tree.leaves(state), strict=True)
+  return json.loads(json.dumps([(n, str(x.dtype), x.shape, _cut(x)) for n, x in named]))
 
 
 def _to_host(state: TrainState) -> _Pieces:

@@ -40,7 +40,7 @@ if "--process_id" in " ".join(sys.orig_argv) and "DIE" in os.environ:
   def die(self):
     advance(self)
     if self.step == int(os.environ["DIE"]):
-      self.near._join()
+      self.near.wait()
       self._checkpoints.wait()
       loop.jax.block_until_ready(self.state)
       self._record.close()
@@ -91,7 +91,7 @@ def test_killed_right_after_going_back(tmp_path, monkeypatch):
   forget = loop.NearCopies.forget
 
   def copied(self):
-    self._join()
+    self.wait()
     before.extend(int(path.name) for path in near.glob("*/*/0-of-1/*"))
     shutil.copytree(near, tmp_path / "away")
     forget(self)

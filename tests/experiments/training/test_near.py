@@ -179,7 +179,7 @@ def test_another_number_of_processes(run):
   part = run.part(2).parent
   part.rename(part.with_name("0-of-2"))
   assert run.newest() is None
-  assert run.said == ["near copies not used: they are of 2 processes, this run has 1"]
+  assert run.said == ["near copies not used: number of processes was 2 and is 1"]
 
 
 def test_other_leaves_are_named(run):

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ _WORDS = {
 class Progress(NamedTuple):
   """What files of a run directory tell."""
 
-  sealed: frozenset[tuple[str, float]]  # finished checkpoints, by path and time
+  sealed: frozenset[tuple[str, float]]  # finished checkpoints and near copies, by path and time
   checkpoint: int  # step of the newest; 0 is none
   saved_at: float  # its time, in seconds since 1970
   step: int  # last that was logged
@@ -33,8 +34,8 @@ class Progress(NamedTuple):
 def progress(folder: Path) -> Progress:
   """Of a run and of what it trains in folders below (`eval.twin`)."""
   sealed, home = [], bucket.home(folder)
-  for run in (home, *(home / name for name in paths.names(home))):
-    steps = run / "checkpoints"
+  runs = (home, *(home / name for name in paths.names(home)))
+  for steps in (*(run / "checkpoints" for run in runs), *_near_copies(folder)):
     for step in manifest.saved_steps(steps):
       with contextlib.suppress(OSError):  # it is just being removed
         path = steps / str(step)
@@ -42,6 +43,13 @@ def progress(folder: Path) -> Progress:
   at, checkpoint, _ = max(sealed, default=(0.0, 0, ""))
   found = frozenset((path, time) for time, _, path in sealed)
   return Progress(found, checkpoint, at, _last_step(folder))
+
+
+def _near_copies(folder: Path) -> Iterator[Path]:
+  """Folders of this host (`training/near.py`), from which the next attempt may go on."""
+  for path in (*folder.glob("near.json"), *folder.glob("*/near.json")):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+      yield from Path(json.loads(path.read_text())["folder"]).glob("*-of-*")
 
 
 def _last_step(folder: Path) -> int:
@@ -86,7 +94,7 @@ class Ended(NamedTuple):
 
   @property
   def advanced(self) -> bool:
-    """Whether it left a new checkpoint."""
+    """Whether it left a new checkpoint or near copy."""
     return bool(self.after.sealed - self.before.sealed)
 
 

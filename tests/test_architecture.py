@@ -113,7 +113,7 @@ NETWORK = {
 }  # fmt: skip
 
 MODULES_TO_TRAIN = 120
-LINES_TO_TRAIN = 20_500
+LINES_TO_TRAIN = 20_800
 
 
 class Import(NamedTuple):

@@ -170,8 +170,10 @@ class NearCopies:
   def begin(self) -> None:
     """Before the run takes its first step: of what was copied, only what was restored stays."""
     if not self.every:
-      if self._process == 0:  # or a later start could go on from copies of another past
-        self._file.unlink(missing_ok=True)
+      if self._process == 0 and self._file.exists():
+        # Or a later start could go on from copies of another past. Written over, not removed, since
+        # of a run directory in a bucket only what is there is mirrored.
+        self._file.write_text("{}")
       return
     self._start = _agree(secrets.token_hex(8), lambda said: said[0])
     if self.restored is not None:

@@ -231,6 +231,7 @@ def test_what_a_run_did_not_go_on_from_is_never_found_again(run, how, tmp_path):
   else:
     with NearCopies(named_config("debug"), run.folder) as off:
       off.begin()
+    assert json.loads((run.folder / "near.json").read_text()) == {}
   if how != "without":
     assert not run.steps()
   shutil.copytree(tmp_path / "away", run.near, dirs_exist_ok=True)

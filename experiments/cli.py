@@ -37,6 +37,9 @@ _CONFIG = flags.DEFINE_string("config", "moe_tiny", "A named config, or FAMILY:S
 _WORKDIR = flags.DEFINE_string(
   "workdir", "", "Run directory, a folder or gs://BUCKET/FOLDER; default runs/CONFIG."
 )
+_WEIGHTS = flags.DEFINE_string(
+  "weights", "", "For generate, in place of a run: safetensors folder, .gguf file, package:NAME."
+)
 _TOPOLOGY = flags.DEFINE_string(
   "topology", "", "For plan and --show_mesh, TPUs that are not here: v5p:4x4x4, or v5p-128. "
   "For plan also GPUs, h100:4x8 (4 nodes of 8), or here: the accelerators that are.",
@@ -271,6 +274,17 @@ def workdir(default_name: str) -> Path:
   """
   path = _WORKDIR.value or f"runs/{default_name.replace(':', '-')}"
   return bucket.stage(path) if paths.is_url(path) else Path(path).expanduser()
+
+
+def weights() -> str:
+  """`--weights`, of programs that take them.
+
+  Raises:
+    ConfigError: `--workdir` is given as well.
+  """
+  if _WEIGHTS.value and _WORKDIR.value:
+    raise ConfigError("--weights and --workdir both name a model: give one of them")
+  return _WEIGHTS.value
 
 
 def require_workdir() -> Path:

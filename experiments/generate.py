@@ -1,4 +1,5 @@
-"""Continue a prompt: `python -m experiments.generate --workdir=PATH --prompt=TEXT`."""
+"""Continue a prompt: `python -m experiments.generate --workdir=PATH --prompt=TEXT`, or
+`--weights=PATH` in place of a run directory: safetensors and GGUF from elsewhere."""
 
 import math
 import sys
@@ -13,7 +14,7 @@ from .closing import harmless
 from .config import ConfigError
 from .data.tokenizer import Tokenizer, load_tokenizer
 from .inference.sampling import Draw, generate
-from .restore import open_run, restore
+from .restore import Foreign, load_weights, open_run, restore
 
 _PROMPT = flags.DEFINE_string("prompt", "", "Text to continue; none starts a new document.")
 _TOKENS = flags.DEFINE_integer("max_tokens", 256, "Tokens to add at most.", lower_bound=1)
@@ -25,13 +26,8 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0, upper_bo
 def main() -> int:
   if math.isnan(_TEMPERATURE.value) or math.isinf(_TEMPERATURE.value):
     raise ConfigError(f"--temperature={_TEMPERATURE.value}: give a number, 0 for greedy")
-  folder = cli.require_workdir()
-  setup = open_run(folder, batch=False)
-  if setup.config.data.objective != "next_token":
-    raise ConfigError(f"{folder} learned to tell masked tokens: it can't continue a prompt")
-  tokenizer = load_tokenizer(setup.config.data.tokenizer)
+  setup, params, tokenizer, stops = load_weights(cli.weights()) if cli.weights() else _trained()
   prompt = _encode(_PROMPT.value, tokenizer, setup.config.model)
-  params = restore(setup, folder).params
   room = setup.config.model.max_length - len(prompt)
   draw = Draw(tokenizer.vocab_size, _TEMPERATURE.value, _TOP_K.value)
   show = harmless if sys.stdout.isatty() else str
@@ -48,9 +44,9 @@ def main() -> int:
       seed=_SEED.value,
     ):
       tokens += [int(t) for t in chunk[0]]
-      ended = tokenizer.eod in tokens
-      if ended:
-        tokens = tokens[: tokens.index(tokenizer.eod)]
+      ends = [i for i, token in enumerate(tokens) if token in stops]
+      ended = bool(ends)
+      tokens = tokens[: ends[0]] if ends else tokens
       text = tokenizer.decode(tokens)
       whole = text if ended else text.rstrip("\ufffd")  # the next chunk may finish a character
       print(show(whole[shown:]), end="", flush=True)
@@ -62,6 +58,16 @@ def main() -> int:
     length = setup.config.model.max_length
     print(f"(stopped where the context of {length} tokens is full)", file=sys.stderr)
   return cli.FINISHED
+
+
+def _trained() -> Foreign:
+  """The model of `--workdir`."""
+  folder = cli.require_workdir()
+  setup = open_run(folder, batch=False)
+  if setup.config.data.objective != "next_token":
+    raise ConfigError(f"{folder} learned to tell masked tokens: it can't continue a prompt")
+  tokenizer = load_tokenizer(setup.config.data.tokenizer)
+  return Foreign(setup, restore(setup, folder).params, tokenizer, frozenset([tokenizer.eod]))
 
 
 def _encode(text: str, tokenizer: Tokenizer, spec: ModelSpec) -> list[int]:

@@ -1,14 +1,22 @@
-"""A trained model from its run directory, for programs that only read it."""
+"""A trained model, from its run directory or from weights made elsewhere, for programs that only
+read it."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.console import Console
+from rich.progress import Progress
+
 from . import bucket, cli, paths
-from .config import ConfigError, MeshConfig
+from .config import Config, ConfigError, DataConfig, MeshConfig
+from .data.tokenizer import Tokenizer, check_vocab
 from .training.checkpoint import Checkpoints
 from .training.folder import read_config
 from .training.setup import Setup, build
+from .weights.load import load
+from .weights.open import locate, open_weights, read_tokenizer, stops
 
 
 class Trained(NamedTuple):
@@ -33,6 +41,39 @@ def open_run(folder: Path, *, batch: bool) -> Setup:
     raise ConfigError(f"{folder} holds no run (no config.json)")
   here = dataclasses.replace(stored, mesh=MeshConfig(rules=stored.mesh.rules))
   return build(cli.override_config(here), batch=batch)
+
+
+class Foreign(NamedTuple):
+  """A model from elsewhere."""
+
+  setup: Setup
+  params: Any
+  tokenizer: Tokenizer
+  stops: frozenset[int]  # ids that end an answer
+
+
+def load_weights(name: str) -> Foreign:
+  """The model of `--weights`, on the mesh that the devices here suggest, with the command's
+  overrides; prints how far it is.
+
+  Raises:
+    ConfigError: weights or tokenizer are missing, damaged, or do not suit each other.
+  """
+  with contextlib.ExitStack() as stack:
+    opened = open_weights(locate(name), stack)
+    spec, source = opened.spec, opened.source
+    data = DataConfig(row_length=min(256, spec.max_length), tokenizer="")
+    config = cli.override_config(Config(name=source.path.stem, model=spec, data=data))
+    if config.model != spec:
+      raise ConfigError("--config.model: the model is the one that the weights were made for")
+    tokenizer = read_tokenizer(source, config.data.tokenizer)
+    check_vocab(tokenizer, spec.vocab_size)
+    setup = build(config, batch=False)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+      task = bar.add_task(f"loading {source.path.name}")
+      told = lambda done, count: bar.update(task, completed=done, total=count)
+      params = load(source, opened.table, spec, setup.abstract.params, progress=told)
+    return Foreign(setup, params, tokenizer, stops(source) | {tokenizer.eod})
 
 
 def restore(setup: Setup, folder: Path) -> Trained:

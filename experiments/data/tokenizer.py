@@ -58,14 +58,16 @@ class BpeTokenizer:
   """A `tokenizer.json` read by Hugging Face `tokenizers`.
 
   Text is only text: a document that spells a special token's name gets no special token.
+
+  Args:
+    data: the file.
+    path: its name, for messages.
+
+  Raises:
+    ConfigError: it is unusable.
   """
 
-  def __init__(self, path: str):
-    path = path if path.endswith(".json") else files.join(path, "tokenizer.json")
-    if not files.exists(path):
-      commands = HOW_TO_MAKE.format(tokenizer=path.rpartition("/")[0] or ".", shards="SHARDS")
-      raise ConfigError(f"there is no tokenizer at {path}: {commands}")
-    data = files.read_bytes(path)
+  def __init__(self, data: bytes, path: str):
     try:
       self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
     except Exception as error:  # `tokenizers` raises bare Exception
@@ -83,6 +85,19 @@ class BpeTokenizer:
     cut = np.concatenate([self._ids("a"), self._ids("\na")])
     self._divisible = np.array_equal(self._ids("a\na"), cut)
     self.byte_lengths_V = self._byte_lengths()
+
+  @classmethod
+  def read(cls, path: str) -> "BpeTokenizer":
+    """A tokenizer.json, or that of a folder.
+
+    Raises:
+      ConfigError: it is missing or unusable.
+    """
+    path = path if path.endswith(".json") else files.join(path, "tokenizer.json")
+    if not files.exists(path):
+      commands = HOW_TO_MAKE.format(tokenizer=path.rpartition("/")[0] or ".", shards="SHARDS")
+      raise ConfigError(f"there is no tokenizer at {path}: {commands}")
+    return cls(files.read_bytes(path), path)
 
   def _byte_lengths(self) -> np.ndarray:
     byte_level = type(self._tokenizer.decoder) is tokenizers.decoders.ByteLevel
@@ -129,7 +144,7 @@ def pieces(text: str, size: int = _PIECE) -> Iterator[str]:
 
 def load_tokenizer(name: str) -> Tokenizer:
   """`byte`, or a tokenizer.json, or its folder. Raises ConfigError if it is missing or unusable."""
-  return ByteTokenizer() if name == "byte" else BpeTokenizer(name)
+  return ByteTokenizer() if name == "byte" else BpeTokenizer.read(name)
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:

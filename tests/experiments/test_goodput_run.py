@@ -3,9 +3,11 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -38,8 +40,12 @@ def test_ten_minutes_of_kills(tmp_path):
   folder = tmp_path / "run"
   program = [sys.executable, "-m", "experiments.run", "--config=moe_tiny"]
   program += ["--config.optimizer.decay_steps=1000000"]  # so that both are one program
-  more = ("--config.train.steps=1000000", "--config.checkpoint.every=20", "--config.eval.twin=",
-          "--config.train.log_every=5", "--config.eval.sample_prompt=")  # fmt: skip
+  near = tempfile.mkdtemp(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path)
+  more = (
+    "--config.train.steps=1000000", "--config.checkpoint.every=20", "--config.eval.twin=",
+    "--config.train.log_every=5", "--config.eval.sample_prompt=",
+    f"--config.checkpoint.near={near}", "--config.checkpoint.near_every=4",
+  )  # fmt: skip
   command = [*program, "--workdir=run", *more]
   warm = subprocess.run(
     [*program, "--workdir=warm", "--config.train.steps=25", "--config.eval.twin="],
@@ -47,10 +53,11 @@ def test_ten_minutes_of_kills(tmp_path):
   )  # fmt: skip
   assert warm.returncode == 0, warm.stderr
   began, kills = time.time(), 0
-  supervisor = subprocess.Popen(
-    [*command, "--supervise"], cwd=tmp_path, env=environment(tmp_path),
-    stdout=(tmp_path / "out").open("w"), stderr=subprocess.STDOUT,
-  )  # fmt: skip
+  with (tmp_path / "out").open("w") as out:
+    supervisor = subprocess.Popen(
+      [*command, "--supervise"], cwd=tmp_path, env=environment(tmp_path), stdout=out,
+      stderr=subprocess.STDOUT,
+    )  # fmt: skip
   try:
     while (left := began + 60 * minutes - time.time()) > 0:
       time.sleep(min(left, rng.expovariate(1 / mean)))
@@ -62,6 +69,7 @@ def test_ten_minutes_of_kills(tmp_path):
     code = supervisor.wait(120)
   finally:
     supervisor.kill()
+    shutil.rmtree(near)
   wall = time.time() - began
   assert code == 75, (tmp_path / "out").read_text()[-3000:]
   book = read_logbook(folder)

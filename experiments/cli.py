@@ -169,12 +169,13 @@ def _lasting(stdout) -> io.TextIOWrapper:
 
 
 def config_names() -> list[str]:
-  """All names `--config` takes: modules, and FAMILY:SIZE for modules with SIZES."""
+  """All names `--config` takes: modules by name, and FAMILY:SIZE for modules with SIZES, in their
+  order."""
   names = []
   for module in pkgutil.iter_modules(configs.__path__):
     sizes = getattr(importlib.import_module(f"{configs.__name__}.{module.name}"), "SIZES", None)
     names += [module.name] if sizes is None else [f"{module.name}:{size}" for size in sizes]
-  return sorted(names)
+  return names
 
 
 def named_config(name: str) -> Config:

@@ -2,8 +2,8 @@
 
 Command: python -m experiments.run --config=glam:64b-64e --config.data.path=SHARDS \
     --config.data.tokenizer=TOKENIZER
-Hardware: 1,161,756,418,048 parameters (96,604,528,640 active); theirs were 1,024 TPU v4 chips.
-Adafactor keeps next to nothing beside a weight: training state 9.3 TB with gradients.
+Hardware: 1,161,756,418,048 parameters (96,604,528,640 active), training state with Adafactor 9.3
+TB; from v5p-256 (128 chips) up. Theirs were 1,024 TPU v4 chips.
 Data: 600e9 tokens, not published. The paper does not say which layers are gated: dense ones gated,
 experts not, and one table are the only reading that gives its 1.2T and 96.6B. A table of distances
 in each layer is ours to guess. Theirs dropped tokens beyond a capacity; here none is dropped.

@@ -2,7 +2,7 @@
 
 Command: python -m experiments.run --config=gopher:280b --config.data.path=SHARDS \
     --config.data.tokenizer=TOKENIZER
-Hardware: 280b: 279,702,421,504 parameters, training state 4.5 TB; from v5p-128 (64 chips) up.
+Hardware: 280b: 279,702,421,504 parameters, training state 4.5 TB; from v5p-256 (128 chips) up.
 Theirs were 4,096 TPU v3 chips. The small one trains on one chip. The paper's count is of matrices
 only; added here are the norms and the two learned vectors a head of Transformer-XL, in each layer.
 Data: 300e9 tokens of MassiveText, not published. Batches of 280b grew from 3M tokens to 6M; here

@@ -12,7 +12,6 @@ Result: not yet run.
 
 from experiments.config import Config, DataConfig, EvalConfig, OptimizerConfig, TrainConfig
 from layers.spec import (
-  Activation,
   AttentionSpec,
   EmbeddingSpec,
   HeadSpec,
@@ -44,7 +43,6 @@ def decoder(
   *,
   vocab: int = 50_257,
   length: int,
-  activation: Activation = "gelu_tanh",
   position: PositionSpec | None = None,
   stddev: float = 0.02,
 ) -> ModelSpec:
@@ -52,7 +50,7 @@ def decoder(
   norm = NormSpec("layer", eps=1e-5, bias=True)
   layer = LayerSpec(
     AttentionSpec(heads, width // heads, position=position, qkv_bias=True, out_bias=True),
-    MlpSpec(4 * width, activation, gated=False, bias=True),
+    MlpSpec(4 * width, "gelu_tanh", gated=False, bias=True),
     norm,
   )
   return ModelSpec(

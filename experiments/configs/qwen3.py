@@ -2,12 +2,12 @@
 
 Command: python -m experiments.run --config=qwen3:8b --config.data.path=SHARDS \
     --config.data.tokenizer=TOKENIZER
-Hardware: 32b: 32,762,123,264 parameters, training state 524 GB; from v5p-16 (8 chips) up. 30b-a3b:
-30,532,122,624 (3,353,032,704 active), 489 GB, the same.
+Hardware: 32b: 32,762,123,264 parameters, training state 524 GB; from v5p-32 (16 chips) up. 30b-a3b:
+30,532,122,624 (3,353,032,704 active), 489 GB; from v5p-16 up.
 Data: the first stage, 30e12 tokens in rows of 4,096; 5e12 of better text and rows of 32,768 came
-after it, for which the base of the rotation was raised to the 1e6 that is here from the start. Rates
-and batches were not published and are ours. Loads were balanced over a whole batch, here over each
-row.
+after it, for which the base of the rotation was raised to the 1e6 that is here from the start.
+Rates and batches were not published and are ours. Loads were balanced over a whole batch, here over
+each row.
 Result: not yet run.
 """
 

@@ -3,7 +3,8 @@
 Command: python -m experiments.run --config=switch_decoder:base-8 --config.data.path=SHARDS \
     --config.data.tokenizer=TOKENIZER
 Hardware: base-8: 591,017,088 parameters (194,655,360 active), on one chip; c-2048:
-1,571,088,225,120 (1,507,578,720), training state with Adafactor 12.6 TB.
+1,571,088,225,120 (1,507,578,720), training state with Adafactor 12.6 TB; from v5p-512 (256 chips)
+up.
 The paper's models are encoders and decoders that repair damaged text. Here layers of encoder and
 decoder follow each other in one stack without cross-attention, trained on the next token: the count
 is the published one less cross-attention, the second table of distances and the second final norm.
@@ -14,7 +15,14 @@ Data: C4, 550,000 steps of 2^20 tokens.
 Result: not yet run.
 """
 
-from experiments.config import Config, DataConfig, EvalConfig, OptimizerConfig, TrainConfig
+from experiments.config import (
+  Config,
+  DataConfig,
+  EvalConfig,
+  MeshConfig,
+  OptimizerConfig,
+  TrainConfig,
+)
 from layers.spec import (
   AttentionSpec,
   BucketedSpec,
@@ -64,6 +72,8 @@ def config(size: str) -> Config:
   return Config(
     name=f"switch_decoder:{size}",
     model=model(size),
+    # A width of 2080 divides over few devices, so only experts are cut over all of them.
+    mesh=MeshConfig(expert=-1, rules="all,embed=fsdp") if size == "c-2048" else MeshConfig(),
     data=DataConfig(source="shards", tokenizer="", row_length=LENGTH, batch_size=2**20 // LENGTH),
     optimizer=OptimizerConfig(
       name="adafactor",

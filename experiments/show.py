@@ -10,7 +10,7 @@ from .start import Request
 
 
 def print_list() -> None:
-  """Every config: parameters, active parameters, layers, tokens of its run; each as it is counted."""
+  """Every config: parameters, active parameters, layers, tokens of its run; a row at a time."""
   names = cli.config_names()
   row = f"{{:<{max(map(len, names))}}} {{:>17}} {{:>15}} {{:>6}} {{:>6}} {{:>8}} {{}}"
   print(row.format("config", "parameters", "active", "layers", "width", "tokens", "optimizer"))

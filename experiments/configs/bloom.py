@@ -2,8 +2,8 @@
 
 Command: python -m experiments.run --config=bloom:176b --config.data.path=SHARDS \
     --config.data.tokenizer=TOKENIZER
-Hardware: 176b: 176,247,271,424 parameters, training state 2.8 TB; from v5p-128 (64 chips) up. Theirs
-were 384 A100s of 80 GB for 118 days. The small one trains on one chip.
+Hardware: 176b: 176,247,271,424 parameters, training state 2.8 TB; from v5p-128 (64 chips) up.
+Theirs were 384 A100s of 80 GB for 118 days. The small one trains on one chip.
 Data: ROOTS: 366e9 tokens for 176b, 341e9 for the others, under a cosine of 200e6 rows. Batches of
 176b grew from 192 rows by 16 at a time over the first 20e9 tokens; here the batch is the last one.
 The others ran in float16.

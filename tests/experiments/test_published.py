@@ -162,7 +162,7 @@ def test_recipes_are_the_published_ones(name):
 
 def on_the_page():
   """Rows of the table: {name: (parameters, active parameters, slice)}."""
-  row = r"^\| `(\w+:[\w.-]+)` \| ([\d,]+) \| ([\d,]*) \| (v5p-\d+) \|$"
+  row = r"^\| `(\w+:[\w.-]+)` \| ([\d,]+) \| ([\d,]*) ?\| (v5p-\d+) \|$"
   number = lambda text: int(text.replace(",", ""))
   return {
     name: (number(total), number(active or total), at)

@@ -176,13 +176,7 @@ def test_the_page_has_all_counts():
   }
 
 
-LARGEST = {name.partition(":")[0]: name for name in sorted(COUNTS, key=COUNTS.__getitem__)}
-
-
-@pytest.mark.parametrize(
-  "name",
-  [pytest.param(n, marks=() if n in LARGEST.values() else pytest.mark.full) for n in COUNTS],
-)
+@pytest.mark.parametrize("name", COUNTS)
 def test_the_slice_on_the_page_holds_it_and_half_of_it_does_not(name):
   _, _, at = on_the_page()[name]
   chip, chips = CHIPS["v5p"], parse_topology(at).num_chips

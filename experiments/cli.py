@@ -193,9 +193,12 @@ def named_config(name: str) -> Config:
       return module.config()
     if sizes is not None and size in sizes:
       return module.config(size)
+    if sizes is not None:
+      offered = ", ".join(f"{module_name}:{s}" for s in sizes)
+      raise ConfigError(f"no config named {name!r}; the family has {offered}")
   names = config_names()
   near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-  hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
+  hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
   raise ConfigError(f"no config named {name!r}; {hint} (--list shows all)")
 
 

@@ -6,8 +6,8 @@ Hardware: 120b: 116,829,156,672 parameters (5,711,982,912 active), training stat
 v5p-64 (32 chips) up. 20b: 20,914,757,184 (4,187,440,704), 335 GB; from v5p-16 up.
 Data and optimizer were not published; the recipe here is ours, in rows of 4,096, the length that
 YaRN stretches 32 times. The released experts are rounded to four bits, which training here is not.
-Result: not yet run; on v5p-16 the compiled step of 20b takes 100.5 GB a chip of 102, with fsdp=8 and
-8 microbatches.
+Result: not yet run; on v5p-16 the compiled step of 20b takes 100.5 GB a chip of 102, with
+fsdp=8 and 8 microbatches.
 """
 
 from dataclasses import replace

@@ -128,7 +128,9 @@ def grouped_expert_mlp(
   hidden_RF = _drop(math.hidden(up_RF, gate_RF), math.dropout, seed_R)
   out_RD = product(_weighted(hidden_RF, weight_R), weights.down_EFD, size_E)
   bias_ED = _once(weights.down_bias_ED)
-  return out_RD if bias_ED is None else out_RD + _weighted(dense(owner_RE, bias_ED), weight_R)
+  if bias_ED is None or owner_RE is None:
+    return out_RD
+  return out_RD + _weighted(dense(owner_RE, bias_ED), weight_R)
 
 
 @functools.lru_cache(maxsize=64)

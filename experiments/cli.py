@@ -172,12 +172,13 @@ def _lasting(stdout) -> io.TextIOWrapper:
 
 
 def config_names() -> list[str]:
-  """All names `--config` takes: modules, and FAMILY:SIZE for modules with SIZES."""
+  """All names `--config` takes: modules by name, and FAMILY:SIZE for modules with SIZES, in their
+  order."""
   names = []
   for module in pkgutil.iter_modules(configs.__path__):
     sizes = getattr(importlib.import_module(f"{configs.__name__}.{module.name}"), "SIZES", None)
     names += [module.name] if sizes is None else [f"{module.name}:{size}" for size in sizes]
-  return sorted(names)
+  return names
 
 
 def named_config(name: str) -> Config:
@@ -195,9 +196,12 @@ def named_config(name: str) -> Config:
       return module.config()
     if sizes is not None and size in sizes:
       return module.config(size)
+    if sizes is not None:
+      offered = ", ".join(f"{module_name}:{s}" for s in sizes)
+      raise ConfigError(f"no config named {name!r}; the family has {offered}")
   names = config_names()
   near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-  hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
+  hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
   raise ConfigError(f"no config named {name!r}; {hint} (--list shows all)")
 
 

@@ -1,8 +1,5 @@
 """`--list`, `--show`, `--show_mesh`: what configs there are, what one is, where it would lie."""
 
-from rich.console import Console
-from rich.table import Table
-
 from layers.count import count_params
 
 from . import cli
@@ -13,26 +10,17 @@ from .start import Request
 
 
 def print_list() -> None:
-  """Every config: parameters, active parameters, layers, tokens of its run."""
-  console = Console(highlight=False, soft_wrap=True)
-  table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-  for name in ("config", "parameters", "active", "layers", "width", "tokens", "optimizer"):
-    table.add_column(name, justify="left" if name in ("config", "optimizer") else "right")
-  for name in cli.config_names():
+  """Every config: parameters, active parameters, layers, tokens of its run; a row at a time."""
+  names = cli.config_names()
+  row = f"{{:<{max(map(len, names))}}} {{:>17}} {{:>15}} {{:>6}} {{:>6}} {{:>8}} {{}}"
+  print(row.format("config", "parameters", "active", "layers", "width", "tokens", "optimizer"))
+  for name in names:
     config = cli.named_config(name)
-    counts = count_params(config.model)
+    model, counts = config.model, count_params(config.model)
     tokens = config.train.steps * config.data.batch_size * config.data.row_length
-    table.add_row(
-      name,
-      f"{counts.total:,}",
-      f"{counts.active:,}",
-      str(config.model.num_layers),
-      str(config.model.embed_dim),
-      f"{tokens:.3g}",
-      config.optimizer.name,
-    )
-  console.print(table)
-  console.print("\nTrain one:  python -m experiments.run --config=NAME", markup=False)
+    cells = f"{counts.total:,}", f"{counts.active:,}", model.num_layers, model.embed_dim
+    print(row.format(name, *cells, f"{tokens:.3g}", config.optimizer.name), flush=True)
+  print("\nTrain one:  python -m experiments.run --config=NAME")
 
 
 def print_mesh(request: Request, param: str, place: Place) -> None:

@@ -41,10 +41,11 @@ def decoder(
   position: RotarySpec,
   eps: float = 1e-5,
   tied: bool = False,
+  window: int | None = None,
 ) -> ModelSpec:
-  """All of LLaMA 1 to 3."""
+  """All of LLaMA 1 to 3, Mistral and SmolLM2."""
   norm = NormSpec(eps=eps)
-  attention = AttentionSpec(heads, width // heads, num_kv_heads=kv_heads, position=position)
+  attention = AttentionSpec(heads, width // heads, kv_heads, window, position=position)
   layer = LayerSpec(attention, MlpSpec(hidden, "silu", gated=True), norm)
   return ModelSpec(
     vocab_size=vocab,

@@ -2,7 +2,7 @@
 
 Command: python -m experiments.run --config=llama2:70b --config.data.path=SHARDS \
     --config.data.tokenizer=TOKENIZER
-Hardware: 70b: 68,976,648,192 parameters, training state 1.1 TB; from v5p-32 (16 chips) up.
+Hardware: 70b: 68,976,648,192 parameters, training state 1.1 TB; from v5p-64 (32 chips) up.
 Data: 2.0e12 tokens in batches of 4M.
 Result: not yet run.
 """

@@ -5,8 +5,9 @@ Command: python -m experiments.run --config=llama3:8b --config.data.path=SHARDS 
 Hardware: 405b: 405,853,388,800 parameters, training state 6.5 TB; from v5p-256 (128 chips) up. 8b:
 128 GB; from v5e-16 up.
 Data: 15e12 tokens; batches and rates of the sizes below 405b were not published, those here are
-ours. 1b, 3b and 405b are the releases whose rotary positions are scaled to 131,072; they were
-trained at 8,192, and so does this.
+ours; batches of 405b grew from 4M tokens to 8M and 16M, here they are the last. 1b, 3b and 405b are
+the releases whose rotary positions are scaled to 131,072; they were trained at 8,192, and so does
+this.
 Result: not yet run.
 """
 

@@ -2,8 +2,8 @@
 
 Command: python -m experiments.run --config=opt:175b --config.data.path=SHARDS \
     --config.data.tokenizer=TOKENIZER
-Hardware: 175b: 174,604,468,224 parameters, training state 2.8 TB; from v5p-64 (32 chips) up. Theirs
-were 992 A100s of 80 GB for 34 days. The small one trains on one chip.
+Hardware: 175b: 174,604,468,224 parameters, training state 2.8 TB; from v5p-128 (64 chips) up.
+Theirs were 992 A100s of 80 GB for 34 days. The small one trains on one chip.
 Data: 180e9 tokens, seen 1.7 times. Dropout is 0.1 except on embeddings. 175b: the paper's learning
 rate; its logbook tells of a dozen changes by hand, of clipping too (1.0 to 0.3).
 Result: not yet run.

@@ -99,7 +99,7 @@ def print_budget(flops: float, grounds: str) -> None:
   for name in nearest(best.params, sizes):
     tokens = flops / (TRAIN_FLOPS * sizes[name])
     loss = EPOCH.loss(sizes[name], tokens)
-    print(f"  {name:16} {sizes[name]:.3g}, {tokens:.3g} tokens, loss {loss:.3f}")
+    print(f"  {name:24} {sizes[name]:.3g}, {tokens:.3g} tokens, loss {loss:.3f}")
 
 
 def print_fit(patterns: str, flops: float | None) -> None:

@@ -1,6 +1,7 @@
 """Does the training state fit the devices that are here? If not: what would hold it."""
 
 import math
+import re
 
 import jax
 
@@ -55,6 +56,7 @@ def refuse_if_too_large(setup: Setup) -> None:
   roomy = [s.name for s in smallest_slices(total, reserve=_ROOMY)] or [slices[-1].name]
   example = next((name for name in roomy if name.startswith("v5p")), roomy[0])
   name = setup.config.name
+  plain = re.sub("[^a-z0-9]", "-", name)  # what clouds take
   raise ConfigError(
     f"{name} does not fit here: weights, gradients and optimizer state take {gigabytes(total)}, "
     f"of which {gigabytes(needed)} on {len(local)} {devices[0].platform} device(s) here, "
@@ -63,8 +65,8 @@ def refuse_if_too_large(setup: Setup) -> None:
     f"See a run on one without renting it (--compile asks the TPU's compiler):\n"
     f"  python -m experiments.plan --config={name} --topology={example}\n"
     f"Launch on one:\n"
-    f"  bash tpu_setup/tpu_vm.sh launch --name={name.replace('_', '-')} --type={example} "
-    f"--zone=ZONE -- --config={name} --workdir=/SHARED/{name}"
+    f"  bash tpu_setup/tpu_vm.sh launch --name={plain} --type={example} "
+    f"--zone=ZONE -- --config={name} --workdir=/SHARED/{name.replace(':', '-')}"
   )
 
 

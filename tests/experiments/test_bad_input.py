@@ -34,6 +34,8 @@ MISTAKES = {
   # the command
   "unknown config": (["--config=moe_tinny"], ["'moe_tinny'", "did you mean", "moe_tiny"]),
   "unlike any config": (["--config=zzz"], ["'zzz'", "debug", "moe_70b"]),
+  "family without a size": (["--config=bloom"], ["'bloom'", "bloom:560m", "bloom:176b"]),
+  "size that a family lacks": (["--config=qwen3:7b"], ["'qwen3:7b'", "qwen3:8b", "qwen3:30b-a3b"]),
   "config without a name": (["--config="], ["no config named ''"]),
   "size of a config without sizes": (["--config=debug:7b"], ["'debug:7b'", "debug"]),
   "unknown field": (["--config.train.stepz=3"], ["train", "'stepz'", "did you mean steps"]),

@@ -1,16 +1,76 @@
-"""Published models as configs: their counts, and the family that the oracles test."""
+"""Published models as configs: counts, recipes, machines, and the family that the oracles test."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from experiments import cli
+from experiments.planning.search import ROOM, search, start
 from layers.count import count_params
-from layers.spec import Segment
+from layers.spec import MoeSpec, Segment
+from mesh.hardware import CHIPS
+from mesh.slices import parse_topology
 from tests.layers import families
 
-# Published counts (those of Hugging Face's checkpoints, or of the papers' tables).
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+
+
+def gopher(layers, heads, head_dim, width):
+  """The rule of arXiv 2203.15556, which counts matrices, then what is not one.
+
+  Vocabulary; query, key, value, output and relative keys; the two matrices of the MLP. Norms, two
+  a layer and one; Transformer-XL's u and v in each layer.
+  """
+  matrices = 32_000 * width + layers * (5 * width * head_dim * heads + 2 * width * 4 * width)
+  return matrices, (2 * layers + 1) * width + 2 * layers * heads * head_dim
+
+
+def switch(published, layers, width, heads):
+  """A published encoder-decoder less what one stack lacks.
+
+  In each layer of the decoder cross-attention with heads of 64 and its norm; once the second table
+  of 32 distances and the second final norm.
+  """
+  return published - layers * (4 * width * heads * 64 + width) - 32 * heads - width
+
+
+# Published counts: of Hugging Face's classes at the published shapes, or of the papers' tables.
 COUNTS = {
+  "gpt2:124m": 124_439_808, "gpt2:355m": 354_823_168, "gpt2:774m": 774_030_080,
+  "gpt2:1.5b": 1_557_611_200,
+  "gpt_j:6b": 6_050_882_784,
+  "bloom:560m": 559_214_592, "bloom:1.1b": 1_065_314_304, "bloom:1.7b": 1_722_408_960,
+  "bloom:3b": 3_002_557_440, "bloom:7.1b": 7_069_016_064, "bloom:176b": 176_247_271_424,
+  # No released class: 51,200 d + 2048 d + 105 (12 d^2 + 13 d) + 2 d at d = 20,480.
+  "mt_nlg:530b": 529_600_819_200,
+  "gopher:44m": sum(gopher(8, 16, 32, 512)), "gopher:117m": sum(gopher(12, 12, 64, 768)),
+  "gopher:417m": sum(gopher(12, 12, 128, 1536)), "gopher:1.4b": sum(gopher(24, 16, 128, 2048)),
+  "gopher:7.1b": sum(gopher(32, 32, 128, 4096)),
+  "gopher:280b": 279_697_162_240 + 161 * 16_384 + 2 * 80 * 128 * 128,
+  "chinchilla:70b": 70_055_362_560 + 161 * 8192 + 2 * 80 * 64 * 128,
+  "mistral:7b": 7_241_732_096,
+  # 49,152 d + L (2 d^2 + 2 d 64 kv + 3 d f + 2 d) + d for the two that models of that class give.
+  "smollm2:135m": 134_515_008,
+  "smollm2:360m": 49_152 * 960 + 32 * (2 * 960**2 + 2 * 960 * 320 + 3 * 960 * 2560 + 1920) + 960,
+  "smollm2:1.7b": 49_152 * 2048 + 24 * (4 * 2048**2 + 3 * 2048 * 8192 + 4096) + 2048,
+  "gemma2:2b": 2_614_341_888, "gemma2:9b": 9_241_705_984, "gemma2:27b": 27_227_128_320,
+  "qwen3:0.6b": 596_049_920, "qwen3:1.7b": 1_720_574_976, "qwen3:4b": 4_022_468_096,
+  "qwen3:8b": 8_190_735_360, "qwen3:14b": 14_768_307_200, "qwen3:32b": 32_762_123_264,
+  "qwen3:30b-a3b": 30_532_122_624,
+  "gpt_oss:20b": 20_914_757_184, "gpt_oss:120b": 116_829_156_672,
+  "switch_decoder:base-8": switch(619_339_008, 12, 768, 12),
+  "switch_decoder:base-16": switch(1_072_397_568, 12, 768, 12),
+  "switch_decoder:base-32": switch(1_978_514_688, 12, 768, 12),
+  "switch_decoder:base-64": switch(3_790_748_928, 12, 768, 12),
+  "switch_decoder:base-128": switch(7_415_217_408, 12, 768, 12),
+  "switch_decoder:base-256": switch(14_664_154_368, 12, 768, 12),
+  "switch_decoder:large-128": switch(26_309_291_008, 24, 1024, 16),
+  "switch_decoder:xxl-128": switch(394_675_073_024, 24, 4096, 64),
+  "switch_decoder:c-2048": switch(1_571_327_875_360, 15, 2080, 30),
+  # Matrices as the paper's 1.2T, then norms and a table of 32 distances in each layer.
+  "glam:64b-64e": 1_161_755_099_136 + 129 * 8192 + 64 * 32 * 128,
   "gpt3:125m": 125_226_240, "gpt3:350m": 355_871_744, "gpt3:760m": 760_300_032,
   "gpt3:1.3b": 1_315_723_264, "gpt3:2.7b": 2_651_553_280, "gpt3:6.7b": 6_658_404_352,
   "gpt3:13b": 12_853_386_240, "gpt3:175b": 174_604_259_328,
@@ -33,6 +93,23 @@ COUNTS = {
   "bigbird:large": 360_225_974 - (1024 * 1024 + 1024) - 2 * 1024,
 }  # fmt: skip
 
+# What a token passes, where that is less.
+ACTIVE = {
+  "mixtral:8x7b": 12_879_925_248, "mixtral:8x22b": 39_161_468_928,
+  "deepseek:v3": 37_552_282_624, "qwen3:30b-a3b": 3_353_032_704,
+  "gpt_oss:20b": 4_187_440_704, "gpt_oss:120b": 5_711_982_912,
+  "switch_decoder:base-8": switch(222_977_280, 12, 768, 12),
+  "switch_decoder:base-16": switch(223_051_008, 12, 768, 12),
+  "switch_decoder:base-32": switch(223_198_464, 12, 768, 12),
+  "switch_decoder:base-64": switch(223_493_376, 12, 768, 12),
+  "switch_decoder:base-128": switch(224_083_200, 12, 768, 12),
+  "switch_decoder:base-256": switch(225_262_848, 12, 768, 12),
+  "switch_decoder:large-128": switch(740_813_824, 24, 1024, 16),
+  "switch_decoder:xxl-128": switch(11_147_915_264, 24, 4096, 64),
+  "switch_decoder:c-2048": switch(1_747_228_960, 15, 2080, 30),
+  "glam:64b-64e": 96_603_209_728 + 129 * 8192 + 64 * 32 * 128,
+}  # fmt: skip
+
 
 def test_every_family_is_here():
   assert {name for name in cli.config_names() if ":" in name} == COUNTS.keys()
@@ -40,21 +117,117 @@ def test_every_family_is_here():
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameters_are_the_published_ones(name):
-  assert count_params(cli.named_config(name).model).total == COUNTS[name]
+  counts = count_params(cli.named_config(name).model)
+  assert (counts.total, counts.active) == (COUNTS[name], ACTIVE.get(name, COUNTS[name]))
 
 
+@pytest.mark.parametrize(
+  ("shape", "size"),
+  [
+    ((8, 16, 32, 512), "44M"), ((12, 12, 64, 768), "117M"), ((12, 12, 128, 1536), "417M"),
+    ((24, 16, 128, 2048), "1.4B"), ((32, 32, 128, 4096), "7.1B"), ((80, 128, 128, 16_384), "280B"),
+  ],
+)  # fmt: skip
+def test_gophers_rule_gives_the_names_of_the_sizes(shape, size):
+  matrices, _ = gopher(*shape)
+  unit = {"M": 1e6, "B": 1e9}[size[-1]]
+  assert matrices / unit == pytest.approx(float(size[:-1]), abs=0.5 if "." not in size else 0.05)
+
+
+# Tokens of the run, tokens of the last batch, peak learning rate, as their papers and logs have it.
+RECIPES = {
+  "gpt_j:6b": (402e9, 512 * 2048, 1.2e-4),
+  "bloom:176b": (366e9, 2048 * 2048, 6e-5),
+  "mt_nlg:530b": (270e9, 1920 * 2048, 5e-5),
+  "gopher:280b": (300e9, 6 * 2**20, 4e-5),
+  "chinchilla:70b": (1.4e12, 3 * 2**20, 1e-4),
+  "glam:64b-64e": (600e9, 2**20, 1e-2),
+  "switch_decoder:base-128": (576e9, 2**20, 1e-2),
+  "smollm2:1.7b": (11e12, 2**21, 5e-4),
+  "gpt3:175b": (300e9, 3.2e6, 6e-5),
+  "palm:540b": (780e9, 2048 * 2048, 1e-2),
+  "llama:65b": (1.4e12, 4 * 2**20, 1.5e-4),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_the_published_ones(name):
+  config = cli.named_config(name)
+  batch = config.data.batch_size * config.data.row_length
+  tokens, tokens_a_batch, rate = RECIPES[name]
+  assert config.train.steps * batch == pytest.approx(tokens, rel=2e-3)
+  assert batch == pytest.approx(tokens_a_batch, rel=0.02)
+  assert config.optimizer.learning_rate == rate
+
+
+def on_the_page():
+  """Rows of the table: {name: (parameters, active parameters, slice)}."""
+  row = r"^\| `(\w+:[\w.-]+)` \| ([\d,]+) \| ([\d,]*) ?\| (v5p-\d+) \|$"
+  number = lambda text: int(text.replace(",", ""))
+  return {
+    name: (number(total), number(active or total), at)
+    for name, total, active, at in re.findall(row, PAGE.read_text(), re.MULTILINE)
+  }
+
+
+def test_the_page_has_all_counts():
+  assert {name: row[:2] for name, row in on_the_page().items()} == {
+    name: (COUNTS[name], ACTIVE.get(name, COUNTS[name])) for name in COUNTS
+  }
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_slice_on_the_page_holds_it_and_half_of_it_does_not(name):
+  _, _, at = on_the_page()[name]
+  chip, chips = CHIPS["v5p"], parse_topology(at).num_chips
+  setup = start(cli.named_config(name))
+  best = search(setup, chip, chips, quick=True)[0]
+  assert best.fits
+  # Weights and gradients in float32, and two moments, of which Adafactor keeps neither.
+  state = (8 if setup.config.optimizer.name == "adafactor" else 16) * COUNTS[name]
+  assert state / chips < best.memory.total <= ROOM * chip.hbm_bytes
+  if chips > 4:  # the smallest slice that is sold
+    assert not any(option.fits for option in search(setup, chip, chips // 2, quick=True))
+
+
+QWEN = {"head_dim": 128, "qk_norm": True, "eps": 1e-6, "theta": 1e6}
 BIGBIRD = [f"BigBird(64, 64, 3, {seed})" for seed in range(4)]
 
 
 def layers_of(spec):
   """Without the choices that change no function of the weights."""
-  return replace(spec, segments=(Segment(spec.layers),), init=families.gpt(1, 8, 2).init)
+
+  def plain(layer):
+    if not isinstance(layer.mlp, MoeSpec):
+      return layer
+    return replace(layer, mlp=replace(layer.mlp, jitter=0.0, balance_loss=0.0, min_capacity=1))
+
+  layers = tuple(map(plain, spec.layers))
+  return replace(spec, segments=(Segment(layers),), init=families.gpt(1, 8, 2).init)
 
 
 @pytest.mark.parametrize(
   ("name", "family"),
   [
     ("gpt3:1.3b", families.gpt_sparse(24, 2048, 16, None, length=2048)),
+    ("gpt2:1.5b", families.gpt(48, 1600, 25, length=1024)),
+    ("mt_nlg:530b", families.gpt(105, 20_480, 128, vocab=51_200)),
+    ("gpt_j:6b", families.gpt_j()),
+    ("bloom:176b", families.bloom(70, 14_336, 112)),
+    ("gopher:280b", families.gopher(80, 16_384, 128, 128, biases=True)),
+    ("chinchilla:70b", families.gopher(80, 8192, 64, 128, biases=True)),
+    ("mistral:7b", families.llama(32, 4096, 32, 8, 14_336, 32_000, window=4096)),
+    ("smollm2:135m", families.llama(30, 576, 9, 3, 1536, 49_152, theta=1e5, tied=True)),
+    ("gemma2:27b", families.gemma2(46, 4608, 32, 16, 128, 36_864, scale=144**-0.5)),
+    ("qwen3:32b", families.llama(64, 5120, 64, 8, 25_600, 151_936, **QWEN)),
+    ("qwen3:4b", families.llama(36, 2560, 32, 8, 9728, 151_936, tied=True, **QWEN)),
+    (
+      "qwen3:30b-a3b",
+      families.llama(48, 2048, 32, 4, 0, 151_936, mlp=families.top_k(128, 8, 768), **QWEN),
+    ),
+    ("gpt_oss:120b", families.gpt_oss(36, 2880, 64, 8, 64, 2880, 128, 4)),
+    ("switch_decoder:base-8", families.switch(24, 768, 12, 64, 3072, 8)),
+    ("glam:64b-64e", families.glam(64, 8192, 128, 128, 32_768, 64)),
     ("opt:30b", families.opt(48, 7168, 56)),
     ("opt:350m", families.opt_350m()),
     ("llama:33b", families.llama(60, 6656, 52, 52, 17_920, 32_000, eps=1e-6)),

@@ -289,6 +289,14 @@ jax.monitoring.register_event_duration_secs_listener(
   assert (ROOT / launch).is_file()
 
 
+def test_the_slice_to_launch_has_a_name_that_clouds_take(tmp_path, monkeypatch):
+  monkeypatch.setattr("experiments.planning.memory.host_memory_bytes", lambda: 10**9)
+  result = call("run", "--config=gpt3:2.7b", f"--workdir={tmp_path}/run", "--config.mesh.data=1")
+  assert result.code == 2
+  name = re.search(r"tpu_vm.sh launch --name=(\S+)", result.err)[1]
+  assert re.fullmatch("[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name)  # as tpu_setup/common.sh wants it
+
+
 def test_moe_70b_with_enough_memory_wants_data(tmp_path, monkeypatch):
   monkeypatch.setattr("experiments.planning.memory.host_memory_bytes", lambda: 10**13)
   result = call("run", "--config=moe_70b", f"--workdir={tmp_path}/run", "--config.mesh.data=1")

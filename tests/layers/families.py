@@ -246,7 +246,7 @@ def glam(count, d, heads, head_dim, ff, experts, *, vocab=256_000, shared=False,
   base = replace(
     base, segments=(Segment((replace(base.layers[0], mlp=MlpSpec(ff, "gelu")),), count),)
   )
-  moe = MoeSpec(experts, MlpSpec(ff, "gelu", gated=False), 2, router="top_k")
+  moe = MoeSpec(experts, MlpSpec(ff, "gelu", gated=False), 2, router="top_k", normalize=True)
   return with_odd_experts(base, count, moe)
 
 

@@ -36,6 +36,7 @@ LONG_FUNCTIONS = {}
 
 # Imports inside functions: file, what is imported, why. A comment at the place says so too.
 LATE_IMPORTS = {
+  ("experiments/weights/gguf.py", "gguf"): "an extra",
   ("experiments/training/record.py", "experiments.book.text"): "reads the whole run, now and then",
   ("experiments/training/report.py", "matplotlib"): "a second to import, only to draw a report",
   ("experiments/training/report.py", "matplotlib.figure"): "the same",

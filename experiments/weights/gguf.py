@@ -34,7 +34,7 @@ def open_gguf(path: Path) -> Source:
     ConfigError: the package is missing, the file is damaged, or of a type that is not read.
   """
   try:
-    import gguf
+    import gguf  # an extra
   except ImportError as e:
     raise ConfigError(f"{path} needs the gguf package: pip install 'meshyard[gguf]'") from e
   try:
@@ -52,7 +52,7 @@ def open_gguf(path: Path) -> Source:
 
 
 def _read(tensor: Any, shape: tuple[int, ...]) -> np.ndarray:
-  import gguf
+  import gguf  # the same
 
   return gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
 

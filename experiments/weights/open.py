@@ -11,6 +11,8 @@ from layers.spec import ModelSpec
 from ..config import ConfigError
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from .families import bloom, gpt2, gpt_j, gpt_neo, llama, opt
+from .gguf import open_gguf
+from .gguf import read_tokenizer as read_gguf_tokenizer
 from .source import Source, open_source
 from .table import Table
 
@@ -55,7 +57,7 @@ def open_weights(path: Path, stack: contextlib.ExitStack) -> Opened:
   Raises:
     ConfigError: it is damaged, or of a family that is not known.
   """
-  source = open_source(path, stack)
+  source = open_gguf(path) if path.suffix == ".gguf" else open_source(path, stack)
   family = _family(source)
   try:
     spec = family.spec(source.config)
@@ -80,9 +82,7 @@ def read_tokenizer(source: Source, name: str = "") -> Tokenizer:
   if name:
     return load_tokenizer(name)
   if source.gguf is not None:
-    from . import gguf
-
-    return gguf.read_tokenizer(source)
+    return read_gguf_tokenizer(source)
   folder = source.path if source.path.is_dir() else source.path.parent
   if not (folder / "tokenizer.json").is_file():
     raise ConfigError(

@@ -1,4 +1,4 @@
-"""Checkpoints from elsewhere, opened to read one tensor at a time: safetensors and GGUF.
+"""Checkpoints from elsewhere, opened to read one tensor at a time: safetensors.
 
 Nothing in them is executed: pickles (`.bin`, `.pt`, `.ckpt`) are refused.
 """
@@ -35,15 +35,11 @@ class Source(NamedTuple):
 
 
 def open_source(path: Path, stack: contextlib.ExitStack) -> Source:
-  """A folder with config.json and safetensors, or a .gguf file; closed by `stack`.
+  """A folder with config.json and safetensors, or one such file; closed by `stack`.
 
   Raises:
     ConfigError: nothing there that can be read, or it is damaged.
   """
-  if path.suffix == ".gguf":
-    from .gguf import open_gguf
-
-    return open_gguf(path)
   if path.suffix in _PICKLES:
     _refuse_pickle(path)
   folder = path if path.is_dir() else path.parent

@@ -37,6 +37,7 @@ LONG_FUNCTIONS = {}
 # Imports inside functions: file, what is imported, why. A comment at the place says so too.
 LATE_IMPORTS = {
   ("experiments/training/record.py", "experiments.book.text"): "reads the whole run, now and then",
+  ("experiments/training/record.py", "experiments.book.facts"): "the planner's prices, at the end",
   ("experiments/training/report.py", "matplotlib"): "a second to import, only to draw a report",
   ("experiments/training/report.py", "matplotlib.figure"): "the same",
   ("experiments/show.py", "experiments.show_mesh"): "drawing, which training never does",

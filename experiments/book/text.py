@@ -93,11 +93,26 @@ def totals(facts: Facts) -> list[tuple[str, str]]:
     hardware = "" if work.hardware is None else f"; HFU {work.hardware:.1%}"
     rows.append(("MFU", f"{work.stepping:.1%} while stepping, {work.running:.1%} of all the time "
                         f"a process ran{hardware}"))  # fmt: skip
+  rows += _speed(facts)
   if times:
     begin, end = moment(times.attempts[0].begin), moment(times.attempts[-1].end)
     rows.append(("time", f"{span(times.wall)}, from {begin} to {end}"))
     rows.append(("goodput", f"{times.goodput:.1%}"))
   return rows + _costs(facts)
+
+
+def _speed(facts: Facts) -> list[tuple[str, str]]:
+  """Of the newest steps that were measured."""
+  told = facts.of("perf")
+  if not told:
+    return []
+  last, hosts = told[-1]["detail"], ""
+  if last["host_max_s"] is not None:
+    hosts = (
+      f"; of a step, hosts take {span(last['host_p50_s'])} in the middle and "
+      f"{span(last['host_max_s'])} at most"
+    )
+  return [("speed", told[-1]["summary"] + hosts)]
 
 
 def _learned(facts: Facts) -> list[tuple[str, str]]:
@@ -260,7 +275,7 @@ def time_line(facts: Facts) -> list[str]:
       if event["detail"]["status"] == "finished":
         saves.append(event)
       continue
-    if event is not None and event["kind"] in _ROUTINE and event["severity"] == "info":
+    if event is not None and is_routine(event):
       continue
     if saves:
       lines += _saves(saves)
@@ -268,6 +283,11 @@ def time_line(facts: Facts) -> list[str]:
     if event is not None:
       lines += human_lines(event, linked=linked, explained=explained)
   return lines
+
+
+def is_routine(event: dict[str, Any]) -> bool:
+  """Figures that are in the totals, and what is as it should be."""
+  return event["kind"] in _ROUTINE and event["severity"] == "info"
 
 
 def _saves(saves: list[dict[str, Any]]) -> list[str]:

@@ -138,13 +138,13 @@ class _Run:
     self._place = batch_placer(setup)
     self._loader = make_loader(dataset, config.data, "train", local_rows=batch_rows(setup))
     self._eval_step = make_held_out_step(setup, dataset)
-    self._record = Record(setup, folder, self._clock, primary=self.primary)
+    self._timer = StepTimer(config, setup.mesh, self._clock)
+    self._record = Record(setup, folder, self._clock, self._timer, primary=self.primary)
     self.note = self._record.note
     self._recovery = Recovery(config, folder, primary=self.primary)
     self._verifier = Verifier(setup) if config.train.verify_every else None
     self._fault: Fault | None = None
     self._limit = Limit(setup.mesh)
-    self._timer = StepTimer(config, setup.mesh, self._clock)
     self._step_fn = CompileOnce(
       jit_step(setup, self._verifier and self._verifier.digest), self.note
     )
@@ -183,7 +183,10 @@ class _Run:
       write_config(self._folder, self._config)
     self._stack.enter_context(contextlib.closing(record))
     base = resume.base or self._config
-    record.open(self.step, self._loader.state(), base=base, new_lineage=resume.allow_other_data)
+    record.open(
+      self.step, self._loader.state(), len(self._dataset.train), base=base,
+      new_lineage=resume.allow_other_data,
+    )  # fmt: skip
     record.changed(self.step, resume.changes, resume.reason)
     if self._kept:
       record.effective(self.step, self._kept["optimizer"], hyperparameters(self._config))
@@ -286,7 +289,7 @@ class _Run:
     row |= self._timer.interval(len(self._pending))
     row |= {"skipped_updates": self._skipped, "skipped_rows": self._blank}
     row |= {"bits": bits_of(host[-1])}
-    self._record.row(self.step, row)
+    self._record.row(self.step, row, self._position["position"])
     self._record.saved(self._checkpoints.ended())
     self._pending = []
 

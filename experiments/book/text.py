@@ -107,10 +107,10 @@ def _speed(facts: Facts) -> list[tuple[str, str]]:
   if not told:
     return []
   last, hosts = told[-1]["detail"], ""
-  if last["host_max_s"] is not None:
+  if last.get("host_max"):
     hosts = (
-      f"; of a step, hosts take {span(last['host_p50_s'])} in the middle and "
-      f"{span(last['host_max_s'])} at most"
+      f"; hosts' own work {last['host_p50_s']:.3g} s a step in the middle, at most "
+      f"{last['host_max_s']:.3g} s, {last['host_max']}"
     )
   return [("speed", told[-1]["summary"] + hosts)]
 

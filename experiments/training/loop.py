@@ -210,6 +210,7 @@ class _Run:
     with (
       jax.transfer_guard("disallow"),
       jax.profiler.StepTraceAnnotation("train", step_num=self.step),
+      self._timer.hosts.dispatching(),
     ):
       if self._verifier is not None and self.step % verify == 0:
         self.state, tried = self._step_fn(self.state, self._batch, self._limit.nothing)
@@ -226,7 +227,8 @@ class _Run:
     else:
       self._position = self._loader.state()
     if len(self._pending) > _IN_FLIGHT:
-      jax.block_until_ready(self._pending[-_IN_FLIGHT].loss)
+      with self._timer.hosts.waiting():
+        jax.block_until_ready(self._pending[-_IN_FLIGHT].loss)
     if not self._compiled:
       jax.block_until_ready(metrics.loss)
       self._compiled = True
@@ -248,7 +250,9 @@ class _Run:
         self._halt(fault.decision)
       self._go_back(fault.decision)
       return True
-    for decision, step in self._recovery.judge(in_flight):
+    with self._timer.hosts.waiting():
+      judged = self._recovery.judge(in_flight)
+    for decision, step in judged:
       self._skipped += decision.action == "skip"
       self._record.judged(decision, step, self._skipped)
       if decision.action == "stop":
@@ -283,7 +287,8 @@ class _Run:
 
   def log(self) -> None:
     """A row of metrics of the steps since the last."""
-    host = jax.device_get(self._pending)
+    with self._timer.hosts.waiting():
+      host = jax.device_get(self._pending)
     self._blank += int(sum(m.blank_rows for m in host))
     row = summarise(host) | {"learning_rate": float(self._setup.schedule(self.step - 1))}
     row |= self._timer.interval(len(self._pending))
@@ -291,6 +296,7 @@ class _Run:
     row |= {"bits": bits_of(host[-1])}
     self._record.row(self.step, row, self._position["position"])
     self._record.saved(self._checkpoints.ended())
+    self._record.hosts(self.step, self._timer.hosts.look())
     self._pending = []
 
   def evaluate(self) -> float | None:

@@ -23,6 +23,7 @@ from .environment import environment
 from .folder import record_changes
 from .goodput import Clock
 from .guard import Anomaly, Decision, Notice
+from .hosts import Found
 from .logbook import Logbook, digest_of
 from .metrics import MetricsWriter
 from .milestones import Milestones
@@ -266,6 +267,18 @@ class Record:
     self.note(f"step {step}: {error}")
     detail = {"host": platform.node(), "device": device, "error": error, "first_seen_step": step}
     self.event("fault", error, step=step, severity="error", cls=cls, detail=detail)
+
+  def hosts(self, step: int, found: list[Found]) -> None:
+    """Those that became slow, and those that no longer are."""
+    for host in found:
+      self.note(f"step {step}: {host.describe()}")
+      detail = {
+        "signal": "step_time", "value": host.seconds, "baseline": host.median,
+        "window": host.looks, "recovered": not host.slow, "host": host.host,
+        "process": host.process, "step_s": host.step_seconds,
+      }  # fmt: skip
+      severity = "warn" if host.slow else "info"
+      self.event("anomaly", host.describe(), step=step, severity=severity, cls="K", detail=detail)
 
   def unread(self, step: int, faults: list[RowFault]) -> None:
     """Rows that this process had trouble with; those of others are on their standard error."""

@@ -11,6 +11,7 @@ from mesh.hardware import find_chip
 
 from ..config import Config
 from .goodput import Clock
+from .hosts import HostTimes
 
 
 class Profile(NamedTuple):
@@ -68,7 +69,7 @@ class StepTimer:
   """Rates of steps, by the time that a clock calls productive or lost on waiting for data."""
 
   def __init__(self, config: Config, mesh: jax.sharding.Mesh, clock: Clock):
-    self._clock = clock
+    self._clock, self.hosts = clock, HostTimes(clock)
     self._tokens = config.data.batch_size * config.data.row_length
     self._flops = train_flops_per_token(config.model, config.data.row_length)
     chip = find_chip(mesh.devices.flat[0])
@@ -111,5 +112,5 @@ class StepTimer:
     rate = self._rate(steps, seconds)
     return {
       "steps": steps, "tok_s": rate.tokens, "tflops_model": rate.flops / 1e12,
-      "convention": CONVENTION, "mfu": rate.mfu,
+      "convention": CONVENTION, "mfu": rate.mfu, **self.hosts.spread(),
     }  # fmt: skip

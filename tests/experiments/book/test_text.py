@@ -297,7 +297,7 @@ def test_speed_is_a_total_and_milestones_are_in_the_time_line(tmp_path):
   life.event("milestone", 50, summary="half of 100 steps", what="half of 100 steps")
   for name in ("slow", "fast"):
     life.event("perf", 100, summary=f"{name} steps", steps=9, convention="PaLM", goodput={},
-               host_p50_s=0.5, host_max_s=2.0)  # fmt: skip
+               host_p50_s=0.5, host_max_s=2.0, host_max="process 3 on a")  # fmt: skip
   life.event("energy", 100, chip_hours=16.0, pue=1.0, kg_per_kwh=0.1, scope="the grid")
   text = markdown(gather(life.save(tmp_path)))
   assert (

@@ -173,7 +173,7 @@ class _Run:
         refuse_other_values(self._kept["optimizer"], config, self._resume.reason)
         _restore_data(self._loader, self._kept, self._resume, self.note)
         if not self._resume.changes:  # else levels may move: the guard learns them anew
-          self._recovery.guard.restore(self._kept["guard"])
+          self._recovery.restore(self._kept["guard"])
     self.stopped = self.stop.asked()
 
   def open(self) -> None:
@@ -330,7 +330,7 @@ class _Run:
     kept = {
       **self._position,
       "optimizer": hyperparameters(self._config),
-      "guard": self._recovery.guard.state(),
+      "guard": self._recovery.state(),
     }
     with self._clock.phase("checkpoint"), self._dog.patience():
       self._checkpoints.save(self.step, self.state, kept, loss=loss)

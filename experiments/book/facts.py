@@ -192,6 +192,7 @@ def interventions(facts: Facts) -> list[tuple[dict[str, Any], str]]:
   """(event, what changed) of what people or policies changed: the config, and software."""
   found: list[tuple[dict[str, Any], str]] = []
   packages: dict[str, list[dict[str, Any]]] = {}
+  told = {event["run"] for event in facts.of("action") if event["detail"]["change"]}
   for event in facts.of("action", "env_change", "effective_config"):
     detail = event["detail"]
     if event["kind"] == "env_change":
@@ -199,8 +200,8 @@ def interventions(facts: Facts) -> list[tuple[dict[str, Any], str]]:
     elif event["kind"] == "action" and detail["change"]:
       changes = (f"{c['key']} {c['old']} -> {c['new']}" for c in detail["change"])
       found.append((event, ", ".join(changes)))
-    elif event["kind"] == "effective_config" and not detail["match"]:
-      found.append((event, "optimizer is not what was asked for"))
+    elif event["kind"] == "effective_config" and not detail["match"] and event["run"] not in told:
+      found.append((event, event["summary"]))
   for group in packages.values():
     shown = [
       f"{e['detail']['package']} {e['detail']['old']} -> {e['detail']['new']}" for e in group

@@ -221,10 +221,11 @@ def _attempts(facts: Facts) -> list[str]:
 
 def by_class(failures: Sequence[Attempt]) -> list[tuple[str, ...]]:
   """(cause, times, steps lost, time lost), the most frequent first."""
-  counts = Counter(class_name(attempt.cls) for attempt in failures)
+  name_of = lambda attempt: class_name(attempt.cls) if attempt.cls else attempt.reason
+  counts = Counter(map(name_of, failures))
   rows = []
   for name, count in counts.most_common():
-    own = [attempt for attempt in failures if class_name(attempt.cls) == name]
+    own = [attempt for attempt in failures if name_of(attempt) == name]
     steps, seconds = sum(a.lost_steps for a in own), sum(a.lost_seconds for a in own)
     rows.append((name, str(count), f"{steps:,}", span(seconds)))
   return rows

@@ -50,17 +50,18 @@ class Milestones:
       if event["kind"] == "milestone":
         self._told.add(event["detail"]["what"])
       elif event["kind"] == "eval" and event["step"] is not None and event["step"] <= start:
-        self.heldout(event["step"], event["detail"]["metrics"].get("heldout_loss"))
+        loss = event["detail"]["metrics"].get("heldout_loss")
+        self.heldout(event["step"], loss, event["summary"])
 
-  def heldout(self, step: int, loss: float | None) -> None:
-    """A held-out loss was measured."""
+  def heldout(self, step: int, loss: float | None, words: str) -> None:
+    """A held-out loss was measured, and put into words."""
     if loss is not None and math.isfinite(loss):
-      self._losses[step] = loss  # one that is measured again, after a rewind, is another
+      self._losses[step] = loss, words  # one that is measured again, after a rewind, is another
 
   def rewound(self, step: int) -> None:
     """The run goes on after an earlier step."""
     self._step = step
-    self._losses = {at: loss for at, loss in self._losses.items() if at <= step}
+    self._losses = {at: found for at, found in self._losses.items() if at <= step}
 
   def reached(self, step: int, position: int, age: float) -> list[Milestone]:
     """What was reached since the last call, and was never told.
@@ -107,5 +108,5 @@ class Milestones:
   def _best(self) -> str:
     if not self._losses:
       return ""
-    loss, step = min((loss, step) for step, loss in self._losses.items())
-    return f"best held-out loss {loss:.4g}, at step {step:,}"
+    step, (_, words) = min(self._losses.items(), key=lambda item: item[1][0])
+    return f"best so far {words}, at step {step:,}"

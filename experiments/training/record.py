@@ -175,9 +175,10 @@ class Record:
       self._metrics.write(step, row | self._clock.row())
     metrics = {k: v for k, v in row.items() if v is not None}
     detail = {"suite": "heldout", "metrics": metrics, "seconds": seconds}
-    self.event("eval", f"held out: {text}", step=step, detail=detail)
+    words = f"held out: {text}"
+    self.event("eval", words, step=step, detail=detail)
     if self._book is not None:
-      self._milestones.heldout(step, row.get("heldout_loss"))
+      self._milestones.heldout(step, row.get("heldout_loss"), words)
 
   def saved(self, saves: list[Saved]) -> None:
     """Saves that ended."""

@@ -176,7 +176,7 @@ def test_a_book_without_clocks():
 
 
 def test_the_figures_of_an_end_do_not_hide_its_reason():
-  """Speed and energy stand between what the guard said and `stop`."""
+  """Speed and energy stand between what the guard said and `stop`, the next start behind it."""
   life = Life()
   life.birth()
   life.launch()
@@ -185,5 +185,7 @@ def test_the_figures_of_an_end_do_not_hide_its_reason():
   life.event("perf", 20, steps=20, convention="PaLM", goodput={})
   life.event("energy", 20, chip_hours=1.0, pue=1.1, kg_per_kwh=0.4, scope="the grid")
   life.event("stop", 20, reason="policy", exit_code=77, summary="the guard stopped the run")
+  life.event("stop", 20, source="supervisor", reason="policy", exit_code=77)
+  life.event("action", 20, source="supervisor", policy="restart", outcome="pending")
   (attempt,) = ledger(life.events, life.rows).attempts
   assert (attempt.cls, attempt.cause) == ("E", "the guard stopped the run")

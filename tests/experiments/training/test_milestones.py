@@ -25,7 +25,7 @@ def told(book, *steps, age=0.0):
 
 
 def event(kind, step, **detail):
-  return {"kind": kind, "step": step, "detail": detail}
+  return {"kind": kind, "step": step, "detail": detail, "summary": f"held out: words of {step}"}
 
 
 ALL = [
@@ -94,15 +94,15 @@ def test_quarters_say_the_best_that_counts():
     event("eval", 7_500, metrics={}),
   ]
   book = milestones(8_000, earlier=earlier)
-  book.heldout(8_500, float("nan"))
-  book.heldout(12_000, 2.0)
+  book.heldout(8_500, float("nan"), "no")
+  book.heldout(12_000, 2.0, "taken back")
   book.rewound(9_500)
-  book.heldout(9_800, 2.6)
+  book.heldout(9_800, 2.6, "worse")
   (quarter,) = book.reached(10_000, 100_000, 0.0)
-  assert quarter.more == "best held-out loss 2.5, at step 7,000"
-  book.heldout(20_000, 2.25)
+  assert quarter.more == "best so far held out: words of 7000, at step 7,000"
+  book.heldout(20_000, 2.25, "held out: 2.25 nats")
   *_, half = book.reached(20_000, 200_000, 0.0)
-  assert half.more == "best held-out loss 2.25, at step 20,000"
+  assert half.more == "best so far held out: 2.25 nats, at step 20,000"
   assert milestones().reached(10_000, 100_000, 0.0)[-1].more == ""
 
 

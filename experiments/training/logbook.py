@@ -152,6 +152,7 @@ class Logbook:
       row
       for row in rows
       if row.get("kind") in ("milestone", "eval") and row.get("lineage") == self.lineage
+      if not check(row)  # one that was damaged tells nothing
     ]
 
   @property

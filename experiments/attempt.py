@@ -7,9 +7,11 @@ import json
 import os
 import platform
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from . import bucket, paths
 from .exits import FINISHED, OUR_FAULT, RESTART, WATCHDOG
 from .training import manifest
 from .training.logbook import Logbook
@@ -23,7 +25,7 @@ _WORDS = {
 class Progress(NamedTuple):
   """What files of a run directory tell."""
 
-  sealed: frozenset[tuple[str, int]]  # finished checkpoints, by path and time
+  sealed: frozenset[tuple[str, float]]  # finished checkpoints and near copies, by path and time
   checkpoint: int  # step of the newest; 0 is none
   saved_at: float  # its time, in seconds since 1970
   step: int  # last that was logged
@@ -31,15 +33,23 @@ class Progress(NamedTuple):
 
 def progress(folder: Path) -> Progress:
   """Of a run and of what it trains in folders below (`eval.twin`)."""
-  sealed = []
-  for steps in (*folder.glob("checkpoints"), *folder.glob("*/checkpoints")):
-    for path in steps.glob("[0-9]*"):
+  sealed, home = [], bucket.home(folder)
+  runs = (home, *(home / name for name in paths.names(home)))
+  for steps in (*(run / "checkpoints" for run in runs), *_near_copies(folder)):
+    for step in manifest.saved_steps(steps):
       with contextlib.suppress(OSError):  # it is just being removed
-        if path.name.isdecimal() and manifest.is_sealed(path):
-          sealed.append((path.stat().st_mtime_ns, int(path.name), str(path)))
-  at, checkpoint, _ = max(sealed, default=(0, 0, ""))
+        path = steps / str(step)
+        sealed.append((manifest.sealed_at(path), step, str(path)))
+  at, checkpoint, _ = max(sealed, default=(0.0, 0, ""))
   found = frozenset((path, time) for time, _, path in sealed)
-  return Progress(found, checkpoint, at / 1e9, _last_step(folder))
+  return Progress(found, checkpoint, at, _last_step(folder))
+
+
+def _near_copies(folder: Path) -> Iterator[Path]:
+  """Folders of this host (`training/near.py`), from which the next attempt may go on."""
+  for path in (*folder.glob("near.json"), *folder.glob("*/near.json")):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+      yield from Path(json.loads(path.read_text())["folder"]).glob("*-of-*")
 
 
 def _last_step(folder: Path) -> int:
@@ -84,7 +94,7 @@ class Ended(NamedTuple):
 
   @property
   def advanced(self) -> bool:
-    """Whether it left a new checkpoint."""
+    """Whether it left a new checkpoint or near copy."""
     return bool(self.after.sealed - self.before.sealed)
 
 

@@ -19,7 +19,7 @@ from absl import flags, logging
 
 from mesh.topology import describe_devices
 
-from . import configs, platform
+from . import bucket, configs, paths, platform
 from .config import Config, ConfigError
 from .exits import (  # noqa: F401 - programs name all of them
   FINISHED,
@@ -34,7 +34,9 @@ from .exits import (  # noqa: F401 - programs name all of them
 from .overrides import apply_overrides
 
 _CONFIG = flags.DEFINE_string("config", "moe_tiny", "A named config, or FAMILY:SIZE.")
-_WORKDIR = flags.DEFINE_string("workdir", "", "Run directory; default runs/CONFIG.")
+_WORKDIR = flags.DEFINE_string(
+  "workdir", "", "Run directory, a folder or gs://BUCKET/FOLDER; default runs/CONFIG."
+)
 _TOPOLOGY = flags.DEFINE_string(
   "topology", "", "For plan and --show_mesh, TPUs that are not here: v5p:4x4x4, or v5p-128. "
   "For plan also GPUs, h100:4x8 (4 nodes of 8), or here: the accelerators that are.",
@@ -57,6 +59,11 @@ def run(main: Callable[..., int | None], *, leave: Callable[[int], Any] = sys.ex
   if sys.stdout is not None:
     sys.stdout = _lasting(sys.stdout)
   code = execute(main, sys.argv)
+  try:
+    bucket.close()
+  except OSError as e:
+    print(f"error: {e}", file=sys.stderr)
+    code = code or OUR_FAULT
   if sys.stdout is not None:
     sys.stdout.flush()
   leave(code)
@@ -85,11 +92,11 @@ def execute(main: Callable[..., int | None], argv: list[str]) -> int:
     return main(*given) or FINISHED
   except (ConfigError, flags.Error) as e:
     print(end="", flush=True)  # what was said before comes first
-    print(f"error: {e}", file=sys.stderr)
+    print(f"error: {bucket.named(str(e))}", file=sys.stderr)
     return USER_MISTAKE
   except HaltError as e:
     print(end="", flush=True)
-    print(f"stopped: {e}", file=sys.stderr)
+    print(f"stopped: {bucket.named(str(e))}", file=sys.stderr)
     return e.code
   except KeyboardInterrupt:
     print("\ninterrupted", file=sys.stderr)
@@ -257,15 +264,13 @@ def refuse_topology() -> None:
 
 
 def workdir(default_name: str) -> Path:
-  """`--workdir`, or runs/<config>.
+  """`--workdir`, or runs/<config>; of a run directory in a bucket, the stage (`bucket`).
 
   Raises:
-    ConfigError: a URL; run directories are folders.
+    ConfigError: a bucket that can't be reached.
   """
   path = _WORKDIR.value or f"runs/{default_name.replace(':', '-')}"
-  if "://" in path:
-    raise ConfigError(f"--workdir={path}: give a folder (mount the bucket, on a shared disk)")
-  return Path(os.path.expanduser(path))
+  return bucket.stage(path) if paths.is_url(path) else Path(path).expanduser()
 
 
 def require_workdir() -> Path:

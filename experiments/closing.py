@@ -9,6 +9,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from rich.console import Console
 from rich.table import Table
 
+from . import bucket
 from .data.tokenizer import Tokenizer
 from .inference.sampling import Draw, generate
 from .training.loop import Outcome
@@ -18,10 +19,10 @@ from .training.progress import duration
 def print_closing(outcome: Outcome, folder: Path, baselines: dict[str, float]) -> None:
   """Held-out bits a byte beside the baselines, the files written, and the next commands."""
   config, heldout = outcome.setup.config, outcome.heldout
-  console = Console(highlight=False, soft_wrap=True)
+  console, home = Console(highlight=False, soft_wrap=True), bucket.home(folder)
   console.print()
   if outcome.start >= config.train.steps:
-    console.print(f"{folder} is finished at step {outcome.step:,}: nothing left to train\n")
+    console.print(f"{home} is finished at step {outcome.step:,}: nothing left to train\n")
   if heldout.bits_per_byte is None:
     console.print(f"Held out: {heldout.loss:.3f} nats a {config.data.target}")
   else:
@@ -37,9 +38,9 @@ def print_closing(outcome: Outcome, folder: Path, baselines: dict[str, float]) -
     seconds = outcome.seconds
     took = duration(seconds) if seconds >= 10 else f"{seconds:.1f} s"
     console.print(f"{steps - outcome.start:,} steps in {took}")
-  console.print(f"Loss curve, speed and expert load: {folder / 'report.png'}", markup=False)
+  console.print(f"Loss curve, speed and expert load: {home / 'report.png'}", markup=False)
   console.print("\nNext")
-  here = f"--workdir={shlex.quote(str(folder))}"
+  here = f"--workdir={shlex.quote(str(home))}"
   commands = [
     ("train longer", f"{run} {here} --config.train.steps={2 * steps}"),
     ("your own text", f"{run} --config={config.name} --config.data.path=FILE --workdir=runs/mine"),

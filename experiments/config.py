@@ -161,9 +161,25 @@ class CheckpointConfig:
   keep: int = free(2)  # the newest; at least 2 leave one when the newest is found damaged
   keep_every: int = free(0)  # also each step that is a multiple of this; 0 is none
   keep_best: int = free(0)  # also so many of the least held-out loss, saved where it was evaluated
+  # A folder on each host, in its memory (/dev/shm/meshyard) or on a disk of its own, for copies of
+  # the state from which a run that died goes on (`training/near.py`); empty is none.
+  near: str = free("")
+  near_every: int = free(0)  # steps between them; 0 is a tenth of `every`
 
   def __post_init__(self):
-    _at_least(self, "checkpoint", every=1, keep=1, keep_every=0, keep_best=0)
+    _at_least(self, "checkpoint", every=1, keep=1, keep_every=0, keep_best=0, near_every=0)
+    if self.near_every and not self.near:
+      raise ConfigError(
+        f"checkpoint.near_every={self.near_every} needs a folder on each host: set "
+        "checkpoint.near=/dev/shm/meshyard, or checkpoint.near_every=0 for no near copies"
+      )
+    if "://" in self.near:
+      raise ConfigError(f"checkpoint.near={self.near}: must be a folder on the host itself")
+
+  @property
+  def near_steps(self) -> int:
+    """Steps between near copies; 0: there are none."""
+    return (self.near_every or max(1, self.every // 10)) if self.near else 0
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,18 @@ import jaxlib
 
 from mesh import multihost
 
+from . import bucket
 from .config import Config, ConfigError
 from .exits import RESTART, HaltError, restarted
 from .overrides import flatten
-from .training.checkpoint import saved_steps
+from .training.manifest import saved_steps
 
 ENDED_BY = r"ended by process (\d+)"  # begins the last words of a process that did not fail itself
 _PACKAGES = ("mesh", "layers", "experiments")
 _ABSENT = "nothing"
 
 # JAX aborts the others when the coordinator is gone; first they are to read why.
+_FLUSH_SECONDS = 2.0  # of what a bucket lacks
 _COORDINATOR_LINGERS = 1.0
 
 
@@ -138,6 +140,7 @@ def _end_with(process: int, code: int) -> None:
 
 
 def _exit(code: int) -> None:
+  bucket.flush(_FLUSH_SECONDS)
   for stream in (sys.stdout, sys.stderr):
     if stream is not None:
       stream.flush()
@@ -146,14 +149,14 @@ def _exit(code: int) -> None:
 
 def fingerprint(config: Config, folder: Path) -> dict[str, Any]:
   """What must be the same in all processes, by the name a person knows it by."""
-  steps = saved_steps(folder / "checkpoints")
+  steps = saved_steps(bucket.checkpoints(folder))
   return {
     "number of processes": multihost.process_numbers()[1],
     "code": source_digest(),
     "jax": jax.__version__,
     "jaxlib": jaxlib.__version__,
     "JAX_PLATFORMS": jax.config.jax_platforms,
-    "--workdir": str(folder),
+    "--workdir": str(bucket.home(folder)),
     "newest checkpoint": steps[-1] if steps else _ABSENT,
   } | {path: repr(value) for path, value in flatten(config).items()}
 

@@ -15,7 +15,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from . import cli
+from . import bucket, cli
 from .book.facts import Facts, gather, state
 from .book.page import write_page
 from .book.text import by_class, time_line, times, totals, write_book
@@ -49,9 +49,9 @@ def main(arguments: list[str]) -> int:
     show(facts)
   elif command == "report":
     with _writing(folder):
-      print(f"report: {write_page(facts)}")
+      print(f"report: {bucket.home(write_page(facts))}")
   elif written:
-    print(f"noted in {written}")
+    print(f"noted in {bucket.home(written)}")
   if facts.problems:
     raise ConfigError("; ".join(facts.problems))
   return cli.FINISHED

@@ -13,13 +13,14 @@ from absl import flags
 
 from mesh.constrain import use_mesh
 
-from . import cli
+from . import bucket, cli
 from .config import Config, ConfigError
 from .data.load import load
 from .data.loader import make_loader
-from .training.checkpoint import Checkpoints, saved_steps
+from .training.checkpoint import Checkpoints
 from .training.compiled_step import Limit, jit_step
 from .training.folder import read_config
+from .training.manifest import saved_steps
 from .training.metrics import bits_of, read_metrics
 from .training.recovery import Recovery
 from .training.setup import Setup, batch_placer, batch_rows, build
@@ -36,18 +37,18 @@ def main() -> int:
   assert stored is not None
   step = _STEP.value
   if step is None or step < 1:
-    saved = ", ".join(map(str, saved_steps(folder / "checkpoints")))
+    saved = ", ".join(map(str, saved_steps(bucket.checkpoints(folder))))
     raise ConfigError(f"--step=K: give a step after a saved one (saved: {saved or 'none'})")
   config = cli.override_config(stored)
   setup = build(config)
-  with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
+  with Checkpoints(bucket.checkpoints(folder), read_only=True) as checkpoints:
     start = checkpoints.before(step - 1)
     if start is None:
       raise ConfigError(f"there is no intact checkpoint from before step {step} in {folder}")
     print(f"from the checkpoint of step {start} to step {step}, mesh {dict(setup.mesh.shape)}\n")
     computed, state = _compute(setup, config, folder, checkpoints, start, step)
     different = _compare_steps(folder, computed)
-    if step in saved_steps(folder / "checkpoints"):
+    if step in saved_steps(bucket.checkpoints(folder)):
       different += _compare_states(state, checkpoints.restore(step, setup.abstract)[0], step)
   if different:
     print(f"\ndifferent: {', '.join(different[:_SHOWN])}")

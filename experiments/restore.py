@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import cli
+from . import bucket, cli, paths
 from .config import ConfigError, MeshConfig
 from .training.checkpoint import Checkpoints
 from .training.folder import read_config
@@ -41,9 +41,9 @@ def restore(setup: Setup, folder: Path) -> Trained:
   Raises:
     ConfigError: no finished checkpoint in the folder, or one of another model.
   """
-  if not (folder / "checkpoints").is_dir():
+  if not paths.names(bucket.checkpoints(folder)):
     raise ConfigError(f"{folder} has no checkpoint yet")
-  with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
+  with Checkpoints(bucket.checkpoints(folder), read_only=True) as checkpoints:
     step = checkpoints.newest()
     if step is None:
       raise ConfigError(f"{folder} has no finished checkpoint yet")

@@ -12,7 +12,7 @@ from layers.count import count_params
 from mesh.multihost import is_primary
 from mesh.pipeline import bubble_fraction
 
-from . import cli, joining
+from . import bucket, cli, joining
 from .closing import print_closing, print_sample
 from .config import Config, ConfigError
 from .data.load import Dataset, load
@@ -20,9 +20,9 @@ from .data.trigram import ngram_bits_per_byte
 from .exits import restarted
 from .overrides import check_resume
 from .planning.memory import gigabytes, refuse_if_too_large, training_bytes
-from .training.checkpoint import saved_steps
 from .training.folder import claim, read_config, writing
 from .training.loop import Outcome, Resume, train
+from .training.manifest import saved_steps
 from .training.setup import Setup, build
 from .training.timing import Profile
 
@@ -59,7 +59,7 @@ def resolve(*, reason: str = "", allow: bool = False, check: bool = True) -> Req
     raise ConfigError(
       f"{folder} holds a run of {stored.name!r}, not of {name!r}; choose another --workdir"
     )
-  begun = bool(saved_steps(folder / "checkpoints"))
+  begun = bool(saved_steps(bucket.checkpoints(folder)))
   config = cli.requested_config() if given and not begun else cli.override_config(stored)
   changes = check_resume(stored, config, reason=reason, allow=allow) if begun and check else []
   told = [change for change in changes if change.kind != "free"]
@@ -180,7 +180,7 @@ def _train_twin(
   """Train the twin in a folder of its own; None if what it did there before is not comparable."""
   name = setup.config.name
   stored = read_config(folder)
-  if stored is not None and saved_steps(folder / "checkpoints"):
+  if stored is not None and saved_steps(bucket.checkpoints(folder)):
     try:
       check_resume(stored, setup.config)
     except ConfigError as e:
@@ -223,4 +223,4 @@ def _introduce(setup: Setup, dataset: Dataset, folder: Path) -> None:
     f"  training {config.train.steps:,} steps of {config.data.batch_size} x "
     f"{config.data.row_length} tokens ({tokens:,}), {config.optimizer.name}"
   )
-  print(f"  workdir  {folder}\n")
+  print(f"  workdir  {bucket.home(folder)}\n")

@@ -25,6 +25,7 @@ from collections import deque
 from pathlib import Path
 from typing import IO
 
+from . import bucket
 from .attempt import Ended, duration, progress, stamp, write_events
 from .exits import (
   FINISHED,
@@ -94,8 +95,12 @@ class Supervisor:
         why = f"can't write to the work directory {self._folder}: {e.strerror}"
         raise ConfigError(why) from e
       stack.enter_context(handling(self._signal))
+      mirror = bucket.adopt(self._folder)
+      stack.callback(bucket.close)
       last: Ended | None = None
       while True:
+        if mirror is not None:
+          mirror.refresh()
         ended = self._attempt()
         verdict = self._judge(ended, last)
         self._record(ended, verdict)
@@ -228,7 +233,7 @@ class Supervisor:
           f"{where} without a new checkpoint: giving up. Its last lines:"
         )
         self._write(2, "".join(f"  {line}\n" for line in ended.lines).encode())
-        self._say(f"all it said is in {ended.log}")
+        self._say(f"all it said is in {bucket.named(str(ended.log))}")
         return ended.code
     return None
 

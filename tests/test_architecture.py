@@ -113,8 +113,8 @@ NETWORK = {
   "xmlrpc", "websockets", "huggingface_hub", "urllib.request",
 }  # fmt: skip
 
-MODULES_TO_TRAIN = 116
-LINES_TO_TRAIN = 19_700
+MODULES_TO_TRAIN = 120
+LINES_TO_TRAIN = 20_800
 
 
 class Import(NamedTuple):

@@ -284,7 +284,7 @@ FROM python:3.12-slim
 # Where GKE puts the driver of NVIDIA GPUs.
 ENV LD_LIBRARY_PATH=/usr/local/nvidia/lib64
 COPY $(wheel_name) /
-RUN pip install --no-cache-dir "meshyard[$extra] @ file:///$(wheel_name)"
+RUN pip install --no-cache-dir "meshyard[$extra,gcs] @ file:///$(wheel_name)"
 DOCKER
   run gcloud builds submit "$scratch/wheel" --tag="$image"
 }

@@ -20,7 +20,7 @@ commands
   check     [--type=...] [-- flags of check_devices.py]   psum, matmul and all-reduce rates; names
                                    slow and missing hosts
   stop                             SIGTERM: the run saves and ends with 75
-  watch     --type=... -- --workdir=/PATH ...   create, install, launch, and again after preemption
+  watch     --type=... -- --workdir=gs://... ...   create, install, launch, and again after preemption
                                    and where supervisors gave up, until the program ends with 0,
                                    2, 77 or 130
   flags     --type=...             the compiler flags that launch sets, and why (also --type=gpu)

@@ -43,9 +43,9 @@ watch() {
 check_workdir() {
   local word
   for word in "${program[@]}"; do
-    [[ $word != --workdir=/* ]] || return 0
+    [[ $word != --workdir=/* && $word != --workdir=gs://* ]] || return 0
   done
-  mistake "watch needs -- --workdir=/PATH on a bucket mount or shared disk, to outlive the slice"
+  mistake "watch needs -- --workdir=gs://BUCKET/FOLDER, or /PATH on a shared disk, to outlive the slice"
 }
 
 print_plan() {

@@ -39,7 +39,7 @@ install() {
   [ -x "$HOME/.local/bin/uv" ] || curl -LsSf https://astral.sh/uv/install.sh | sh
   local uv="$HOME/.local/bin/uv"
   "$uv" venv --quiet --clear --python 3.12 "$FOLDER/venv"
-  "$uv" pip install --quiet --python "$PYTHON" "meshyard[tpu] @ file://$FOLDER/$wheel"
+  "$uv" pip install --quiet --python "$PYTHON" "meshyard[tpu,gcs] @ file://$FOLDER/$wheel"
   [ -z "$bucket" ] || mount_bucket "$bucket"
 }
 

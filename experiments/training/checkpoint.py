@@ -4,12 +4,10 @@ with digests (`manifest`), without which a step counts as never finished."""
 import contextlib
 import os
 import re
-import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,26 +15,17 @@ import orbax.checkpoint as ocp
 
 from mesh.multihost import agree_in_turn
 
+from .. import paths
 from ..config import CheckpointConfig, ConfigError
+from ..paths import Place, Url
 from . import manifest
+from .manifest import REFUSED, saved_steps
 from .state import TrainState
 
 # What processes wait for each other's digests, of which each makes its own.
 _SEAL_SECONDS = 1800.0
 _TEMPORARY = ".orbax-checkpoint-tmp"
-REFUSED = ".refused"
 _DEFAULT = CheckpointConfig()
-
-
-def saved_steps(folder: Path) -> list[int]:
-  """Steps of the finished checkpoints in a `checkpoints/` folder, oldest first."""
-  return [step for step in _steps(folder) if manifest.is_sealed(folder / str(step))]
-
-
-def _steps(folder: Path) -> list[int]:
-  if not folder.is_dir():
-    return []
-  return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
 
 
 class Saved(NamedTuple):
@@ -64,25 +53,31 @@ class Checkpoints:
 
   def __init__(
     self,
-    folder: Path,
+    folder: Place,
     policy: CheckpointConfig = _DEFAULT,
     *,
     read_only: bool = False,
     note: Callable[[str], None] = print,
   ):
-    self._folder, self._policy, self._read_only = folder.absolute(), policy, read_only
+    self._remote = isinstance(folder, Url)
+    self._folder = folder if isinstance(folder, Url) else folder.absolute()
+    self._policy, self._read_only = policy, read_only
     self._note = note
     handler = ocp.CompositeCheckpointHandler(
       params=ocp.StandardCheckpointHandler(),
       optimizer=ocp.StandardCheckpointHandler(),
       data=ocp.JsonCheckpointHandler(),
     )
-    self._orbax = ocp.AsyncCheckpointer(handler)
+    # A mark says that a step in a bucket is finished; to rename it would be to copy it.
+    mode = ocp.options.AtomicityMode.COMMIT_FILE if self._remote else ocp.options.AtomicityMode.AUTO
+    options = ocp.options.AtomicityOptions(mode=mode)
+    self._orbax = ocp.AsyncCheckpointer(handler, atomicity_options=options)
     self._sealing: threading.Thread | None = None
     self._ended: list[Saved] = []
     self._failure: BaseException | None = None
     if not read_only and _is_first():
-      self._folder.mkdir(parents=True, exist_ok=True)
+      if not isinstance(self._folder, Url):
+        self._folder.mkdir(parents=True, exist_ok=True)
       self._clear_temporaries()
 
   def __enter__(self) -> "Checkpoints":
@@ -116,7 +111,7 @@ class Checkpoints:
 
   def before(self, bound: int) -> int | None:
     """`newest` of the steps up to `bound`."""
-    steps = [step for step in _steps(self._folder) if step <= bound]
+    steps = [step for step in manifest.steps(self._folder) if step <= bound]
     finished = [step for step in saved_steps(self._folder) if step <= bound]
     for step in reversed(steps):
       why = self._damage(step)
@@ -135,7 +130,7 @@ class Checkpoints:
   def forget_after(self, step: int) -> None:
     """Set aside what was saved after `step`, to which the run goes back."""
     self.wait()
-    self._set_aside(*(later for later in _steps(self._folder) if later > step))
+    self._set_aside(*(later for later in manifest.steps(self._folder) if later > step))
 
   def _damage(self, step: int) -> str | None:
     process, count = jax.process_index(), jax.process_count()
@@ -149,26 +144,35 @@ class Checkpoints:
     """Out of the way of later saves of these steps. Of all that ever were, the last one stays for a
     person to look at; more would fill the disk."""
     if _is_first() and steps:
-      for old in self._folder.glob(f"*{REFUSED}"):
-        shutil.rmtree(old, ignore_errors=True)
+      for name in paths.names(self._folder):
+        if name.endswith(REFUSED):
+          self._remove_aside(name)
       *more, last = sorted(steps)
       for step in more:
         self._remove(step)
-      (self._folder / str(last)).rename(self._folder / f"{last}{REFUSED}")
+      paths.set_aside(self._folder / str(last), REFUSED)
     if (
       jax.process_count() > 1
     ):  # nobody goes on before; what the others list meanwhile is no matter
       agree_in_turn("", lambda said: "")
 
+  def _path(self, step: int) -> str:
+    return str(self._folder / str(step))
+
+  def _remove_aside(self, name: str) -> None:
+    if self._remote:  # the mark last: the step must not come back
+      self._remove(int(name.removesuffix(REFUSED)))
+    paths.remove(self._folder / name)
+
   def _remove(self, step: int) -> None:
     manifest.unseal(self._folder / str(step))  # first: half a step must not look like a whole
-    shutil.rmtree(self._folder / str(step), ignore_errors=True)
+    paths.remove(self._folder / str(step))
 
   def _clear_temporaries(self) -> None:
     """What a killed process left half written."""
-    for path in self._folder.iterdir():
-      if _TEMPORARY in path.name:
-        shutil.rmtree(path, ignore_errors=True)
+    for name in paths.names(self._folder):
+      if _TEMPORARY in name:
+        paths.remove(self._folder / name)
 
   def save(
     self, step: int, state: TrainState, data: dict[str, Any], *, loss: float | None = None
@@ -182,8 +186,10 @@ class Checkpoints:
     """
     self._join()
     began = time.monotonic()
-    if manifest.is_sealed(self._folder / str(step)):
+    if step in saved_steps(self._folder):
       return
+    if self._remote and _is_first():  # a step of this number that was set aside
+      self._remove_aside(f"{step}{REFUSED}")
     args = ocp.args.Composite(
       params=ocp.args.StandardSave(state.params),
       optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
@@ -191,7 +197,7 @@ class Checkpoints:
     )
     try:
       with _system_errors(self._folder):
-        self._orbax.save(self._folder / str(step), args=args, force=True)
+        self._orbax.save(self._path(step), args=args, force=True)
     except OSError as e:
       self._end(step, began, time.monotonic() - began, e)
       return
@@ -219,10 +225,10 @@ class Checkpoints:
     if _is_first():
       self._clear_temporaries()
       if not manifest.is_sealed(self._folder / str(step)):
-        shutil.rmtree(self._folder / str(step), ignore_errors=True)
+        paths.remove(self._folder / str(step))
     self._ended.append(Saved(step, 0, 0, "", blocked, time.monotonic() - began, error))
 
-  def _await_seals(self, step: Path) -> None:
+  def _await_seals(self, step: Place) -> None:
     until = time.monotonic() + _SEAL_SECONDS
     while not manifest.is_sealed(step):
       if time.monotonic() > until:
@@ -273,7 +279,7 @@ class Checkpoints:
       optimizer=ocp.args.StandardRestore(optimizer),
       data=ocp.args.JsonRestore(),
     )
-    restored = self._orbax.restore(self._folder / str(step), args=args)
+    restored = self._orbax.restore(self._path(step), args=args)
     rest = restored["optimizer"]
     return TrainState(rest["step"], restored["params"], rest["opt_state"]), restored["data"]
 
@@ -281,11 +287,11 @@ class Checkpoints:
     """Parameters alone, on the mesh of `abstract_params`."""
     self._check(step, "params", abstract_params)
     args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract_params))
-    return self._orbax.restore(self._folder / str(step), args=args)["params"]
+    return self._orbax.restore(self._path(step), args=args)["params"]
 
   def _check(self, step: int, item: str, abstract: Any) -> None:
     # Orbax casts dtypes without a word, so compare before restoring.
-    saved = self._orbax.metadata(self._folder / str(step)).item_metadata[item]
+    saved = self._orbax.metadata(self._path(step)).item_metadata[item]
     if saved is None:
       raise ConfigError(f"checkpoint of step {step} in {self._folder} has no readable {item!r}")
     have = {_name(p): leaf for p, leaf in jax.tree.leaves_with_path(saved.tree)}
@@ -318,8 +324,13 @@ def _name(path) -> str:
 
 
 @contextlib.contextmanager
-def _system_errors(folder: Path) -> Iterator[None]:
-  """TensorStore wraps what the system refuses in a ValueError; make it an OSError again."""
+def _system_errors(folder: Place) -> Iterator[None]:
+  """TensorStore wraps what the system refuses in a ValueError; make it an OSError again, like
+  whatever goes wrong on the way to a bucket."""
+  if isinstance(folder, Url):
+    with paths.reaching(folder):
+      yield
+    return
   try:
     yield
   except ValueError as e:

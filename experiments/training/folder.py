@@ -8,10 +8,12 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from .. import bucket, paths
 from ..config import Config, ConfigError
+from ..exits import RESTART, USER_MISTAKE, HaltError, restarted
 from ..overrides import Change, from_json, to_json
-from . import lock
-from .checkpoint import saved_steps
+from . import lease, lock
+from .manifest import saved_steps
 
 # The disk is full (or a quota, or a limit on file sizes), or has become unwritable.
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -47,6 +49,7 @@ def claim(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
 
   Raises:
     ConfigError: it can't be written, or another process does that.
+    HaltError: it can't be written now, though an earlier attempt could.
   """
   probe = folder / ".writable"
   with contextlib.ExitStack() as stack:
@@ -54,14 +57,26 @@ def claim(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
       folder.mkdir(parents=True, exist_ok=True)
       what = f"the work directory {folder}"
       stack.enter_context(lock.hold(folder / ".lock", what, patience=patience))
+      if isinstance(home := bucket.home(folder), paths.Url):
+        what = f"the work directory {home}"
+        held = lease.hold(home / "lock", what, lost=_lost, patience=patience)
+        stack.enter_context(held)
       probe.write_text("yes")
       probe.unlink()
     except ConfigError:
       raise
     except (OSError, ValueError) as e:  # ValueError: a NUL in the path
-      why = e.strerror if isinstance(e, OSError) else e
-      raise ConfigError(f"can't write to the work directory {folder}: {why}") from e
+      why = f"can't write to the work directory {folder}: {getattr(e, 'strerror', None) or e}"
+      if restarted():
+        raise HaltError(why, RESTART) from e
+      raise ConfigError(why) from e
     yield
+
+
+def _lost(why: str) -> None:
+  """Another process has taken the folder, so nothing more may be written there."""
+  os.write(2, f"error: the work directory was {why}; this run ends\n".encode())
+  os._exit(USER_MISTAKE)
 
 
 def write_config(folder: Path, config: Config) -> None:
@@ -92,7 +107,7 @@ def writing(folder: Path) -> Iterator[None]:
   except OSError as e:
     if e.errno not in _REFUSALS:
       raise
-    steps = saved_steps(folder / "checkpoints")
+    steps = saved_steps(bucket.checkpoints(folder))
     saved = f"step {steps[-1]} is saved" if steps else "nothing is saved yet"
     raise ConfigError(
       f"can't write to the work directory {folder}: {os.strerror(e.errno)}; {saved}, and with the "

@@ -22,7 +22,7 @@ import itertools
 import json
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from statistics import median, median_low
 from typing import Any, NamedTuple
 
@@ -116,6 +116,11 @@ class HostTimes:
       yield
     finally:
       self._waited += self._stepping - before
+
+  def wait(self, function: Callable[..., Any], *args: Any) -> Any:
+    """What a function returns that waits for results."""
+    with self.waiting():
+      return function(*args)
 
   @contextlib.contextmanager
   def dispatching(self) -> Iterator[None]:

@@ -13,18 +13,20 @@ from layers.transformer import moe_layers
 from mesh.constrain import use_mesh
 from mesh.multihost import is_primary
 
+from .. import bucket
 from ..config import Config, HaltError
 from ..data.load import Dataset
 from ..data.loader import Loader, make_loader
 from ..exits import GUARD
 from ..overrides import Change
-from .checkpoint import Checkpoints
+from .checkpoint import Checkpoints, saved_steps
 from .compiled_step import CompileOnce, Limit, jit_step
 from .evaluate import HeldOut, held_out, make_held_out_step
 from .folder import write_config
 from .goodput import Clock
 from .guard import Decision
 from .metrics import bits_of, summarise
+from .near import NearCopies
 from .optimizer import hyperparameters, refuse_other_values
 from .record import Record
 from .recovery import Recovery
@@ -99,13 +101,16 @@ def train(
       step, last = run.step, run.stopped or run.step == total
       log = step % config.train.log_every == 0 or last or step == start + 1
       save = step % config.checkpoint.every == 0 or last
-      if run.went_back(0 if log or save else _IN_FLIGHT):
+      copy = run.near.every and step % run.near.every == 0 and not last
+      if run.went_back(0 if log or save or copy else _IN_FLIGHT):
         continue
       if log:
         run.log()
       loss = None
       if config.eval.every and step % config.eval.every == 0 and step < total and not last:
         loss = run.evaluate()
+      if copy:
+        run.copy()
       if save:
         run.save(loss)
       trace.after(step, run.state, last)
@@ -153,23 +158,28 @@ class _Run:
     stack.enter_context(contextlib.closing(self._loader))
     self.stop = stack.enter_context(stop)
     self._checkpoints = stack.enter_context(
-      Checkpoints(folder / "checkpoints", config.checkpoint, note=self._record.refused)
+      Checkpoints(bucket.checkpoints(folder), config.checkpoint, note=self._record.refused)
+    )
+    self.near = stack.enter_context(
+      NearCopies(config, folder, note=self.note, refused=self._record.refused)
     )
     self._dog = stack.enter_context(Watchdog(config.train.hang_seconds, folder))
 
   def restore(self) -> None:
-    """From the newest checkpoint, or the first draw."""
+    """From the newest near copy or checkpoint, or the first draw."""
     config, setup = self._config, self._setup
     with self._clock.phase("restore"):
-      self.step = self._checkpoints.newest() or 0
+      near = self.near.newest(saved_steps(bucket.checkpoints(self._folder)), setup.abstract)
+      self.step = near or self._checkpoints.newest() or 0
       self._loader.avoid(self._recovery.windows)
       self._kept = {}
       if not self.step:
         self.state = init_state(setup.model, setup.optimizer, setup.abstract, config.train.seed)
       else:
-        self.state, self._kept = self._checkpoints.restore(self.step, setup.abstract)
+        source = self.near if near else self._checkpoints
+        self.state, self._kept = source.restore(self.step, setup.abstract)
       if self.step and self.step < config.train.steps:
-        self.note(f"resuming after step {self.step}")
+        self.note(f"resuming after step {self.step}" + (", from near copies" if near else ""))
         refuse_other_values(self._kept["optimizer"], config, self._resume.reason)
         _restore_data(self._loader, self._kept, self._resume, self.note)
         if not self._resume.changes:  # else levels may move: the guard learns them anew
@@ -178,15 +188,14 @@ class _Run:
 
   def open(self) -> None:
     """Begin to write down, and to step."""
-    record, resume = self._record, self._resume
+    record, resume, near = self._record, self._resume, self.near.restored is not None
     if self.primary:
       write_config(self._folder, self._config)
+    self.near.begin()
     self._stack.enter_context(contextlib.closing(record))
     base = resume.base or self._config
-    record.open(
-      self.step, self._loader.state(), len(self._dataset.train), base=base,
-      new_lineage=resume.allow_other_data,
-    )  # fmt: skip
+    data, other, rows = self._loader.state(), resume.allow_other_data, len(self._dataset.train)
+    record.open(self.step, data, rows, base=base, new_lineage=other, near=near)
     record.changed(self.step, resume.changes, resume.reason)
     if self._kept:
       record.effective(self.step, self._kept["optimizer"], hyperparameters(self._config))
@@ -195,6 +204,8 @@ class _Run:
     self._stack.enter_context(record.ending())
     self._stack.enter_context(record.display.live(self.step))
     self._next_batch()
+    if near:
+      self.save(None)  # a host that is lost next would take it along
     self._clock.switch("compile")
     self._compiled = False
 
@@ -227,8 +238,7 @@ class _Run:
     else:
       self._position = self._loader.state()
     if len(self._pending) > _IN_FLIGHT:
-      with self._timer.hosts.waiting():
-        jax.block_until_ready(self._pending[-_IN_FLIGHT].loss)
+      self._timer.hosts.wait(jax.block_until_ready, self._pending[-_IN_FLIGHT].loss)
     if not self._compiled:
       jax.block_until_ready(metrics.loss)
       self._compiled = True
@@ -250,9 +260,7 @@ class _Run:
         self._halt(fault.decision)
       self._go_back(fault.decision)
       return True
-    with self._timer.hosts.waiting():
-      judged = self._recovery.judge(in_flight)
-    for decision, step in judged:
+    for decision, step in self._timer.hosts.wait(self._recovery.judge, in_flight):
       self._skipped += decision.action == "skip"
       self._record.judged(decision, step, self._skipped)
       if decision.action == "stop":
@@ -265,10 +273,12 @@ class _Run:
 
   def _halt(self, decision: Decision) -> None:
     self._record.halted(self.step, decision)
+    self.near.forget()
     raise HaltError(f"step {self.step}: {decision.reason}", GUARD)
 
   def _go_back(self, decision: Decision) -> None:
     with self._clock.phase("restore"), self._dog.patience():
+      self.near.forget()  # first: killed from here on, the run must not find what lies ahead
       before = self.step
       position = self._loader.state()["position"]
       target = self._recovery.rewind(decision, self._checkpoints, position)
@@ -287,8 +297,7 @@ class _Run:
 
   def log(self) -> None:
     """A row of metrics of the steps since the last."""
-    with self._timer.hosts.waiting():
-      host = jax.device_get(self._pending)
+    host = self._timer.hosts.wait(jax.device_get, self._pending)
     self._blank += int(sum(m.blank_rows for m in host))
     row = summarise(host) | {"learning_rate": float(self._setup.schedule(self.step - 1))}
     row |= self._timer.interval(len(self._pending))
@@ -327,13 +336,17 @@ class _Run:
   def save(self, loss: float | None) -> None:
     if self.stopped:
       self.note(f"stopping: saving step {self.step} (Ctrl-C again stops at once)")
-    kept = {
-      **self._position,
-      "optimizer": hyperparameters(self._config),
-      "guard": self._recovery.state(),
-    }
     with self._clock.phase("checkpoint"), self._dog.patience():
-      self._checkpoints.save(self.step, self.state, kept, loss=loss)
+      self._checkpoints.save(self.step, self.state, self._data(), loss=loss)
+
+  def copy(self) -> None:
+    with self._clock.phase("checkpoint"), self._dog.patience():
+      self.near.save(self.step, self.state, self._data())
+
+  def _data(self) -> dict[str, Any]:
+    """What is saved beside the state."""
+    optimizer, guard = hyperparameters(self._config), self._recovery.state()
+    return {**self._position, "optimizer": optimizer, "guard": guard}
 
   def finish(self) -> HeldOut | None:
     """The last held-out loss."""
@@ -354,6 +367,7 @@ class _Run:
     for save in ended:
       if save.error is not None and save.step == self.step:
         raise save.error
+    self.near.remove()
 
   @property
   def seconds(self) -> float:

@@ -66,7 +66,14 @@ class Record:
     )
 
   def open(
-    self, start: int, data: dict[str, Any], rows: int, *, base: Config, new_lineage: bool
+    self,
+    start: int,
+    data: dict[str, Any],
+    rows: int,
+    *,
+    base: Config,
+    new_lineage: bool,
+    near: bool = False,
   ) -> None:
     """Begin to write, after `start` finished steps.
 
@@ -74,6 +81,7 @@ class Record:
       data: the loader's state.
       rows: of the training data.
       base: the named config, from which this one differs.
+      near: whether the state comes from near copies.
     """
     if not self._primary:
       return
@@ -95,7 +103,7 @@ class Record:
         {"id": f"process {i}", "devices": jax.local_device_count(), "health": "unknown"}
         for i in range(jax.process_count())
       ],
-      "restore": {"step": start, "verified": True} if start else None,
+      "restore": {"step": start, "verified": True, "near": near} if start else None,
       "seed": config.train.seed,
       "data_state_sha256": digest_of(data),
       "device_kind": devices[0].device_kind,

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from mesh.multihost import agree_in_turn
+
 from ..config import Config, ConfigError
 from .checkpoint import Checkpoints
 from .guard import Anomaly, Decision, Guard, Observation
@@ -35,6 +37,8 @@ class Recovery:
     self._batch_size = config.data.batch_size
     self._path, self._primary = folder / WINDOWS, primary
     self._kept = _read_windows(self._path)
+    if jax.process_count() > 1:  # the primary wrote them: others may read of late
+      self._kept = json.loads(agree_in_turn(json.dumps(self._kept), lambda said: said[0]))
     self._waiting: deque[tuple[int, StepMetrics]] = deque()
     self._positions: deque[tuple[int, int]] = deque(maxlen=_POSITIONS)
 

@@ -34,6 +34,7 @@ from typing import Any
 
 from mesh import multihost
 
+from .. import bucket
 from ..exits import WATCHDOG
 
 LEAST_SECONDS = 300.0  # of an automatic limit, which is else
@@ -153,6 +154,7 @@ class Watchdog:
       multihost.announce_failure(WATCHDOG)
     writing.join()
     self._note(limit, groups, silent)
+    bucket.flush(_ANSWER_SECONDS)
 
   def _ask(self, mine: str) -> dict[int, str] | None:
     """What the others say; nothing where the coordinator does not answer."""

@@ -169,7 +169,7 @@ def test_pool_apply_and_the_rest_reach_their_tools(cloud):
   assert image.returncode == 0, image.stderr
   dockerfile = (cloud.folder / "Dockerfile").read_text()
   wheel = re.search(r"^COPY (meshyard-[\d.]+-py3-none-any.whl) /$", dockerfile, re.MULTILINE)[1]
-  assert f'"meshyard[tpu] @ file:///{wheel}"' in dockerfile
+  assert f'"meshyard[tpu,gcs] @ file:///{wheel}"' in dockerfile
   for command in ("status", "tail", "delete"):
     assert cloud.run("gke.sh", command, "--name=n").returncode == 0
   assert [c[:2] for c in cloud.calls()[3:]] == [

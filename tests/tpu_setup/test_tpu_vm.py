@@ -113,7 +113,7 @@ def test_launch_from_nothing(cloud):
     assert "experiments.run --config=moe_70b" in (host / "meshyard" / "log").read_text()
   calls = (cloud.folder / "uv_calls").read_text()
   assert calls.count("uv venv --quiet --clear --python 3.12 ") == 2
-  assert calls.count("meshyard[tpu] @ file://") == 2
+  assert calls.count("meshyard[tpu,gcs] @ file://") == 2
 
 
 def wait_for(path):

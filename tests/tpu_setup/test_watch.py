@@ -108,7 +108,7 @@ def test_a_workdir_on_the_slice_is_refused(cloud):
   for program in (("--", "--config=moe_70b"), ("--", "--workdir=runs/a")):
     done = cloud.run("tpu_vm.sh", "watch", *SLICE, *program)
     assert done.returncode == 2
-    assert "watch needs -- --workdir=/PATH" in done.stderr
+    assert "watch needs -- --workdir=gs://BUCKET/FOLDER" in done.stderr
   assert not cloud.calls()
 
 

@@ -328,14 +328,19 @@ def test_killed_between_events(tmp_path):
 import os, signal, sys, time
 from pathlib import Path
 from experiments.training.logbook import Logbook
+file = Path(sys.argv[1]) / "logbook.jsonl"
+size = lambda: file.stat().st_size if file.exists() else 0
 for attempt in range(1, 21):
+  before = size()
   child = os.fork()
   if not child:
     book = Logbook(Path(sys.argv[1]))
     assert book.run == f"1.{attempt}", book.run
     for n in range(10**6):
       book.event("note", str(n), text="x" * (n % 5000), tags=[])
-  time.sleep(0.02 + 0.0037 * attempt)
+  while size() < before + 1000:  # the first event at least
+    time.sleep(0.001)
+  time.sleep(0.0037 * attempt)
   os.kill(child, signal.SIGKILL)
   assert os.waitpid(child, 0)[1] == signal.SIGKILL
 """

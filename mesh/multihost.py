@@ -50,7 +50,7 @@ def initialize(
   *,
   timeout: float = 300,
 ) -> bool:
-  """Joins the other processes if there are any; call before using JAX.
+  """Joins the other processes if there are any, and says whether; call before using JAX.
 
   Several processes are announced by the three arguments; by JAX_COORDINATOR_ADDRESS (host:port of
   process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID; by a SLURM step of more than one task; by a
@@ -60,9 +60,6 @@ def initialize(
   Args:
     coordinator: HOST:PORT of process 0. All three or none.
     timeout: seconds to wait until all processes are there.
-
-  Returns:
-    Whether jax.distributed runs.
 
   Raises:
     ValueError: an announcement that is incomplete or contradicts itself.
@@ -248,10 +245,7 @@ def _watch(key: str, heard: Callable[[str], None]) -> None:
 
 
 def answer(question: str, reply: Callable[[], str]) -> None:
-  """Replies, in a thread, if another process asks this question; `ask` is for the one that asks.
-
-  `shut_down` ends the thread.
-  """
+  """Replies, in a thread until `shut_down`, if another process asks this question by `ask`."""
   client, own = _client(), global_state.process_id
 
   def heard(asker: str) -> None:
@@ -275,9 +269,20 @@ def ask(question: str, mine: str, *, seconds: float) -> dict[int, str] | None:
   said, until = {own: mine}, time.monotonic() + seconds
   while len(said) < global_state.num_processes and time.monotonic() < until:
     time.sleep(0.1)
-    for key, text in client.key_value_dir_get(f"meshyard/{question}/"):
-      said[int(key.rpartition("/")[2])] = text
+    said |= told(question)
   return said
+
+
+def tell(name: str, text: str) -> None:
+  """Leaves a text to be `told`, in place of this process's last one; waits for nobody."""
+  key = f"meshyard/{name}/{global_state.process_id}"
+  _client().key_value_set(key, text, allow_overwrite=True)
+
+
+def told(name: str) -> dict[int, str]:
+  """What processes have left under this name so far, by their numbers."""
+  found = _client().key_value_dir_get(f"meshyard/{name}/")
+  return {int(key.rpartition("/")[2]): text for key, text in found}
 
 
 def shut_down() -> None:

@@ -38,6 +38,7 @@ LONG_FUNCTIONS = {}
 LATE_IMPORTS = {
   ("experiments/weights/gguf.py", "gguf"): "an extra",
   ("experiments/training/record.py", "experiments.book.text"): "reads the whole run, now and then",
+  ("experiments/training/record.py", "experiments.book.facts"): "the planner's prices, at the end",
   ("experiments/training/report.py", "matplotlib"): "a second to import, only to draw a report",
   ("experiments/training/report.py", "matplotlib.figure"): "the same",
   ("experiments/show.py", "experiments.show_mesh"): "drawing, which training never does",

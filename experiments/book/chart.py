@@ -59,7 +59,10 @@ def marks(facts: Facts) -> list[Mark]:
 def _lane(event: dict[str, Any]) -> str | None:
   kind, detail = event["kind"], event["detail"]
   if kind == "action":
-    return {"rewind": "rewinds", "rewind_skip": "rewinds"}.get(detail["policy"], "spikes")
+    of = {"rewind": "rewinds", "rewind_skip": "rewinds", "restart": None}
+    return of.get(detail["policy"], "spikes")
+  if kind == "anomaly" and detail["signal"] == "step_time":
+    return "faults"  # of a host, not of the loss
   if kind == "checkpoint":
     return None if detail["status"] == "started" else "saves"
   of = {"anomaly": "spikes", "fault": "faults", "note": "notes", "postmortem": "notes"}

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from mesh.hardware import Chip, find_chip
+from mesh.hardware import CHIPS, Chip, find_chip
 
 from ..config import Config, ConfigError
 from ..planning.cost import Bill, Prices, bill
@@ -77,8 +77,7 @@ def gather(folder: Path, *, most: int | None = None) -> Facts:
   step = max((row["step"] for row in history.rows), default=0)
   if times:
     step = max(step, times.attempts[-1].last_step)
-  own = folder / "prices.toml"
-  prices = Prices.load(own if own.is_file() else None)
+  prices = _prices(folder)
   attempts = times.attempts if times else []
   return Facts(
     folder, events, problems, history, times, launch, step,
@@ -95,7 +94,13 @@ def chip_of(launch: dict[str, Any]) -> Chip | None:
   return find_chip(SimpleNamespace(device_kind=launch.get("device_kind", "")))
 
 
+def _prices(folder: Path) -> Prices:
+  own = folder / "prices.toml"
+  return Prices.load(own if own.is_file() else None)
+
+
 def _bills(attempts: list[Attempt], launches: dict[str, Any], prices: Prices) -> list[Bill]:
+  """One a kind of chip, of `attempts` by what `launches` says of their machines."""
   hours: Counter[str] = Counter()
   most: Counter[str] = Counter()
   for attempt in attempts:
@@ -106,6 +111,36 @@ def _bills(attempts: list[Attempt], launches: dict[str, Any], prices: Prices) ->
       hours[chip.name] += _hours(attempt) * chips
       most[chip.name] = max(most[chip.name], math.ceil(chips))
   return [bill(name, most[name], hours[name] / most[name], prices) for name in hours]
+
+
+def energy(folder: Path, launch: dict[str, Any], seconds: float) -> tuple[str, dict[str, Any]]:
+  """What an attempt of so many seconds takes: a line, and the fields of its `energy` event.
+
+  Of machines without a price and a power, such as CPUs, `chip_hours` are device-hours.
+
+  Raises:
+    ConfigError: the folder's `prices.toml` is damaged.
+  """
+  prices = _prices(folder)
+  attempt = Attempt("", 0.0, seconds, 0, 0, "", None, "", 0, 0.0)
+  detail: dict[str, Any] = {
+    "pue": prices.pue.value, "kg_per_kwh": prices.carbon.kg_per_kwh, "scope": prices.carbon.scope,
+  }  # fmt: skip
+  bills = _bills([attempt], {"": launch}, prices)
+  if not bills:
+    kind, hours = launch["device_kind"], launch["devices"] * seconds / 3600
+    text = f"{small(hours, f'device-hours of {kind}')}, power unknown"
+    return text, detail | {"chip": kind, "chip_hours": hours}
+  [made] = bills
+  detail |= {"chip": made.chip, "chip_hours": made.chip_hours}
+  text = small(made.chip_hours, f"chip-hours of {made.chip}")
+  if made.power is None:
+    return f"{text}, power unknown", detail
+  detail |= {"kwh": made.kwh, "watts": made.power.watts, "kg_co2e": made.kg_co2e}
+  detail |= {"watts_from": made.power.source}
+  if made.chip not in prices.power:
+    detail["watts_source"] = "measured" if CHIPS[made.chip].is_tpu else "tdp"
+  return f"{text}, {small(made.kwh, 'kWh')}, {small(made.kg_co2e, 'kg CO2e')}", detail
 
 
 def _work(
@@ -157,6 +192,7 @@ def interventions(facts: Facts) -> list[tuple[dict[str, Any], str]]:
   """(event, what changed) of what people or policies changed: the config, and software."""
   found: list[tuple[dict[str, Any], str]] = []
   packages: dict[str, list[dict[str, Any]]] = {}
+  told = {event["run"] for event in facts.of("action") if event["detail"]["change"]}
   for event in facts.of("action", "env_change", "effective_config"):
     detail = event["detail"]
     if event["kind"] == "env_change":
@@ -164,8 +200,8 @@ def interventions(facts: Facts) -> list[tuple[dict[str, Any], str]]:
     elif event["kind"] == "action" and detail["change"]:
       changes = (f"{c['key']} {c['old']} -> {c['new']}" for c in detail["change"])
       found.append((event, ", ".join(changes)))
-    elif event["kind"] == "effective_config" and not detail["match"]:
-      found.append((event, "optimizer is not what was asked for"))
+    elif event["kind"] == "effective_config" and not detail["match"] and event["run"] not in told:
+      found.append((event, event["summary"]))
   for group in packages.values():
     shown = [
       f"{e['detail']['package']} {e['detail']['old']} -> {e['detail']['new']}" for e in group

@@ -200,7 +200,7 @@ def _attempt(
   """An attempt as its own and the supervisor's events have it."""
   stops = [e for e in said if e["kind"] == "stop"]
   stop = next((e for e in stops if e["source"] == "trainer"), stops[0] if stops else None)
-  last_words = list(takewhile(_is_about_an_end, reversed(said)))
+  last_words = list(takewhile(_is_about_an_end, (e for e in reversed(said) if not _is_beside(e))))
   # What the trainer met before it died without a word need not be what killed it.
   own = any(e["source"] == "trainer" and e["kind"] != "fault" for e in last_words)
   words = [e for e in last_words if own or e["source"] == "supervisor"]
@@ -210,6 +210,12 @@ def _attempt(
   cls = next((e["class"] for e in words if e["class"]), None)
   cause = next((e["summary"] for e in ([stop] if stop else []) + words), "")
   return Attempt(run, begin, end, first, last_step, reason, cls, cause, 0, 0.0)
+
+
+def _is_beside(event: dict[str, Any]) -> bool:
+  """Stands among the words about an end, but says nothing about it."""
+  again = event["kind"] == "action" and event["detail"]["policy"] == "restart"
+  return again or event["kind"] in ("perf", "energy")
 
 
 def _is_about_an_end(event: dict[str, Any]) -> bool:

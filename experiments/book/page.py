@@ -12,7 +12,7 @@ from .chart import curves, loss_chart, progress_chart
 from .facts import Facts, big, interventions, moment, outcome, small, span, stamp, state
 from .ledger import TIMES
 from .look import SCRIPT, STYLE
-from .text import attempt_row, by_class, totals, unexplained, word_of
+from .text import attempt_row, by_class, is_routine, totals, unexplained, word_of
 
 _WIDE, _NARROW = 1080, 372  # pixels: of a desk, of a phone
 _ORDER = ("productive", "lost", "down", "paused", *TIMES)  # of the bar
@@ -204,9 +204,11 @@ def _software(facts: Facts) -> str:
 
 
 def _time_line(facts: Facts) -> str:
-  """Every event, and what it says."""
+  """Every event that is no routine, and what it says."""
   items = []
   for event in facts.events:
+    if is_routine(event):
+      continue
     step = "" if event["step"] is None else f"step {event['step']:,}: "
     note = event["detail"]["text"] if event["kind"] == "note" else event["summary"]
     who = f"{event['owner'] or event['source']} {event['run']}"

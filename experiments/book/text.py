@@ -93,11 +93,26 @@ def totals(facts: Facts) -> list[tuple[str, str]]:
     hardware = "" if work.hardware is None else f"; HFU {work.hardware:.1%}"
     rows.append(("MFU", f"{work.stepping:.1%} while stepping, {work.running:.1%} of all the time "
                         f"a process ran{hardware}"))  # fmt: skip
+  rows += _speed(facts)
   if times:
     begin, end = moment(times.attempts[0].begin), moment(times.attempts[-1].end)
     rows.append(("time", f"{span(times.wall)}, from {begin} to {end}"))
     rows.append(("goodput", f"{times.goodput:.1%}"))
   return rows + _costs(facts)
+
+
+def _speed(facts: Facts) -> list[tuple[str, str]]:
+  """Of the newest steps that were measured."""
+  told = facts.of("perf")
+  if not told:
+    return []
+  last, hosts = told[-1]["detail"], ""
+  if last.get("host_max"):
+    hosts = (
+      f"; hosts' own work {last['host_p50_s']:.3g} s a step in the middle, at most "
+      f"{last['host_max_s']:.3g} s, {last['host_max']}"
+    )
+  return [("speed", told[-1]["summary"] + hosts)]
 
 
 def _learned(facts: Facts) -> list[tuple[str, str]]:
@@ -206,10 +221,11 @@ def _attempts(facts: Facts) -> list[str]:
 
 def by_class(failures: Sequence[Attempt]) -> list[tuple[str, ...]]:
   """(cause, times, steps lost, time lost), the most frequent first."""
-  counts = Counter(class_name(attempt.cls) for attempt in failures)
+  name_of = lambda attempt: class_name(attempt.cls) if attempt.cls else attempt.reason
+  counts = Counter(map(name_of, failures))
   rows = []
   for name, count in counts.most_common():
-    own = [attempt for attempt in failures if class_name(attempt.cls) == name]
+    own = [attempt for attempt in failures if name_of(attempt) == name]
     steps, seconds = sum(a.lost_steps for a in own), sum(a.lost_seconds for a in own)
     rows.append((name, str(count), f"{steps:,}", span(seconds)))
   return rows
@@ -260,7 +276,7 @@ def time_line(facts: Facts) -> list[str]:
       if event["detail"]["status"] == "finished":
         saves.append(event)
       continue
-    if event is not None and event["kind"] in _ROUTINE and event["severity"] == "info":
+    if event is not None and is_routine(event):
       continue
     if saves:
       lines += _saves(saves)
@@ -268,6 +284,11 @@ def time_line(facts: Facts) -> list[str]:
     if event is not None:
       lines += human_lines(event, linked=linked, explained=explained)
   return lines
+
+
+def is_routine(event: dict[str, Any]) -> bool:
+  """Figures that are in the totals, and what is as it should be."""
+  return event["kind"] in _ROUTINE and event["severity"] == "info"
 
 
 def _saves(saves: list[dict[str, Any]]) -> list[str]:

@@ -70,6 +70,11 @@ class Clock:
     finally:
       self.switch(before)
 
+  def spent(self, bucket: str) -> float:
+    """Seconds of one bucket so far, to the last digit."""
+    running = time.monotonic() - self._mark if bucket == self._bucket else 0.0
+    return self._spent[bucket] + running
+
   @property
   def seconds(self) -> dict[str, float]:
     """By bucket so far; the sum is the age of the process."""

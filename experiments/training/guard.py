@@ -286,7 +286,7 @@ class Guard:
     if loss.lasting:
       return self._rewind(found := loss.compare(o.step, o.loss), found.describe())
     if o.skipped:
-      return Decision("skip", f"{what}: update skipped", norm)
+      return Decision("skip", what, norm)
     if bad:
       notices.append(Notice(f"{what}, and the update was made", norm))
     return Decision()

@@ -80,16 +80,19 @@ KINDS: dict[str, dict[str, Any]] = {
   },
   "health": {"host": str, "test": str, "pass": bool, "value": _NUMBER, "limit": _NUMBER},
   "eval": {"suite": str, "metrics": dict, "seconds": _NUMBER},
+  # Of the steps since the last. host_*: seconds a step of a host's own work, over the hosts
+  # (`training.hosts`). goodput: the process's clock so far.
   "perf": {
     "steps": int, "tok_s": _NUMBER, "tflops_model": _NUMBER, "convention": str, "mfu": _NUMBER,
     "host_p50_s": _NUMBER, "host_max_s": _NUMBER, "goodput": dict,
   },
   "env_change": {"package": str, "old": str, "new": str, "intended": bool},
+  # Of an attempt, from its process's birth. watts_source None: unknown, or of a prices.toml.
   "energy": {
-    "kwh": _NUMBER, "chip_hours": float, "watts": _NUMBER, "watts_source": ("tdp", "measured"),
-    "pue": float, "kg_per_kwh": float, "scope": str,
+    "kwh": _NUMBER, "chip_hours": float, "watts": _NUMBER,
+    "watts_source": ("tdp", "measured", None), "pue": float, "kg_per_kwh": float, "scope": str,
   },
-  "milestone": {"what": str},
+  "milestone": {"what": str},  # once a lineage
   "note": {"text": str, "tags": list},
   "postmortem": {
     "trigger": str, "timeline": list, "root_cause": str, "fix": str, "follow_up": str,
@@ -126,8 +129,9 @@ class Logbook:
     self._journal = Journal(folder / FILES[source], sync=True, shared=source == "human")
     self._lock = threading.Lock()
     self._stamp = 0
-    # The last launch before this attempt; None for the first.
+    # The last launch before this attempt; None for the first. And what this lineage has reached.
     self.previous: dict[str, Any] | None = None
+    self.earlier: list[dict[str, Any]] = []
     self.lineage, self.attempt, self.parent = 1, 1, None
     if source == "trainer":
       self._begin(new_lineage)
@@ -144,6 +148,12 @@ class Logbook:
     self.attempt = 1 if new_lineage else last["attempt"] + 1
     launches = [row for row in rows if row.get("kind") == "launch"]
     self.previous = launches[-1] if launches else None
+    self.earlier = [
+      row
+      for row in rows
+      if row.get("kind") in ("milestone", "eval") and row.get("lineage") == self.lineage
+      if not check(row)  # one that was damaged tells nothing
+    ]
 
   @property
   def run(self) -> str:

@@ -143,13 +143,13 @@ class _Run:
     self._place = batch_placer(setup)
     self._loader = make_loader(dataset, config.data, "train", local_rows=batch_rows(setup))
     self._eval_step = make_held_out_step(setup, dataset)
-    self._record = Record(setup, folder, self._clock, primary=self.primary)
+    self._timer = StepTimer(config, setup.mesh, self._clock)
+    self._record = Record(setup, folder, self._clock, self._timer, primary=self.primary)
     self.note = self._record.note
     self._recovery = Recovery(config, folder, primary=self.primary)
     self._verifier = Verifier(setup) if config.train.verify_every else None
     self._fault: Fault | None = None
     self._limit = Limit(setup.mesh)
-    self._timer = StepTimer(config, setup.mesh, self._clock)
     self._step_fn = CompileOnce(
       jit_step(setup, self._verifier and self._verifier.digest), self.note
     )
@@ -183,7 +183,7 @@ class _Run:
         refuse_other_values(self._kept["optimizer"], config, self._resume.reason)
         _restore_data(self._loader, self._kept, self._resume, self.note)
         if not self._resume.changes:  # else levels may move: the guard learns them anew
-          self._recovery.guard.restore(self._kept["guard"])
+          self._recovery.restore(self._kept["guard"])
     self.stopped = self.stop.asked()
 
   def open(self) -> None:
@@ -194,8 +194,8 @@ class _Run:
     self.near.begin()
     self._stack.enter_context(contextlib.closing(record))
     base = resume.base or self._config
-    data, other = self._loader.state(), resume.allow_other_data
-    record.open(self.step, data, base=base, new_lineage=other, near=near)
+    data, other, rows = self._loader.state(), resume.allow_other_data, len(self._dataset.train)
+    record.open(self.step, data, rows, base=base, new_lineage=other, near=near)
     record.changed(self.step, resume.changes, resume.reason)
     if self._kept:
       record.effective(self.step, self._kept["optimizer"], hyperparameters(self._config))
@@ -221,6 +221,7 @@ class _Run:
     with (
       jax.transfer_guard("disallow"),
       jax.profiler.StepTraceAnnotation("train", step_num=self.step),
+      self._timer.hosts.dispatching(),
     ):
       if self._verifier is not None and self.step % verify == 0:
         self.state, tried = self._step_fn(self.state, self._batch, self._limit.nothing)
@@ -237,7 +238,7 @@ class _Run:
     else:
       self._position = self._loader.state()
     if len(self._pending) > _IN_FLIGHT:
-      jax.block_until_ready(self._pending[-_IN_FLIGHT].loss)
+      self._timer.hosts.wait(jax.block_until_ready, self._pending[-_IN_FLIGHT].loss)
     if not self._compiled:
       jax.block_until_ready(metrics.loss)
       self._compiled = True
@@ -259,7 +260,7 @@ class _Run:
         self._halt(fault.decision)
       self._go_back(fault.decision)
       return True
-    for decision, step in self._recovery.judge(in_flight):
+    for decision, step in self._timer.hosts.wait(self._recovery.judge, in_flight):
       self._skipped += decision.action == "skip"
       self._record.judged(decision, step, self._skipped)
       if decision.action == "stop":
@@ -296,14 +297,15 @@ class _Run:
 
   def log(self) -> None:
     """A row of metrics of the steps since the last."""
-    host = jax.device_get(self._pending)
+    host = self._timer.hosts.wait(jax.device_get, self._pending)
     self._blank += int(sum(m.blank_rows for m in host))
     row = summarise(host) | {"learning_rate": float(self._setup.schedule(self.step - 1))}
     row |= self._timer.interval(len(self._pending))
     row |= {"skipped_updates": self._skipped, "skipped_rows": self._blank}
     row |= {"bits": bits_of(host[-1])}
-    self._record.row(self.step, row)
+    self._record.row(self.step, row, self._position["position"])
     self._record.saved(self._checkpoints.ended())
+    self._record.hosts(self.step, self._timer.hosts.look())
     self._pending = []
 
   def evaluate(self) -> float | None:
@@ -343,7 +345,7 @@ class _Run:
 
   def _data(self) -> dict[str, Any]:
     """What is saved beside the state."""
-    optimizer, guard = hyperparameters(self._config), self._recovery.guard.state()
+    optimizer, guard = hyperparameters(self._config), self._recovery.state()
     return {**self._position, "optimizer": optimizer, "guard": guard}
 
   def finish(self) -> HeldOut | None:

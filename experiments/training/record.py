@@ -23,28 +23,33 @@ from .environment import environment
 from .folder import record_changes
 from .goodput import Clock
 from .guard import Anomaly, Decision, Notice
+from .hosts import Found
 from .logbook import Logbook, digest_of
 from .metrics import MetricsWriter
+from .milestones import Milestones
 from .progress import ProgressDisplay
 from .recovery import Rewind
 from .setup import Setup
+from .timing import StepTimer, describe_perf
 
 _BOOK_SECONDS = 600.0  # between writings of LOGBOOK.md, at a save
+_PERF_SECONDS = 600.0  # between `perf` events, at a save
 
 
 class Record:
   """Of one process; all but the primary say and write nothing."""
 
-  def __init__(self, setup: Setup, folder: Path, clock: Clock, *, primary: bool):
+  def __init__(self, setup: Setup, folder: Path, clock: Clock, timer: StepTimer, *, primary: bool):
     self.config, self._setup, self._folder, self._clock = setup.config, setup, folder, clock
-    self._primary = primary
+    self._timer, self._primary = timer, primary
     self.display = ProgressDisplay(self.config.train.steps, self.config.name, enabled=primary)
     self.note = self.display.note
     self._metrics: MetricsWriter | None = None
     self._book: Logbook | None = None
     self._tokens = self.config.data.batch_size * self.config.data.row_length
     self._refused: list[str] = []  # checkpoints, before there was a logbook to say it in
-    self._written = time.monotonic()  # the readable book
+    self._written = self._performed = time.monotonic()  # the readable book, and `perf`
+    self._step = 0  # last that was logged
 
   def refused(self, text: str) -> None:
     """A checkpoint that is damaged."""
@@ -61,12 +66,20 @@ class Record:
     )
 
   def open(
-    self, start: int, data: dict[str, Any], *, base: Config, new_lineage: bool, near: bool = False
+    self,
+    start: int,
+    data: dict[str, Any],
+    rows: int,
+    *,
+    base: Config,
+    new_lineage: bool,
+    near: bool = False,
   ) -> None:
     """Begin to write, after `start` finished steps.
 
     Args:
       data: the loader's state.
+      rows: of the training data.
       base: the named config, from which this one differs.
       near: whether the state comes from near copies.
     """
@@ -76,7 +89,12 @@ class Record:
     self._book = Logbook(self._folder, clock=self._clock, new_lineage=new_lineage)
     config, mesh, counts = self.config, self._setup.mesh, count_params(self.config.model)
     devices = mesh.devices.flat
-    launch = {
+    self._milestones = Milestones(
+      start, config.train.steps, batch_rows=config.data.batch_size,
+      row_tokens=config.data.row_length, data_rows=rows, position=data["position"],
+      earlier=self._book.earlier,
+    )  # fmt: skip
+    self._launch = launch = {
       "config": config.name,
       "config_sha256": digest_of(flatten(config)),
       "config_diff": [{"key": k, "old": a, "new": b} for k, a, b in difference(base, config)],
@@ -126,11 +144,17 @@ class Record:
     fields = {k: v for k, v in (detail or {}).items() if k != "step"}
     return self._book.event(kind, summary, step=step, tokens=tokens, **more, **fields)
 
-  def row(self, step: int, row: dict[str, Any]) -> None:
-    """Metrics of the steps since the last row."""
+  def row(self, step: int, row: dict[str, Any], position: int) -> None:
+    """Metrics of the steps since the last row; `position` is how far the data was read."""
     if self._metrics is not None:
       self._metrics.write(step, row | self._clock.row())
     self.display.update(step, row)
+    self._step = step
+    if self._book is None:
+      return
+    for m in self._milestones.reached(step, position, sum(self._clock.seconds.values())):
+      more = m.more or f"loss {row['loss']:.4g}"
+      self.event("milestone", f"{m.what}; {more}", step=m.step, detail={"what": m.what})
 
   def changed(self, step: int, changes: Sequence[Change], reason: str) -> None:
     """What a person changed of a run in flight."""
@@ -159,7 +183,10 @@ class Record:
       self._metrics.write(step, row | self._clock.row())
     metrics = {k: v for k, v in row.items() if v is not None}
     detail = {"suite": "heldout", "metrics": metrics, "seconds": seconds}
-    self.event("eval", f"held out: {text}", step=step, detail=detail)
+    words = f"held out: {text}"
+    self.event("eval", words, step=step, detail=detail)
+    if self._book is not None:
+      self._milestones.heldout(step, row.get("heldout_loss"), words)
 
   def saved(self, saves: list[Saved]) -> None:
     """Saves that ended."""
@@ -177,6 +204,8 @@ class Record:
         self.event("checkpoint", text, step=s.step, detail={**detail, "status": "finished"})
         if time.monotonic() - self._written > _BOOK_SECONDS:
           self._write_book()
+        if time.monotonic() - self._performed > _PERF_SECONDS:
+          self._perf()
         continue
       text = f"step {s.step} could not be saved: {s.error.strerror or s.error}"
       self.note(f"{text}; training goes on, and saves again later")
@@ -239,6 +268,7 @@ class Record:
     self.event("action", text, step=step, severity="error", cls="E", detail=detail)
     if self._metrics is not None:
       self._metrics.rewind(target.step)
+      self._milestones.rewound(target.step)
     self._write_book()
 
   def faulty(self, step: int, error: str, *, cls: str, device: int | None = None) -> None:
@@ -246,6 +276,18 @@ class Record:
     self.note(f"step {step}: {error}")
     detail = {"host": platform.node(), "device": device, "error": error, "first_seen_step": step}
     self.event("fault", error, step=step, severity="error", cls=cls, detail=detail)
+
+  def hosts(self, step: int, found: list[Found]) -> None:
+    """Those that became slow, and those that no longer are."""
+    for host in found:
+      self.note(f"step {step}: {host.describe()}")
+      detail = {
+        "signal": "step_time", "value": host.seconds, "baseline": host.median,
+        "window": host.looks, "recovered": not host.slow, "host": host.host,
+        "process": host.process, "step_s": host.step_seconds,
+      }  # fmt: skip
+      severity = "warn" if host.slow else "info"
+      self.event("anomaly", host.describe(), step=step, severity=severity, cls="K", detail=detail)
 
   def unread(self, step: int, faults: list[RowFault]) -> None:
     """Rows that this process had trouble with; those of others are on their standard error."""
@@ -290,10 +332,33 @@ class Record:
       self._stop(step, "preempted", 75, f"stopped by {name} at step {step:,}")
 
   def _stop(self, step: int | None, reason: str, code: int, text: str) -> None:
+    if self._book is not None:
+      self._perf()
+      self._energy(step)
     severity = "info" if code == 0 else "warn"
     detail = {"reason": reason, "exit_code": code}
     self.event("stop", text, step=step, severity=severity, detail=detail)
     self._write_book()
+
+  def _perf(self) -> None:
+    """How fast the steps since the last such event were."""
+    self._performed = time.monotonic()
+    measured = self._timer.perf()
+    if measured is None:
+      return
+    detail = measured | {"goodput": self._clock.seconds}
+    self.event("perf", describe_perf(detail), step=self._step, detail=detail)
+
+  def _energy(self, step: int | None) -> None:
+    """What this attempt took, by the book's figures."""
+    # The planner's prices and formulas, which training needs at its end only.
+    from ..book.facts import energy
+
+    try:
+      summary, detail = energy(self._folder, self._launch, sum(self._clock.seconds.values()))
+      self.event("energy", summary, step=step, detail=detail)
+    except Exception as e:  # the user's prices; no reason to end otherwise than it does
+      self.note(f"no energy in the logbook: {e}")
 
   def _write_book(self) -> None:
     """LOGBOOK.md, from all that was written down."""

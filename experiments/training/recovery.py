@@ -46,6 +46,16 @@ class Recovery:
   def windows(self) -> list[tuple[int, int]]:
     return [(w["first"], w["end"]) for w in self._kept]
 
+  def state(self) -> dict[str, Any]:
+    """For the checkpoint, as JSON: the guard's, and how many windows there were."""
+    return self.guard.state() | {"windows": len(self._kept)}
+
+  def restore(self, state: dict[str, Any]) -> None:
+    """As the checkpoint has it, but for rewinds since: a crash may follow one before the next save,
+    and the window that it left out is all that is known of it then."""
+    since = self._kept[state.get("windows", len(self._kept)) :]
+    self.guard.restore(state | {"rewinds": state["rewinds"] + [w["step"] for w in since]})
+
   def ran(self, step: int, metrics: StepMetrics, position: int) -> None:
     """A step was started; `position` is where its batch begins in the data."""
     self._waiting.append((step, metrics))

@@ -11,6 +11,7 @@ from mesh.hardware import find_chip
 
 from ..config import Config
 from .goodput import Clock
+from .hosts import HostTimes
 
 
 class Profile(NamedTuple):
@@ -44,18 +45,38 @@ class Trace:
       self._note(f"profile of steps {span} in {self._folder / 'profile'}")
 
 
+CONVENTION = "PaLM (arXiv 2204.02311, appendix B), a device"  # of `tflops_model`
+
+
+def describe_perf(detail: dict[str, Any]) -> str:
+  """A `perf` event in words."""
+  mfu = "" if detail["mfu"] is None else f", MFU {detail['mfu']:.1%}"
+  return (
+    f"{detail['tok_s']:,.0f} tokens/s, {detail['tflops_model']:.3g} model TFLOP/s a device{mfu}, "
+    f"over {detail['steps']:,} steps"
+  )
+
+
+class _Rate(NamedTuple):
+  """Of a second."""
+
+  tokens: float
+  flops: float  # model FLOPs of a device
+  mfu: float | None  # None where the device's peak is unknown
+
+
 class StepTimer:
   """Rates of steps, by the time that a clock calls productive or lost on waiting for data."""
 
   def __init__(self, config: Config, mesh: jax.sharding.Mesh, clock: Clock):
-    self._clock = clock
+    self._clock, self.hosts = clock, HostTimes(clock)
     self._tokens = config.data.batch_size * config.data.row_length
     self._flops = train_flops_per_token(config.model, config.data.row_length)
     chip = find_chip(mesh.devices.flat[0])
-    peak = chip.flops_per_device if chip else None
-    self._peak = peak * mesh.devices.size if peak else None
+    self._peak, self._devices = chip.flops_per_device if chip else None, mesh.devices.size
     self.seconds = 0.0
     self._mark: float | None = None  # None: what runs is compiled first
+    self._told, self._steps, self._steps_told = 0.0, 0, 0  # of `perf`
 
   def _now(self) -> float:
     spent = self._clock.seconds
@@ -72,8 +93,24 @@ class StepTimer:
     if began is None or not steps or seconds <= 0:
       return {"tokens_per_second": None, "mfu": None}
     self.seconds += seconds
-    rate = steps * self._tokens / seconds
+    self._steps += steps
+    rate = self._rate(steps, seconds)
+    return {"tokens_per_second": rate.tokens, "mfu": rate.mfu}
+
+  def _rate(self, steps: int, seconds: float) -> _Rate:
+    tokens = steps * self._tokens / seconds
+    flops = tokens * self._flops / self._devices
+    return _Rate(tokens, flops, flops / self._peak if self._peak else None)
+
+  def perf(self) -> dict[str, Any] | None:
+    """For a `perf` event: of the steps that `interval` was told of since the last call; None
+    without any."""
+    steps, seconds = self._steps - self._steps_told, self.seconds - self._told
+    if not steps or seconds <= 0:
+      return None
+    self._steps_told, self._told = self._steps, self.seconds
+    rate = self._rate(steps, seconds)
     return {
-      "tokens_per_second": rate,
-      "mfu": rate * self._flops / self._peak if self._peak else None,
-    }
+      "steps": steps, "tok_s": rate.tokens, "tflops_model": rate.flops / 1e12,
+      "convention": CONVENTION, "mfu": rate.mfu, **self.hosts.spread(),
+    }  # fmt: skip

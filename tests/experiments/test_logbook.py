@@ -47,6 +47,7 @@ def live(folder):
   steps(41, 70)
   life.event("fault", source="supervisor", cls="A", severity="error", host="a", error="x",
              summary="<script>alert('ECC')</script>")  # fmt: skip
+  life.event("action", 70, source="supervisor", policy="restart", outcome="pending")
   life.now += 20
   life.birth()
   life.spend(4, "start")

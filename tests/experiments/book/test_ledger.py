@@ -173,3 +173,19 @@ def test_a_clock_that_was_set_is_seen():
 
 def test_a_book_without_clocks():
   assert ledger([]) is None
+
+
+def test_the_figures_of_an_end_do_not_hide_its_reason():
+  """Speed and energy stand between what the guard said and `stop`, the next start behind it."""
+  life = Life()
+  life.birth()
+  life.launch()
+  life.steps(1, 20, 1.0)
+  life.event("action", 20, cls="E", policy="stop", outcome="abandoned", summary="the loss rises")
+  life.event("perf", 20, steps=20, convention="PaLM", goodput={})
+  life.event("energy", 20, chip_hours=1.0, pue=1.1, kg_per_kwh=0.4, scope="the grid")
+  life.event("stop", 20, reason="policy", exit_code=77, summary="the guard stopped the run")
+  life.event("stop", 20, source="supervisor", reason="policy", exit_code=77)
+  life.event("action", 20, source="supervisor", policy="restart", outcome="pending")
+  (attempt,) = ledger(life.events, life.rows).attempts
+  assert (attempt.cls, attempt.cause) == ("E", "the guard stopped the run")

@@ -5,13 +5,13 @@ import re
 
 import pytest
 
-from experiments.book.facts import big, gather, span
+from experiments.book.facts import big, energy, gather, span
 from experiments.book.text import human_lines, markdown, time_line, totals, write_book
 from experiments.config import ConfigError
 from experiments.configs import dense_1b
 from experiments.overrides import apply_overrides, to_json
 from experiments.planning.cost import Prices
-from tests.experiments.book.life import Life
+from tests.experiments.book.life import MACHINE, Life
 
 PRICES = """
 [price.h100]
@@ -265,3 +265,42 @@ def test_spans(seconds, words):
 )  # fmt: skip
 def test_large_numbers(number, words):
   assert big(number) == words
+
+
+def test_an_energy_event_has_the_figures_of_the_totals(tmp_path):
+  """16 H100 for an hour at 500 W, as in the first test here; and what a table of chips says."""
+  folder = short().save(tmp_path)
+  (folder / "prices.toml").write_text(PRICES)
+  text, detail = energy(folder, MACHINE, 3600.0)
+  assert text == "16 chip-hours of h100, 12 kWh, 1.2 kg CO2e"
+  assert {name: detail[name] for name in ("chip_hours", "kwh", "watts", "pue", "kg_per_kwh")} == {
+    "chip_hours": 16, "kwh": pytest.approx(12), "watts": 500, "pue": 1.5, "kg_per_kwh": 0.1,
+  }  # fmt: skip
+  assert detail["scope"] == "the grid" and "watts_source" not in detail
+  (made,) = gather(folder).bills
+  assert (made.chip_hours, made.kwh) == pytest.approx((16, 12))
+  (folder / "prices.toml").unlink()
+  kinds = {"NVIDIA H100 80GB HBM3": ("tdp", 700), "TPU v4": ("measured", 192)}
+  for kind, (source, watts) in kinds.items():
+    _, detail = energy(folder, MACHINE | {"device_kind": kind}, 3600.0)
+    assert (detail["watts_source"], detail["watts"]) == (source, watts)
+  text, detail = energy(folder, MACHINE | {"device_kind": "TPU v5p"}, 1800.0)
+  assert text == "8 chip-hours of v5p, power unknown" and "kwh" not in detail
+  # A TPU7x chip is two devices.
+  assert energy(folder, MACHINE | {"device_kind": "TPU7x"}, 3600.0)[1]["chip_hours"] == 8
+  text, detail = energy(folder, MACHINE | {"device_kind": "cpu"}, 3600.0)
+  assert text == "16 device-hours of cpu, power unknown" and detail["chip_hours"] == 16
+
+
+def test_speed_is_a_total_and_milestones_are_in_the_time_line(tmp_path):
+  life = short()
+  life.event("milestone", 50, summary="half of 100 steps", what="half of 100 steps")
+  for name in ("slow", "fast"):
+    life.event("perf", 100, summary=f"{name} steps", steps=9, convention="PaLM", goodput={},
+               host_p50_s=0.5, host_max_s=2.0, host_max="process 3 on a")  # fmt: skip
+  life.event("energy", 100, chip_hours=16.0, pue=1.0, kg_per_kwh=0.1, scope="the grid")
+  text = markdown(gather(life.save(tmp_path)))
+  hosts = "hosts' own work 0.5 s a step in the middle, at most 2 s, process 3 on a"
+  assert f"| speed | fast steps; {hosts} |" in text
+  assert "MILESTONE half of 100 steps" in text
+  assert " PERF " not in text and " ENERGY " not in text and "slow steps" not in text

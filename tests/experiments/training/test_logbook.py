@@ -366,3 +366,17 @@ def test_an_event_is_cheap(tmp_path, monkeypatch):
   book.close()
   assert sorted(took)[100] < 1e-3
   assert sum(json.loads(lines(tmp_path)[-1])["clock"].values()) > 0
+
+
+def test_what_a_lineage_has_reached_is_known_to_its_next_attempt(tmp_path):
+  """Another lineage is another run; a damaged line tells nothing."""
+  book = Logbook(tmp_path)
+  book.event("milestone", "a million tokens", step=3, what="a million tokens")
+  note(book, "at work")
+  book.event("eval", "held out: 2 nats", step=3, suite="heldout", metrics={"heldout_loss": 2.0})
+  book.close()
+  path = tmp_path / "logbook.jsonl"
+  path.write_text(path.read_text() + lines(tmp_path)[0].replace('"what"', '"who"') + "\n")
+  assert [e["kind"] for e in Logbook(tmp_path).earlier] == ["milestone", "eval"]
+  assert Logbook(tmp_path, new_lineage=True).earlier == []
+  assert Logbook(tmp_path, "human").earlier == []

@@ -70,6 +70,29 @@ def test_mfu_is_model_flops_over_the_peak_where_it_is_known(kind, share, monkeyp
     assert row["mfu"] == pytest.approx(flops / (share * setup.mesh.size))
 
 
+def test_the_speed_of_all_steps_since_it_was_told(monkeypatch):
+  """30 steps in 6 s, of 8 devices: told once, then those after them."""
+  config = named_config("debug")
+  setup = build(config)
+  monkeypatch.setattr("experiments.training.timing.find_chip", lambda _: hardware.CHIPS["h100"])
+  clock = types.SimpleNamespace(seconds={"productive": 0.0, "data": 0.0})
+  timer = StepTimer(config, setup.mesh, clock)
+  timer.interval(steps=1)  # the compiled one
+  assert timer.perf() is None
+  for seconds in (2.0, 6.0):
+    clock.seconds = {"productive": seconds, "data": 0.0}
+    timer.interval(steps=15)
+  told = timer.perf()
+  assert told["steps"] == 30 and told["tok_s"] == 30 * 512 / 6
+  flops = train_flops_per_token(config.model, 64) * 30 * 512 / 6 / setup.mesh.size
+  assert told["tflops_model"] == pytest.approx(flops / 1e12)
+  assert told["mfu"] == pytest.approx(flops / 989e12)
+  assert timer.perf() is None
+  clock.seconds = {"productive": 7.0, "data": 0.0}
+  timer.interval(steps=2)
+  assert timer.perf()["tok_s"] == 2 * 512 / 1
+
+
 def shown(monkeypatch, terminal):
   """What a display writes on 80 columns."""
   out = io.StringIO()

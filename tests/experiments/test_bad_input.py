@@ -54,7 +54,7 @@ MISTAKES = {
   "profile in words": (["--profile=nonsense"], ["--profile=nonsense", "START:STOP"]),
   "profile backwards": (["--profile=5:3"], ["--profile=5:3", "START:STOP"]),
   "profile from zero": (["--profile=0:3"], ["--profile=0:3"]),
-  "bucket as folder": (["--workdir=gs://bucket/run"], ["--workdir=gs://bucket/run", "folder"]),
+  "URL of no bucket": (["--workdir=http://x/run"], ["http://x/run", "gs://BUCKET/FOLDER"]),
   # sizes
   "axis that does not divide": (
     ["--config.mesh.fsdp=8", "--config.model.embed_dim=60"],

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 
 import fsspec
 import pytest
@@ -95,6 +96,7 @@ def test_urls_are_read_like_paths():
 def test_bucket_without_its_backend_names_the_package(monkeypatch):
   entry = {"class": "no_such_module.Files", "err": "Please install gcsfs to access Google Storage"}
   monkeypatch.setitem(known_implementations, "gs", entry)
+  monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "gs", raising=False)
   with pytest.raises(ConfigError, match=r"gs://bucket/\*\.txt can't be reached: .*gcsfs"):
     list(text_documents("gs://bucket/*.txt"))
   with pytest.raises(ConfigError, match="nosuch://x can't be reached"):

@@ -43,8 +43,8 @@ def load(
   for done, piece in enumerate(plan):
     progress(done, len(plan))
     leaf = leaves[piece.leaf]
-    shape = leaf.shape[len(piece.at) :]
-    value = to_ours(piece.rule, piece.part, source.tensors[piece.name].read(), shape)
+    tensor = source.tensors[piece.name].read()
+    value = to_ours(piece.rule, piece.part, tensor, piece.shapes(leaves))
     if not piece.at:
       filled[piece.leaf] = _put(value, leaf.dtype, leaf.sharding)
       continue
@@ -71,8 +71,7 @@ def check(source: Source, table: Table, leaves: dict[str, Any], plan: list[Piece
       f"; it has {_list(left)}, which the model does not know" if left else ""
     ))  # fmt: skip
   for piece in plan:
-    shape = leaves[piece.leaf].shape[len(piece.at) :]
-    have, want = there[piece.name].shape, their_shape(piece.rule, shape)
+    have, want = there[piece.name].shape, their_shape(piece.rule, piece.shapes(leaves))
     if have != want:
       raise ConfigError(
         f"{source.path}: {piece.name} is {list(have)}, the model needs {list(want)}"

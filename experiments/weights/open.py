@@ -10,13 +10,25 @@ from layers.spec import ModelSpec
 
 from ..config import ConfigError
 from ..data.tokenizer import Tokenizer, load_tokenizer
-from .families import bloom, gpt2, gpt_j, gpt_neo, llama, opt
+from .families import (
+  bloom,
+  deepseek,
+  gemma,
+  gpt2,
+  gpt_j,
+  gpt_neo,
+  gpt_oss,
+  llama,
+  mixtral,
+  opt,
+  qwen3_moe,
+)
 from .gguf import open_gguf
 from .gguf import read_tokenizer as read_gguf_tokenizer
 from .source import Source, open_source
 from .table import Table
 
-FAMILIES = (llama, gpt2, opt, gpt_neo, gpt_j, bloom)
+FAMILIES = (llama, mixtral, qwen3_moe, gemma, deepseek, gpt_oss, gpt2, opt, gpt_neo, gpt_j, bloom)
 _PACKAGE = "package:"
 
 

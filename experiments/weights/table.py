@@ -8,14 +8,15 @@
 
 A rule names a parameter of ours, or several that one tensor of theirs holds, then the tensor, then
 how its axes become ours, as `einops` has it; read backwards it exports. In a pattern `p` counts the
-parameters of the rule, on the first axis of the right side; `two` is 2. `{n}` is a layer's number,
-`{e}` an expert's: such a tensor is one expert's part. Of several rules for a parameter, the first
-whose tensors are there is taken; the first of all is written.
+parameters of the rule, on the first axis of the right side; `two` is 2. With `join` they follow
+each other on the axis of that name, in lengths of their own. `{n}` is a layer's number, `{e}` an
+expert's: such a tensor is one expert's part. Of several rules for a parameter, the first whose
+tensors are there is taken; the first of all is written.
 """
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import einops
 import numpy as np
@@ -27,11 +28,12 @@ class Rule(NamedTuple):
   ours: tuple[str, ...]
   theirs: str
   pattern: str
+  join: str = ""
 
 
-def rule(ours: str | tuple[str, ...], theirs: str, pattern: str = "") -> Rule:
+def rule(ours: str | tuple[str, ...], theirs: str, pattern: str = "", join: str = "") -> Rule:
   """One line of a table; without a pattern the axes are the same."""
-  return Rule((ours,) if isinstance(ours, str) else ours, theirs, pattern)
+  return Rule((ours,) if isinstance(ours, str) else ours, theirs, pattern, join)
 
 
 class Table(NamedTuple):
@@ -51,6 +53,11 @@ class Piece(NamedTuple):
   name: str  # theirs
   rule: Rule
   part: int  # which of the rule's parameters
+  prefix: str  # of their paths
+
+  def shapes(self, leaves: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    """Of (the same part of) all parameters of the rule."""
+    return [leaves[self.prefix + name].shape[len(self.at) :] for name in self.rule.ours]
 
 
 def pieces(table: Table, spec: ModelSpec, leaves: dict[str, tuple[int, ...]],
@@ -83,17 +90,15 @@ def _pieces(rules, own, prefix, theirs, at, names) -> Iterator[Piece]:
     found = [r for r in rules if path.removeprefix(prefix) in r.ours]
     if not found:
       raise KeyError(path)
-    chosen = found[0]
-    for r in found[1:] if names is not None else ():
-      if (theirs + chosen.theirs).format(e=0) in names:
-        break
-      chosen = r
+    known = lambda r: names is None or (theirs + r.theirs).format(e=0) in names
+    chosen = next(filter(known, found), found[0])
     part = chosen.ours.index(path.removeprefix(prefix))
     if "{e}" not in chosen.theirs:
-      yield Piece(path, at, theirs + chosen.theirs, chosen, part)
+      yield Piece(path, at, theirs + chosen.theirs, chosen, part, prefix)
       continue
     for e in range(shape[len(at)]):
-      yield Piece(path, (*at, e), theirs + chosen.theirs.format(e=e), chosen, part)
+      name = theirs + chosen.theirs.format(e=e)
+      yield Piece(path, (*at, e), name, chosen, part, prefix)
 
 
 def _sides(pattern: str) -> tuple[list[list[str]], list[list[str]]]:
@@ -117,39 +122,51 @@ def _sides(pattern: str) -> tuple[list[list[str]], list[list[str]]]:
   return axes(left), axes(right)
 
 
-def _sizes(rule: Rule, ours: tuple[int, ...]) -> dict[str, int]:
-  """The length of each named axis, from the shape of one of our parameters."""
+def _sizes(rule: Rule, shapes: list[tuple[int, ...]]) -> dict[str, int]:
+  """The length of each named axis, from the shapes of the rule's parameters."""
   _, right = _sides(rule.pattern)
   sizes = {"two": 2, "p": len(rule.ours)}
-  for axis, size in zip(right[1:] if right[0] == ["p"] else right, ours, strict=True):
+  for axis, size in zip(right[1:] if right[0] == ["p"] else right, shapes[0], strict=True):
     known = math.prod(sizes[name] for name in axis if name in sizes)
     for name in axis:
       sizes.setdefault(name, size // known)
+  if rule.join:
+    axis = right.index([rule.join])
+    sizes[rule.join] = sum(shape[axis] for shape in shapes)
   named = {name for axis in right for name in axis}
   return {name: size for name, size in sizes.items() if name in named}
 
 
-def their_shape(rule: Rule, ours: tuple[int, ...]) -> tuple[int, ...]:
-  """The shape of their tensor, from that of (a part of) one of our parameters."""
+def their_shape(rule: Rule, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+  """The shape of their tensor, from those of (parts of) our parameters of the rule."""
   if not rule.pattern:
-    return ours
-  sizes = _sizes(rule, ours)
+    return shapes[0]
+  sizes = _sizes(rule, shapes)
   return tuple(math.prod(sizes[name] for name in axis) for axis in _sides(rule.pattern)[0])
 
 
-def to_ours(rule: Rule, part: int, tensor: np.ndarray, ours: tuple[int, ...]) -> np.ndarray:
-  """Our parameter, from their tensor; a view of it."""
+def to_ours(rule: Rule, part: int, tensor: np.ndarray, shapes: list[tuple[int, ...]]) -> np.ndarray:
+  """One of our parameters, from their tensor; a view of it."""
   if not rule.pattern:
     return tensor
-  found = einops.rearrange(tensor, rule.pattern, **_sizes(rule, ours))
-  return found[part] if _sides(rule.pattern)[1][0] == ["p"] else found
+  found = einops.rearrange(tensor, rule.pattern, **_sizes(rule, shapes))
+  right = _sides(rule.pattern)[1]
+  if rule.join:
+    axis = right.index([rule.join])
+    first = sum(shape[axis] for shape in shapes[:part])
+    return np.take(found, range(first, first + shapes[part][axis]), axis)
+  return found[part] if right[0] == ["p"] else found
 
 
 def to_theirs(rule: Rule, parts: list[np.ndarray]) -> np.ndarray:
   """Their tensor, from all parameters of the rule."""
   if not rule.pattern:
     return parts[0]
-  left, _, right = rule.pattern.partition("->")
-  fused = _sides(rule.pattern)[1][0] == ["p"]
-  value = np.stack(parts) if fused else parts[0]
-  return einops.rearrange(value, f"{right} -> {left}", **_sizes(rule, parts[0].shape))
+  left, _, text = rule.pattern.partition("->")
+  right = _sides(rule.pattern)[1]
+  if rule.join:
+    value = np.concatenate(parts, right.index([rule.join]))
+  else:
+    value = np.stack(parts) if right[0] == ["p"] else parts[0]
+  sizes = _sizes(rule, [part.shape for part in parts])
+  return einops.rearrange(value, f"{text} -> {left}", **sizes)

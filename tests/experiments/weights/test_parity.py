@@ -212,6 +212,9 @@ def test_a_config_of_older_words(tmp_path, pair):
   said = config.pop("rope_parameters", None)
   if said is None:
     return
+  if "full_attention" in said:  # Gemma 3
+    config["rope_local_base_freq"] = said["sliding_attention"]["rope_theta"]
+    said = dict(said["full_attention"])
   config["rope_theta"] = said.pop("rope_theta", 1e4)
   kind = said.pop("rope_type", "default")
   config["rope_scaling"] = None if kind == "default" else said | {"type": kind}

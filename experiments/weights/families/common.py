@@ -55,29 +55,6 @@ def rotary(c: dict[str, Any], *, theta: float = 10_000.0, dims: int | None = Non
   )
 
 
-def rotary_config(position: RotarySpec) -> dict[str, Any]:
-  """The same, written as transformers 5 does."""
-  said: dict[str, Any] = {"rope_theta": position.theta, "rope_type": "default"}
-  scaling = position.scaling
-  if isinstance(scaling, LinearScaling):
-    said |= {"rope_type": "linear", "factor": scaling.factor}
-  elif isinstance(scaling, Llama3Scaling):
-    said |= {
-      "rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor,
-      "high_freq_factor": scaling.high_freq_factor,
-      "original_max_position_embeddings": scaling.original_length,
-    }  # fmt: skip
-  elif isinstance(scaling, YarnScaling):
-    said |= {
-      "rope_type": "yarn", "factor": scaling.factor, "beta_fast": scaling.beta_fast,
-      "beta_slow": scaling.beta_slow, "truncate": scaling.truncate,
-      "original_max_position_embeddings": scaling.original_length,
-    }  # fmt: skip
-    if scaling.attention_factor is not None:
-      said["attention_factor"] = scaling.attention_factor
-  return {"rope_parameters": said}
-
-
 def activation(name: str) -> str:
   """Ours, of transformers' name.
 

@@ -5,7 +5,7 @@ from typing import Any
 from layers.spec import AttentionSpec, HeadSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec
 
 from ..table import Table, rule
-from .common import activation, grouped, rotary, rotary_config
+from .common import activation, grouped, rotary
 
 TYPES = ("llama", "mistral", "qwen3")
 
@@ -94,29 +94,3 @@ def spec(c: dict[str, Any]) -> ModelSpec:
     final_norm=norm,
     head=HeadSpec(tied=bool(c.get("tie_word_embeddings", False))),
   )
-
-
-def config(model: ModelSpec) -> dict[str, Any]:
-  """A config.json for transformers."""
-  layers = model.layers
-  first = layers[0]
-  attention, mlp = first.attention, first.mlp
-  qwen = attention.qk_norm is not None
-  windows = {layer.attention.window for layer in layers} - {None}
-  kind = "qwen3" if qwen else "mistral" if windows else "llama"
-  found = {
-    "architectures": [f"{kind.capitalize()}ForCausalLM"], "model_type": kind,
-    "vocab_size": model.vocab_size, "hidden_size": model.embed_dim,
-    "intermediate_size": mlp.hidden, "num_hidden_layers": len(layers),
-    "num_attention_heads": attention.num_heads, "num_key_value_heads": attention.kv_heads,
-    "head_dim": attention.head_dim, "hidden_act": mlp.activation,
-    "max_position_embeddings": model.max_length, "rms_norm_eps": first.norm.eps,
-    "tie_word_embeddings": model.head.tied, "attention_bias": attention.qkv_bias,
-    "sliding_window": min(windows, default=None),
-  }  # fmt: skip
-  if qwen:
-    found |= {"use_sliding_window": bool(windows), "layer_types": [
-      "full_attention" if layer.attention.window is None else "sliding_attention"
-      for layer in layers
-    ]}  # fmt: skip
-  return found | rotary_config(attention.position)

@@ -80,7 +80,7 @@ def stage(url: str) -> Path:
     mirror.pull()
   except Exception as e:
     shutil.rmtree(folder)
-    raise ConfigError(f"can't read {place}: {_why(e)}") from e
+    raise ConfigError(f"can't read {place}: {paths.reason(e)}") from e
   mirror.store()
   os.environ[_STAGE] = str(folder)
   mirror.start()
@@ -165,8 +165,12 @@ class Mirror:
           pulled = time.monotonic()
         self._said = False
       except Exception as e:  # whatever the network's libraries raise: the next round may succeed
+        why = paths.reason(e)
         if not self._said:
-          print(f"{self._root} takes nothing at the moment ({_why(e)}); trying on", file=sys.stderr)
+          print(
+            f"{self._root} takes nothing at the moment ({why}); trying on",
+            file=sys.stderr,
+          )
         self._said = True
 
   def push(self, *, all_due: bool = False) -> None:
@@ -221,9 +225,10 @@ class Mirror:
         self.push(all_due=True)
         return
       except Exception as e:
+        why = paths.reason(e)
         if time.monotonic() > until:
           raise OSError(
-            f"{self._root} does not take the last files ({_why(e)}); they stay in {self.folder}"
+            f"{self._root} does not take the last files ({why}); they stay in {self.folder}"
           ) from e
         time.sleep(_PUSH_SECONDS)
 
@@ -264,8 +269,3 @@ def _version(info: dict[str, Any]) -> str:
   """Changes with the object."""
   tag = info.get("generation") or info.get("etag") or info.get("ETag") or info.get("LastModified")
   return f"{info['size']} {tag}"
-
-
-def _why(error: Exception) -> str:
-  text = str(error).strip() or type(error).__name__
-  return text.splitlines()[0][:200]

@@ -73,8 +73,13 @@ def reaching(path: Place) -> Iterator[None]:
   except OSError:
     raise
   except Exception as e:
-    why = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
-    raise OSError(errno.EIO, why, str(path)) from e
+    raise OSError(errno.EIO, reason(e), str(path)) from e
+
+
+def reason(error: Exception) -> str:
+  """What an error says, in a line."""
+  text = str(error).strip() or type(error).__name__
+  return text.splitlines()[0][:200]
 
 
 def system(path: Place) -> tuple[Any, str]:
@@ -117,6 +122,19 @@ def files(folder: Place) -> dict[str, int]:
     except (FileNotFoundError, NotADirectoryError):
       continue
   return sizes
+
+
+def size(path: Place) -> int:
+  """Bytes of a file; LINK of a symbolic link.
+
+  Raises:
+    OSError: it is not there.
+  """
+  if isinstance(path, Path):
+    return LINK if path.is_symlink() else path.stat().st_size
+  with reaching(path):
+    fs, where = system(path)
+    return int(fs.size(where))
 
 
 def modified(path: Place) -> float:

@@ -186,7 +186,7 @@ class Checkpoints:
     """
     self._join()
     began = time.monotonic()
-    if step in saved_steps(self._folder):
+    if step in manifest.steps(self._folder) and manifest.is_sealed(self._folder / str(step)):
       return
     if self._remote and _is_first():  # a step of this number that was set aside
       self._remove_aside(f"{step}{REFUSED}")

@@ -7,10 +7,8 @@ that could not renew its lease in time and finds a higher number has lost it, an
 """
 
 import contextlib
-import datetime
 import json
 import os
-import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +18,7 @@ from typing import Any
 from .. import paths
 from ..exits import ConfigError
 from ..paths import Place
+from .lock import signature, words
 
 RENEW_SECONDS = 10.0
 DEAD_SECONDS = 60.0  # without a renewal, as watched; clocks of hosts are not compared
@@ -45,10 +44,7 @@ def hold(
   Raises:
     ConfigError: another process holds it, by host, process and start.
   """
-  mine = {
-    "host": platform.node(), "boot": _boot(), "pid": os.getpid(), "begun": _began(os.getpid()),
-    "start": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-  }  # fmt: skip
+  mine = signature() | {"boot": _boot(), "begun": _began(os.getpid())}
   number = _take(folder, what, mine, patience, note)
   ended = threading.Event()
   renewing = threading.Thread(
@@ -74,6 +70,7 @@ def _take(
   while True:
     newest = _newest(folder)
     text = _read(folder, newest)
+    who = _parse(text)
     if not newest or _is_free(text, mine):
       if _create(folder, newest + 1, mine):
         return newest + 1
@@ -83,14 +80,14 @@ def _take(
     if text != seen:
       seen, since = text, now
     if now - since > DEAD_SECONDS:
-      note(f"{_words(text)} has not been heard of for {DEAD_SECONDS:g} s: taking over {what}")
+      note(f"{words(who)} has not been heard of for {DEAD_SECONDS:g} s: taking over {what}")
       if _create(folder, newest + 1, mine):
         return newest + 1
       continue
     if renewed and now > until:
-      raise ConfigError(f"{what} is in use by {_words(text)}: end that first")
+      raise ConfigError(f"{what} is in use by {words(who)}: end that first")
     if not said and now > until:
-      note(f"{what} is, or was, in use by {_words(text)}: watching for up to {DEAD_SECONDS:g} s")
+      note(f"{what} is, or was, in use by {words(who)}: watching for up to {DEAD_SECONDS:g} s")
       said = True
     time.sleep(_POLL_SECONDS)
 
@@ -117,7 +114,7 @@ def _renew(
     try:
       newest = _newest(folder)
       if newest != number:
-        lost(f"taken over by {_words(_read(folder, newest))}")
+        lost(f"taken over by {words(_parse(_read(folder, newest)))}")
         return
       renewals += 1
       _write(folder, number, mine | {"renewals": renewals})
@@ -187,10 +184,3 @@ def _parse(text: str) -> dict[str, Any]:
   except ValueError:
     return {}
   return found if isinstance(found, dict) else {}
-
-
-def _words(text: str) -> str:
-  who = _parse(text)
-  if not {"host", "pid", "start"} <= who.keys():
-    return "another process"
-  return f"process {who['pid']} on {who['host']}, since {who['start']}"

@@ -38,7 +38,7 @@ def hold(path: Path, what: str, *, patience: float = 0.0) -> Iterator[None]:
     while not (free := _take(file, path)) and time.monotonic() < until:
       time.sleep(_POLL_SECONDS)
     if not free:
-      raise ConfigError(f"{what} is in use by {_words(holder(path))}: end that first")
+      raise ConfigError(f"{what} is in use by {words(holder(path))}: end that first")
     _sign(file)
     yield
   finally:
@@ -67,14 +67,20 @@ def _take(file: int, path: Path) -> bool:
 
 
 def _sign(file: int) -> None:
-  start = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-  text = json.dumps({"host": platform.node(), "pid": os.getpid(), "start": start})
+  text = json.dumps(signature())
   with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
     os.ftruncate(file, 0)
     os.pwrite(file, f"{text}\n".encode(), 0)
 
 
-def _words(who: dict[str, Any]) -> str:
+def signature() -> dict[str, Any]:
+  """Who this process is, for the others."""
+  start = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+  return {"host": platform.node(), "pid": os.getpid(), "start": start}
+
+
+def words(who: dict[str, Any]) -> str:
+  """A `signature`, for a person."""
   if not {"host", "pid", "start"} <= who.keys():
     return "another process"
   return f"process {who['pid']} on {who['host']}, since {who['start']}"

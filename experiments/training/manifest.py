@@ -80,7 +80,7 @@ def read_facts(step: Place) -> dict[str, Any]:
   """What process 0 wrote down of a sealed step; empty if that is damaged."""
   for name in paths.names(step):
     if name.startswith("digests.0-of-"):
-      found = _read(step / name)
+      found = _read(step / name, paths.size(step / name))
       return {} if isinstance(found, str) else found
   return {}
 
@@ -158,7 +158,7 @@ def _digests(step: Place, names: list[str]) -> Iterator[tuple[int, str]]:
     yield from pool.map(digest, names)
 
 
-def _read(path: Place, size: int = 0) -> dict[str, Any] | str:
+def _read(path: Place, size: int) -> dict[str, Any] | str:
   """A process's list, or what is wrong with it."""
   if size == paths.LINK:
     return "is a symbolic link"

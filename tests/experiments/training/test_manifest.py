@@ -210,3 +210,13 @@ def test_a_step_half_removed_is_no_step(two, tmp_path):
   manifest.unseal(folder / "1")
   shutil.rmtree(folder / "1" / "params")
   assert saved_steps(folder) == [2] and newest(folder) == (2, [])
+
+
+def test_facts_are_not_read_through_a_link(two, tmp_path):
+  folder = tmp_path / "c"
+  shutil.copytree(two, folder)
+  [path] = (folder / "2").glob("digests.*")
+  assert "files" in manifest.read_facts(folder / "2")
+  path.rename(tmp_path / "elsewhere")
+  path.symlink_to(tmp_path / "elsewhere")
+  assert manifest.read_facts(folder / "2") == {}

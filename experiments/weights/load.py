@@ -17,7 +17,7 @@ from layers.spec import ModelSpec
 
 from ..config import ConfigError
 from .source import Source
-from .table import Piece, Table, pieces, their_shape, to_ours
+from .table import Piece, Table, grouped, pieces, their_shape, to_ours
 
 _SHOWN = 6  # names in a message
 
@@ -40,24 +40,28 @@ def load(
   plan = list(pieces(table, spec, {k: leaf.shape for k, leaf in leaves.items()}, source.tensors))
   check(source, table, leaves, plan)
   filled: dict[str, jax.Array] = {}
-  for done, piece in enumerate(plan):
-    progress(done, len(plan))
-    leaf = leaves[piece.leaf]
-    tensor = source.tensors[piece.name].read()
-    value = to_ours(piece.rule, piece.part, tensor, piece.shapes(leaves))
-    if not piece.at:
-      filled[piece.leaf] = _put(value, leaf.dtype, leaf.sharding)
-      continue
-    if piece.leaf not in filled:
-      filled[piece.leaf] = _empty(leaf.shape, leaf.dtype, leaf.sharding)
-    part = _without(leaf.sharding, len(piece.at))
-    at = np.asarray(piece.at, np.int32)
-    filled[piece.leaf] = _write(leaf.sharding)(
-      filled[piece.leaf], _put(value, leaf.dtype, part), at
-    )
-    jax.block_until_ready(filled[piece.leaf])  # or tensors pile up on their way
-  progress(len(plan), len(plan))
+  by_tensor = grouped(plan)
+  for done, (name, own) in enumerate(by_tensor.items()):
+    progress(done, len(by_tensor))
+    tensor = source.tensors[name].read()
+    for piece in own:
+      value = to_ours(piece.rule, piece.part, tensor, piece.shapes(leaves))
+      _fill(filled, piece, leaves[piece.leaf], value)
+  progress(len(by_tensor), len(by_tensor))
   return jax.tree.unflatten(tree, [filled[name] for name in leaves])
+
+
+def _fill(filled: dict[str, jax.Array], piece: Piece, leaf: Any, value: np.ndarray) -> None:
+  """Write a part of a parameter to its place, allocating the parameter for the first one."""
+  if not piece.at:
+    filled[piece.leaf] = _put(value, leaf.dtype, leaf.sharding)
+    return
+  if piece.leaf not in filled:
+    filled[piece.leaf] = _empty(leaf.shape, leaf.dtype, leaf.sharding)
+  part = _without(leaf.sharding, len(piece.at))
+  at = np.asarray(piece.at, np.int32)
+  filled[piece.leaf] = _write(leaf.sharding)(filled[piece.leaf], _put(value, leaf.dtype, part), at)
+  jax.block_until_ready(filled[piece.leaf])  # or tensors pile up on their way
 
 
 def check(source: Source, table: Table, leaves: dict[str, Any], plan: list[Piece]) -> None:
@@ -83,6 +87,11 @@ def check(source: Source, table: Table, leaves: dict[str, Any], plan: list[Piece
 def _list(names: list[str]) -> str:
   shown = ", ".join(names[:_SHOWN])
   return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
+
+
+def by_path(params: Any) -> dict[str, Any]:
+  """Leaves of a tree of parameters, by /-separated path."""
+  return {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
 
 
 def _name(path: Any) -> str:

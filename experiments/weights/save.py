@@ -8,6 +8,7 @@ then the bytes of the tensors (huggingface.co/docs/safetensors).
 
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Iterable
 from functools import cache, partial
@@ -22,7 +23,7 @@ from layers.spec import ModelSpec
 
 from .table import Piece, Rule, Table, grouped, pieces, their_shape, to_theirs
 
-DTYPES = {"float32": "F32", "bfloat16": "BF16"}
+DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # ours, theirs
 _PART = 1 << 24  # values made contiguous at once
 
 
@@ -45,6 +46,10 @@ class Written(NamedTuple):
   parameters: int
   bytes: int  # of the tensors
   files: list[str]
+
+
+def item_bytes(dtype: str) -> int:
+  return jnp.dtype(dtype).itemsize
 
 
 def plan(table: Table, spec: ModelSpec, leaves: dict[str, Any]) -> list[Planned]:
@@ -114,6 +119,8 @@ def save(
           out.write(part.view(np.uint8))
         del value
         done += 1
+      out.flush()
+      os.fsync(out.fileno())
   count = sum(tensor.size for tensor in planned)
   if len(files) > 1:
     places = {tensor.name: file for file, tensors in files.items() for tensor in tensors}

@@ -26,7 +26,7 @@ from mesh.constrain import use_mesh
 
 from . import cli
 from .config import Config, ConfigError, MeshConfig
-from .data.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from .data.tokenizer import ByteTokenizer, Tokenizer, check_vocab, load_tokenizer
 from .planning.memory import gigabytes
 from .restore import fill, holds_run, open_run, restore, setup_of
 from .training.setup import Setup
@@ -68,8 +68,10 @@ class Given(NamedTuple):
   files: dict[str, bytes]  # of the tokenizer
 
   @property
-  def all_files(self) -> dict[str, bytes]:
+  def for_a_run(self) -> dict[str, bytes]:
     """With the ids of special tokens, which a run directory says nowhere else."""
+    if isinstance(self.tokenizer, ByteTokenizer):
+      return {}  # which is built in
     return {"generation_config.json": hub.generation_config(self.ids), **self.files}
 
 
@@ -101,7 +103,7 @@ def main() -> int:
         dtype=_DTYPE.value, largest=round(_SHARD_GB.value * 1e9), progress=told,
       )  # fmt: skip
     else:
-      written = native.write(folder, _of_a_run(given), params, given.all_files, told)
+      written = native.write(folder, _of_a_run(given), params, given.for_a_run, told)
   _tell(output, written, given, "a run directory" if expressed is None else expressed.kind)
   compared = _check(given, params, output) if _CHECK.value else None
   print("\nNext")
@@ -166,7 +168,7 @@ def _of_a_run(given: Given) -> Config:
   """The config to store: of no particular mesh, its tokenizer that of the folder."""
   config = given.setup.config
   data = config.data
-  if given.files:
+  if "tokenizer.json" in given.for_a_run:
     data = dataclasses.replace(data, tokenizer="")
   return dataclasses.replace(config, data=data, mesh=MeshConfig(rules=config.mesh.rules))
 

@@ -63,12 +63,8 @@ def write(
   refuse_without_room(folder, sum(tensor.size for tensor in planned) * item_bytes(dtype))
   name = _CLASSES[expressed.kind]
   architecture = name if name.endswith("Model") else f"{name}ForCausalLM"
-  config = {
-    "architectures": [architecture],
-    **expressed.config,
-    **ids.words(),
-    "torch_dtype": dtype,
-  }
+  said = ids.words() | {"torch_dtype": dtype}
+  config = {"architectures": [architecture], **expressed.config, **said}
   (folder / "config.json").write_bytes(_json(config))
   for name, data in {"generation_config.json": generation_config(ids), **files}.items():
     (folder / name).write_bytes(data)

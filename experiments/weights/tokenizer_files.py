@@ -24,9 +24,7 @@ class Said(NamedTuple):
   """What is known of a tokenizer beside itself."""
 
   first: int | None = None  # id put before every text
-  texts: Mapping[str, str] = MappingProxyType(
-    {}
-  )  # special tokens by what they are called: bos_token, ...
+  texts: Mapping[str, str] = MappingProxyType({})  # special tokens: bos_token, ...
   template: str | None = None  # of a conversation
 
 

@@ -16,11 +16,10 @@ have that parameter too.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import einops
-import numpy as np
 
 from layers.spec import ModelSpec
 
@@ -135,7 +134,7 @@ def _sides(pattern: str) -> tuple[list[list[str]], list[list[str]]]:
   return axes(left), axes(right)
 
 
-def _sizes(rule: Rule, shapes: list[tuple[int, ...]]) -> dict[str, int]:
+def _sizes(rule: Rule, shapes: Sequence[tuple[int, ...]]) -> dict[str, int]:
   """The length of each named axis, from the shapes of the rule's parameters."""
   _, right = _sides(rule.pattern)
   sizes = {"two": 2, "p": len(rule.ours)}
@@ -158,8 +157,8 @@ def their_shape(rule: Rule, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
   return tuple(math.prod(sizes[name] for name in axis) for axis in _sides(rule.pattern)[0])
 
 
-def to_ours(rule: Rule, part: int, tensor: np.ndarray, shapes: list[tuple[int, ...]]) -> np.ndarray:
-  """One of our parameters, from their tensor; a view of it."""
+def to_ours(rule: Rule, part: int, tensor: Any, shapes: Sequence[tuple[int, ...]]) -> Any:
+  """One of our parameters, from their tensor, an array of numpy (then a view of it) or JAX."""
   if not rule.pattern:
     return tensor
   found = einops.rearrange(tensor, rule.pattern, **_sizes(rule, shapes))
@@ -167,7 +166,7 @@ def to_ours(rule: Rule, part: int, tensor: np.ndarray, shapes: list[tuple[int, .
   if rule.join:
     axis = right.index([rule.join])
     first = sum(shape[axis] for shape in shapes[:part])
-    return np.take(found, range(first, first + shapes[part][axis]), axis)
+    return found[(slice(None),) * axis + (slice(first, first + shapes[part][axis]),)]
   return found[part] if right[0] == ["p"] else found
 
 

@@ -16,7 +16,8 @@ from .training.checkpoint import Checkpoints
 from .training.folder import read_config
 from .training.setup import Setup, build
 from .weights.load import load
-from .weights.open import locate, open_weights, read_tokenizer, stops
+from .weights.open import locate, open_weights, read_tokenizer
+from .weights.special import stops
 
 
 class Trained(NamedTuple):

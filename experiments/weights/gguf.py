@@ -57,6 +57,11 @@ def _read(tensor: Any, shape: tuple[int, ...]) -> np.ndarray:
   return gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
 
 
+def metadata(source: Source, name: str) -> Any:
+  """What the file says under this name; None if nothing."""
+  return field.contents() if (field := source.gguf.get_field(name)) else None
+
+
 def read_tokenizer(source: Source) -> BpeTokenizer:
   """The tokenizer inside the file.
 

@@ -103,12 +103,6 @@ def read_tokenizer(source: Source, name: str = "") -> Tokenizer:
   return load_tokenizer(str(folder))
 
 
-def stops(source: Source) -> frozenset[int]:
-  """Ids that end an answer, as the checkpoint says."""
-  said = source.config.get("eos_token_id")
-  return frozenset([said] if isinstance(said, int) else said or [])
-
-
 def _family(source: Source) -> ModuleType:
   kind = source.config.get("model_type")
   for family in FAMILIES:

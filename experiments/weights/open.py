@@ -24,7 +24,7 @@ from .families import (
   qwen3_moe,
 )
 from .gguf import open_gguf
-from .gguf import read_tokenizer as read_gguf_tokenizer
+from .gguf_tokenizer import read_tokenizer as read_gguf_tokenizer
 from .source import Source, open_source
 from .table import Table
 
@@ -80,9 +80,7 @@ def open_weights(path: Path, stack: contextlib.ExitStack) -> Opened:
     raise ConfigError(f"the config of {path} {what}") from e
   if source.gguf is None:
     return Opened(source, family.TABLE, spec)
-  if not hasattr(family, "GGUF"):
-    raise ConfigError(f"{path}: GGUF files of this family are not read; convert to safetensors")
-  return Opened(source, family.GGUF, spec)
+  return Opened(source, family.GGUF[source.config["model_type"]], spec)
 
 
 def read_tokenizer(source: Source, name: str = "") -> Tokenizer:

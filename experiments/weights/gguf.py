@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from ..config import ConfigError
 from .gguf_config import config_of
 from .gguf_header import Header, read_header
-from .source import Source, Tensor
+from .source import Source, Tensor, mapped
 
 _PLAIN = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 _AT_ONCE = 1 << 22  # elements dequantized at once
@@ -89,12 +90,12 @@ def _tensors(path: Path, header: Header) -> dict[str, Tensor]:
         f"{path} is damaged: {name} is {list(shape)} of {kind.name}, in blocks of {elements}"
       )
     length = count // elements * size
-    if offset + length > header.data.size:
+    if offset + length > header.size:
       raise ConfigError(
         f"{path} is damaged: {name} should end at byte {offset + length:,} of the tensors, "
-        f"which have {header.data.size:,}"
+        f"which have {max(0, header.size):,}"
       )
-    data = header.data[offset : offset + length]
+    data = partial(mapped, path, np.uint8, header.start + offset, (length,))
     found[name] = Tensor(shape, partial(_read, data, shape, kind))
   return found
 
@@ -116,12 +117,12 @@ def _version(package: Any) -> str:
   return getattr(package, "__version__", "of this machine")
 
 
-def _read(data: np.ndarray, shape: tuple[int, ...], kind: Any) -> np.ndarray:
+def _read(data: Callable[[], np.ndarray], shape: tuple[int, ...], kind: Any) -> np.ndarray:
   if kind.name in _PLAIN:
-    return np.frombuffer(data, _PLAIN[kind.name]).reshape(shape)
+    return data().view(_PLAIN[kind.name]).reshape(shape)
   import gguf  # the same
 
-  rows = data.reshape(math.prod(shape[:-1]), -1)
+  rows = data().reshape(math.prod(shape[:-1]), -1)
   made = np.empty((len(rows), shape[-1]), np.float32)
   step = max(1, _AT_ONCE // shape[-1])  # gguf itself holds everything twice
   for i in range(0, len(rows), step):

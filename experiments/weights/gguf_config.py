@@ -181,7 +181,7 @@ def _deepseek(
 ) -> dict[str, Any]:
   if said.get("expert_gating_func") != _SIGMOID:
     raise ConfigError(
-      f"{said.path}: of deepseek2 only files of DeepSeek-V3 and R1 are read, whose router is a sigmoid"
+      f"{said.path}: of deepseek2 only DeepSeek-V3 and R1 are read, whose router is a sigmoid"
     )
   rope = said.need("rope.dimension_count")
   latent = "blk.0.attn_k_b.weight" in tensors  # else keys and values are unpacked, as of old

@@ -34,7 +34,8 @@ class Entry(NamedTuple):
 class Header(NamedTuple):
   metadata: dict[str, Any]  # numbers, texts, lists of texts, numpy arrays
   tensors: list[Entry]
-  data: np.ndarray  # uint8, of all tensors, mapped
+  start: int  # of the data in the file
+  size: int  # of the data, in bytes
 
 
 def read_header(path: Path) -> Header:
@@ -61,7 +62,7 @@ class _Reader:
   """Takes values from the front of a file."""
 
   def __init__(self, whole: np.ndarray):
-    self._whole, self._bytes, self._at = whole, memoryview(whole), 0
+    self._bytes, self._at = memoryview(whole), 0
 
   def header(self) -> Header:
     if bytes(self._take(4)) != b"GGUF":
@@ -86,7 +87,7 @@ class _Reader:
     if not isinstance(align, int) or not 0 < align <= 1 << 20 or align & (align - 1):
       raise _DamagedError(f"general.alignment is {align!r}, no power of two")
     start = -(-self._at // align) * align
-    return Header(metadata, tensors, self._whole[start:])
+    return Header(metadata, tensors, start, len(self._bytes) - start)
 
   def _take(self, size: int) -> memoryview:
     left = len(self._bytes) - self._at

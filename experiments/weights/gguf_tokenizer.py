@@ -94,7 +94,8 @@ def _byte_level(source: Source, words: list[str]) -> tokenizers.Tokenizer:
   name = _SAME.get(name, name)
   if name not in _PATTERNS:
     raise ConfigError(
-      f"{source.path}: its tokenizer cuts text as {name!r}; read are {', '.join(_PATTERNS)}: {_ELSE}"
+      f"{source.path}: its tokenizer cuts text as {name!r}; read are {', '.join(_PATTERNS)}: "
+      + _ELSE
     )
   merges = metadata(source, "tokenizer.ggml.merges")
   if not isinstance(merges, list):

@@ -10,6 +10,7 @@ from layers.spec import ModelSpec
 
 from ..config import ConfigError
 from ..data.tokenizer import Tokenizer, load_tokenizer
+from .check import check_config
 from .families import (
   bloom,
   deepseek,
@@ -71,9 +72,10 @@ def open_weights(path: Path, stack: contextlib.ExitStack) -> Opened:
   """
   source = open_gguf(path) if path.suffix == ".gguf" else open_source(path, stack)
   family = _family(source)
+  check_config(path, source.config, len(source.tensors))
   try:
     spec = family.spec(source.config)
-  except (KeyError, TypeError, ValueError) as e:
+  except (LookupError, TypeError, ValueError, AttributeError) as e:
     if isinstance(e, ConfigError):
       raise
     what = f"lacks {e}" if isinstance(e, KeyError) else str(e)

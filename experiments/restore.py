@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from . import bucket, cli, paths
 from .config import Config, ConfigError, DataConfig, MeshConfig
-from .data.tokenizer import Tokenizer, check_vocab
+from .data.tokenizer import Tokenizer
 from .training.checkpoint import Checkpoints
 from .training.folder import read_config
 from .training.setup import Setup, build
@@ -68,7 +68,11 @@ def load_weights(name: str) -> Foreign:
     if config.model != spec:
       raise ConfigError("--config.model: the model is the one that the weights were made for")
     tokenizer = read_tokenizer(source, config.data.tokenizer)
-    check_vocab(tokenizer, spec.vocab_size)
+    if tokenizer.byte_lengths_V[spec.vocab_size :].any():  # special tokens may be left out
+      raise ConfigError(
+        f"{source.path}: the tokenizer has {tokenizer.vocab_size:,} ids, but the model only "
+        f"{spec.vocab_size:,}: they do not belong together"
+      )
     setup = build(config, batch=False)
     with Progress(console=Console(stderr=True), transient=True) as bar:
       task = bar.add_task(f"loading {source.path.name}")

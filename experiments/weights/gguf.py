@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def _tensors(path: Path, header: Header) -> dict[str, Tensor]:
       elements, size = gguf.GGML_QUANT_SIZES[kind]
     except (ValueError, KeyError) as e:
       raise ConfigError(
-        f"{path}: {name} is of type {number}, which gguf {_version(gguf)} does not know"
+        f"{path}: {name} is of type {number}, which gguf {version('gguf')} does not know"
       ) from e
     if kind.name not in _PLAIN:
       _check_kind(path, name, kind, size)
@@ -108,13 +109,9 @@ def _check_kind(path: Path, name: str, kind: Any, size: int) -> None:
     gguf.dequantize(np.zeros((1, size), np.uint8), kind)
   except NotImplementedError as e:
     raise ConfigError(
-      f"{path}: {name} is {kind.name}, which gguf {_version(gguf)} does not dequantize; take a "
+      f"{path}: {name} is {kind.name}, which gguf {version('gguf')} does not dequantize; take a "
       "file in Q8_0, Q4_K, F16 or the like"
     ) from e
-
-
-def _version(package: Any) -> str:
-  return getattr(package, "__version__", "of this machine")
 
 
 def _read(data: Callable[[], np.ndarray], shape: tuple[int, ...], kind: Any) -> np.ndarray:

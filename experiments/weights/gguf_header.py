@@ -16,7 +16,7 @@ _SCALARS = {
   0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8",
   12: "<f8",
 }  # fmt: skip
-_STRING, _ARRAY = 8, 9
+_FLOAT32, _STRING, _ARRAY = 6, 8, 9
 _MAX_NAME = 1 << 16  # bytes of a name
 _MAX_DIMS = 4
 _MAX_STRINGS = 1 << 22  # in one list; the largest vocabularies have 2^18 words
@@ -115,7 +115,9 @@ class _Reader:
   def _value(self, kind: int, name: str) -> Any:
     if kind in _SCALARS:
       dtype = np.dtype(_SCALARS[kind])
-      return np.frombuffer(self._take(dtype.itemsize), dtype)[0].item()
+      value = np.frombuffer(self._take(dtype.itemsize), dtype)[0]
+      # Of all numbers that round to a float32, the one with the fewest digits: 1e-05.
+      return float(str(value)) if kind == _FLOAT32 else value.item()
     if kind == _STRING:
       return self._text(len(self._bytes))
     if kind != _ARRAY:

@@ -26,9 +26,9 @@ from mesh.constrain import use_mesh
 
 from . import cli
 from .config import Config, ConfigError, MeshConfig
-from .data.tokenizer import ByteTokenizer, Tokenizer, check_vocab, load_tokenizer
+from .data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from .planning.memory import gigabytes
-from .restore import fill, holds_run, open_run, restore, setup_of
+from .restore import check_tokenizer, fill, holds_run, open_run, restore, setup_of
 from .training.setup import Setup
 from .weights import hub, native
 from .weights.express import express
@@ -146,7 +146,7 @@ def _open_weights(path: Path, stack: contextlib.ExitStack) -> Given:
   read = lambda: read_tokenizer(source, named)
   tokenizer, why = (read(), "") if named else _unless_missing(read)
   if tokenizer is not None:
-    check_vocab(tokenizer, opened.spec.vocab_size)
+    check_tokenizer(tokenizer, opened)
   folder = path if path.is_dir() else path.parent
   files = {} if named or source.gguf is not None else copied(folder)
   if not files and tokenizer is not None:

@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from . import bucket, cli, paths
 from .config import Config, ConfigError, DataConfig, MeshConfig
-from .data.tokenizer import Tokenizer, check_vocab
+from .data.tokenizer import Tokenizer
 from .training.checkpoint import Checkpoints
 from .training.folder import own_tokenizer, read_config
 from .training.setup import Setup, build
@@ -72,9 +72,20 @@ def load_weights(name: str) -> Loaded:
     opened = open_weights(locate(name), stack)
     setup, source = setup_of(opened), opened.source
     tokenizer = read_tokenizer(source, setup.config.data.tokenizer)
-    check_vocab(tokenizer, opened.spec.vocab_size)
+    check_tokenizer(tokenizer, opened)
     params = fill(opened, setup)
     return Loaded(setup, params, tokenizer, stops(source) | {tokenizer.eod})
+
+
+def check_tokenizer(tokenizer: Tokenizer, opened: Opened) -> None:
+  """Raises ConfigError if it has text that the model has no id for; special tokens may be left out,
+  as some checkpoints do."""
+  known = opened.spec.vocab_size
+  if tokenizer.byte_lengths_V[known:].any():
+    raise ConfigError(
+      f"{opened.source.path}: the tokenizer has {tokenizer.vocab_size:,} ids, but the model only "
+      f"{known:,}: they do not belong together"
+    )
 
 
 def setup_of(opened: Opened) -> Setup:

@@ -62,18 +62,20 @@ class BpeTokenizer:
   Args:
     data: the file.
     path: its name, for messages.
+    end: the token that ends a document, if none has one of the usual names.
 
   Raises:
     ConfigError: it is unusable.
   """
 
-  def __init__(self, data: bytes, path: str):
+  def __init__(self, data: bytes, path: str, end: str = ""):
     try:
       self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
     except Exception as error:  # `tokenizers` raises bare Exception
       raise ConfigError(f"{path} is not a tokenizer that `tokenizers` reads: {error}") from error
     self._tokenizer.encode_special_tokens = True
-    ids = [i for name in _END_NAMES if (i := self._tokenizer.token_to_id(name)) is not None]
+    names = (*_END_NAMES, end)
+    ids = [i for name in names if (i := self._tokenizer.token_to_id(name)) is not None]
     if not ids:
       raise ConfigError(f"{path} has no end-of-document token: one of {', '.join(_END_NAMES)}")
     self.eod = ids[0]

@@ -10,6 +10,7 @@ from layers.spec import ModelSpec
 
 from ..config import ConfigError
 from ..data.tokenizer import Tokenizer, load_tokenizer
+from .check import check_config
 from .families import (
   bloom,
   deepseek,
@@ -24,7 +25,7 @@ from .families import (
   qwen3_moe,
 )
 from .gguf import open_gguf
-from .gguf import read_tokenizer as read_gguf_tokenizer
+from .gguf_tokenizer import read_tokenizer as read_gguf_tokenizer
 from .source import Source, open_source
 from .table import Table
 
@@ -74,18 +75,17 @@ def open_weights(path: Path, stack: contextlib.ExitStack) -> Opened:
   """
   source = open_gguf(path) if path.suffix == ".gguf" else open_source(path, stack)
   family = _family(source)
+  check_config(path, source.config, len(source.tensors))
   try:
     spec = family.spec(source.config)
-  except (KeyError, TypeError, ValueError) as e:
+  except (LookupError, TypeError, ValueError, AttributeError) as e:
     if isinstance(e, ConfigError):
       raise
     what = f"lacks {e}" if isinstance(e, KeyError) else str(e)
     raise ConfigError(f"the config of {path} {what}") from e
   if source.gguf is None:
     return Opened(source, family.TABLE, spec)
-  if not hasattr(family, "GGUF"):
-    raise ConfigError(f"{path}: GGUF files of this family are not read; convert to safetensors")
-  return Opened(source, family.GGUF, spec)
+  return Opened(source, family.GGUF[source.config["model_type"]], spec)
 
 
 def read_tokenizer(source: Source, name: str = "") -> Tokenizer:

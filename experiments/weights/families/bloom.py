@@ -15,6 +15,7 @@ from layers.spec import (
 
 from ...config import ConfigError
 from ..table import Table, rule
+from . import gpt2
 from .common import grouped, norms, parts
 
 TYPES = ("bloom",)
@@ -83,3 +84,6 @@ def config(spec: ModelSpec, kind: str) -> dict[str, Any]:
     "hidden_dropout": first.dropout,
     "attention_dropout": 0.0,
   }
+
+
+GGUF = gpt2.GGUF

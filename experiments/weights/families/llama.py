@@ -45,28 +45,6 @@ TABLE = Table(
   ignored=("rotary_emb.inv_freq",),
 )
 
-# GGUF keeps the pairs of a rotation side by side; ours are halves of a head.
-GGUF = Table(
-  layer="blk.{n}.",
-  top=(
-    rule("embedding/table", "token_embd.weight"),
-    rule("final_norm/scale", "output_norm.weight"),
-    rule("head", "output.weight", "v d -> d v"),
-  ),
-  layers=(
-    rule("attention_norm/scale", "attn_norm.weight"),
-    rule("attention/query", "attn_q.weight", "(h k two) d -> d h (two k)"),
-    rule("attention/key", "attn_k.weight", "(h k two) d -> d h (two k)"),
-    rule("attention/value", "attn_v.weight", "(h k) d -> d h k"),
-    rule("attention/out", "attn_output.weight", "d (h k) -> h k d"),
-    rule("mlp_norm/scale", "ffn_norm.weight"),
-    rule("mlp/gate", "ffn_gate.weight", "f d -> d f"),
-    rule("mlp/up", "ffn_up.weight", "f d -> d f"),
-    rule("mlp/down", "ffn_down.weight", "d f -> f d"),
-  ),
-  ignored=("rope_freqs.weight",),
-)
-
 
 def spec(c: dict[str, Any]) -> ModelSpec:
   """Of a config.json."""
@@ -130,3 +108,52 @@ def config(spec: ModelSpec, kind: str) -> dict[str, Any]:
   if kind == "qwen3":
     said |= {"layer_types": types, "sliding_window": window, "use_sliding_window": bool(window)}
   return said
+
+
+# By llama.cpp's converter. It puts the pairs of a rotation side by side in files of architecture
+# `llama`, of which ours are halves of a head; all others keep transformers' order.
+_GGUF = Table(
+  layer="blk.{n}.",
+  top=(
+    rule("embedding/table", "token_embd.weight"),
+    rule("final_norm/scale", "output_norm.weight"),
+    rule("head", "output.weight", "v d -> d v"),
+  ),
+  layers=(
+    rule("attention_norm/scale", "attn_norm.weight"),
+    rule("attention/query", "attn_q.weight", "(h k) d -> d h k"),
+    rule("attention/key", "attn_k.weight", "(h k) d -> d h k"),
+    rule("attention/value", "attn_v.weight", "(h k) d -> d h k"),
+    rule("attention/out", "attn_output.weight", "d (h k) -> h k d"),
+    rule("attention/query_bias", "attn_q.bias", "(h k) -> h k"),
+    rule("attention/key_bias", "attn_k.bias", "(h k) -> h k"),
+    rule("attention/value_bias", "attn_v.bias", "(h k) -> h k"),
+    rule("attention/out_bias", "attn_output.bias"),
+    rule("attention/query_norm/scale", "attn_q_norm.weight"),
+    rule("attention/key_norm/scale", "attn_k_norm.weight"),
+    rule("mlp_norm/scale", "ffn_norm.weight"),
+    rule("mlp/gate", "ffn_gate.weight", "f d -> d f"),
+    rule("mlp/up", "ffn_up.weight", "f d -> d f"),
+    rule("mlp/down", "ffn_down.weight", "d f -> f d"),
+    rule("moe/router", "ffn_gate_inp.weight", "e d -> d e"),
+    rule("moe/gate", "ffn_gate_exps.weight", "e f d -> e d f"),
+    rule("moe/up", "ffn_up_exps.weight", "e f d -> e d f"),
+    rule("moe/down", "ffn_down_exps.weight", "e d f -> e f d"),
+    # Before April 2024, and with --fuse-gate-up-exps.
+    rule("moe/gate", "ffn_gate.{e}.weight", "f d -> d f"),
+    rule("moe/up", "ffn_up.{e}.weight", "f d -> d f"),
+    rule("moe/down", "ffn_down.{e}.weight", "d f -> f d"),
+    rule(("moe/gate", "moe/up"), "ffn_gate_up_exps.weight", "e (p f) d -> p e d f"),
+  ),
+)
+_PAIRS = (
+  rule("attention/query", "attn_q.weight", "(h k two) d -> d h (two k)"),
+  rule("attention/key", "attn_k.weight", "(h k two) d -> d h (two k)"),
+  rule("attention/query_bias", "attn_q.bias", "(h k two) -> h (two k)"),
+  rule("attention/key_bias", "attn_k.bias", "(h k two) -> h (two k)"),
+)
+_PAIRED = _GGUF._replace(
+  layers=(*_PAIRS, *(r for r in _GGUF.layers if r.ours not in {p.ours for p in _PAIRS})),
+  ignored=("rope_freqs.weight",),  # the config has what it says
+)
+GGUF = {"llama": _PAIRED, "qwen3": _GGUF}

@@ -12,7 +12,6 @@ from rich.progress import Progress
 from . import bucket, cli, paths
 from .config import Config, ConfigError, DataConfig, MeshConfig
 from .data.tokenizer import Tokenizer, check_vocab
-from .training.checkpoint import Checkpoints
 from .training.folder import read_config
 from .training.setup import Setup, build
 from .weights.load import load
@@ -92,6 +91,8 @@ def restore(setup: Setup, folder: Path) -> Trained:
   """
   if not paths.names(bucket.checkpoints(folder)):
     raise ConfigError(f"{folder} has no checkpoint yet")
+  from .training.checkpoint import Checkpoints  # orbax takes a second, and --weights needs it not
+
   with Checkpoints(bucket.checkpoints(folder), read_only=True) as checkpoints:
     step = checkpoints.newest()
     if step is None:

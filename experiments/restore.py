@@ -17,7 +17,8 @@ from .training.folder import read_config
 from .training.setup import Setup, build
 from .weights.load import load
 from .weights.open import locate, open_weights, read_tokenizer
-from .weights.special import stops
+from .weights.source import Source
+from .weights.special import adds_bos, bos, stops
 
 
 class Trained(NamedTuple):
@@ -51,6 +52,8 @@ class Foreign(NamedTuple):
   params: Any
   tokenizer: Tokenizer
   stops: frozenset[int]  # ids that end an answer
+  begin: int | None = None  # id that begins every text
+  source: Source | None = None  # where its chat template is; its tensors are closed
 
 
 def load_weights(name: str) -> Foreign:
@@ -74,7 +77,11 @@ def load_weights(name: str) -> Foreign:
       task = bar.add_task(f"loading {source.path.name}")
       told = lambda done, count: bar.update(task, completed=done, total=count)
       params = load(source, opened.table, spec, setup.abstract.params, progress=told)
-    return Foreign(setup, params, tokenizer, stops(source) | {tokenizer.eod})
+    begin = bos(source)
+    if begin is None and adds_bos(source):
+      begin = tokenizer.bos
+    ends = stops(source) | {tokenizer.eod}
+    return Foreign(setup, params, tokenizer, ends, begin, source)
 
 
 def restore(setup: Setup, folder: Path) -> Trained:

@@ -56,9 +56,12 @@ class Foreign(NamedTuple):
   source: Source | None = None  # where its chat template is; its tensors are closed
 
 
-def load_weights(name: str) -> Foreign:
+def load_weights(name: str, *, batch: bool = False) -> Foreign:
   """The model of `--weights`, on the mesh that the devices here suggest, with the command's
   overrides; prints how far it is.
+
+  Args:
+    batch: whether batches of data will be run.
 
   Raises:
     ConfigError: weights or tokenizer are missing, damaged, or do not suit each other.
@@ -66,13 +69,15 @@ def load_weights(name: str) -> Foreign:
   with contextlib.ExitStack() as stack:
     opened = open_weights(locate(name), stack)
     spec, source = opened.spec, opened.source
-    data = DataConfig(row_length=min(256, spec.max_length), tokenizer="")
+    # Text to evaluate on, all of it: no part of it was trained on here.
+    length = min(1024, spec.max_length)
+    data = DataConfig(row_length=length, tokenizer="", batch_size=8, holdout=1.0)
     config = cli.override_config(Config(name=source.path.stem, model=spec, data=data))
     if config.model != spec:
       raise ConfigError("--config.model: the model is the one that the weights were made for")
     tokenizer = read_tokenizer(source, config.data.tokenizer)
     check_vocab(tokenizer, spec.vocab_size)
-    setup = build(config, batch=False)
+    setup = build(config, batch=batch)
     with Progress(console=Console(stderr=True), transient=True) as bar:
       task = bar.add_task(f"loading {source.path.name}")
       told = lambda done, count: bar.update(task, completed=done, total=count)

@@ -6,7 +6,23 @@ A text that stands alone begins with the tokenizer's first token, if it has one 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
+from ..data.tokenizer import Tokenizer
 from .scoring import Row
+
+
+class Begun:
+  """A tokenizer that begins every text with a token, as rows of documents need it."""
+
+  def __init__(self, tokenizer: Tokenizer, begin: int):
+    self._tokenizer, self._begin = tokenizer, begin
+
+  def __getattr__(self, name: str):
+    return getattr(self._tokenizer, name)
+
+  def encode(self, text: str) -> np.ndarray:
+    return np.append(np.int32(self._begin), self._tokenizer.encode(text)).astype(np.int32)
 
 
 class Encoder(NamedTuple):
@@ -29,8 +45,9 @@ def pair(encoder: Encoder, context: str, continuation: str) -> Row:
   alone. If it has none of its own (its first letters join the last token) it is encoded alone.
   """
   blanks = len(context) - len(context.rstrip())
-  context, continuation = context[: len(context) - blanks], context[len(context) - blanks :] + (
-    continuation
+  context, continuation = (
+    context[: len(context) - blanks],
+    context[len(context) - blanks :] + (continuation),
   )
   if not context:
     ids = [int(i) for i in encoder.encode(continuation)]

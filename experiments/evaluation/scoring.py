@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layers.spec import ModelSpec, MoeSpec
+from layers.spec import MoeSpec
 from layers.transformer import TransformerLM
 from mesh.multihost import host_batch_to_global
 from mesh.rules import assign, spec_for
@@ -51,18 +51,20 @@ class Scorer:
   """
 
   def __init__(self, setup: Setup, params: Any, vocab_size: int):
-    spec = setup.config.model
-    if not spec.causal or any(m.noncausal for m in _experts(spec)):
+    spec = dropless(setup.config.model)
+    routers = {layer.mlp.router for layer in spec.layers if isinstance(layer.mlp, MoeSpec)}
+    if not spec.causal or "expert_choice" in routers:
       raise ConfigError(
-        f"{setup.config.name} reads later tokens, so what it says of one given those before it "
-        "is no log-likelihood: it can't do tasks"
+        f"{setup.config.name} reads later tokens: what it says of a token is no likelihood given "
+        "those before it, so it can't do tasks"
       )
-    self._model = setup.model.clone(spec=dropless(spec))
+    self._model = setup.model.clone(spec=spec)
     self._params, self._vocab_size, self._mesh = params, vocab_size, setup.mesh
     self._placed = spec_for(("act_batch", "act_seq"), setup.rules, setup.mesh)
     of_rows, of_positions = assign(("act_batch", "act_seq"), setup.rules, setup.mesh.shape)
     ways = lambda axes: math.prod(setup.mesh.shape[a] for a in axes)
-    self._shards, self._cut = ways(of_rows), 2 * ways(of_positions)
+    self._shards = ways(of_rows)
+    self._cut = 2 * ways(of_positions)  # see `layers.context.zigzag`
     self._most = max(1, setup.config.data.batch_size // self._shards)
     self.context = spec.max_length
 
@@ -133,7 +135,3 @@ def _score(
   real_BTV = jnp.expand_dims(ids_V < vocab_size, (0, 1))
   best_BT = jnp.argmax(jnp.where(real_BTV, logits_BTV, -jnp.inf), axis=-1)
   return target_BT - jax.nn.logsumexp(logits_BTV, axis=-1), best_BT == targets_BT
-
-
-def _experts(spec: ModelSpec) -> list[MoeSpec]:
-  return [layer.mlp for layer in spec.layers if isinstance(layer.mlp, MoeSpec)]

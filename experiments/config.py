@@ -79,7 +79,7 @@ class DataConfig:
   objective: Literal["next_token", "masked"] = identity("next_token")  # masked: see `masking`
   row_length: int = identity(256)
   batch_size: int = intervention(16)  # rows a step, over all devices
-  holdout: float = identity(0.05)  # last part of the text, kept for evaluation
+  holdout: float = identity(0.05)  # last part of the text, kept for evaluation; 1 is all
   seed: int = identity(0)  # of the shuffle
   prefetch: int = free(4)  # batches read ahead
   # What stays damaged or unreadable after some tries: stop the run, or skip it, counted and noted.
@@ -89,7 +89,7 @@ class DataConfig:
     if self.row_length < 2:
       raise ConfigError(f"data.row_length={self.row_length}: a row needs at least 2 tokens")
     _at_least(self, "data", batch_size=1, seed=0, prefetch=0)
-    if not 0 < self.holdout < 1:
+    if not 0 < self.holdout <= 1:
       raise ConfigError(f"data.holdout={self.holdout}: must lie between 0 and 1")
 
   @property

@@ -62,16 +62,19 @@ class Loaded(NamedTuple):
   source: Source | None = None  # where its chat template is; its tensors are closed
 
 
-def load_weights(name: str) -> Loaded:
+def load_weights(name: str, *, batch: bool = False) -> Loaded:
   """The model of `--weights`, on the mesh that the devices here suggest, with the command's
   overrides; prints how far it is.
+
+  Args:
+    batch: whether batches of data will be run.
 
   Raises:
     ConfigError: weights or tokenizer are missing, damaged, or do not suit each other.
   """
   with contextlib.ExitStack() as stack:
     opened = open_weights(locate(name), stack)
-    setup, source = setup_of(opened), opened.source
+    setup, source = setup_of(opened, batch=batch), opened.source
     tokenizer = read_tokenizer(source, setup.config.data.tokenizer)
     check_tokenizer(tokenizer, opened)
     params = fill(opened, setup)
@@ -93,19 +96,21 @@ def check_tokenizer(tokenizer: Tokenizer, opened: Opened) -> None:
     )
 
 
-def setup_of(opened: Opened) -> Setup:
+def setup_of(opened: Opened, *, batch: bool = False) -> Setup:
   """The setup of weights from elsewhere, as `load_weights` has it.
 
   Raises:
     ConfigError: the model does not suit the devices, or an override changes it.
   """
   spec, path = opened.spec, opened.source.path
-  data = DataConfig(row_length=min(256, spec.max_length), tokenizer="")
+  # Text to evaluate on, all of it: no part of it was trained on here.
+  length = min(1024, spec.max_length)
+  data = DataConfig(row_length=length, tokenizer="", batch_size=8, holdout=1.0)
   name = path.name if path.is_dir() else path.stem
   config = cli.override_config(Config(name=name, model=spec, data=data))
   if config.model != spec:
     raise ConfigError("--config.model: the model is the one that the weights were made for")
-  return build(config, batch=False)
+  return build(config, batch=batch)
 
 
 def fill(opened: Opened, setup: Setup) -> Any:

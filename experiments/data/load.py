@@ -34,16 +34,19 @@ class Dataset(NamedTuple):
   skipped: tuple[str, ...] = ()  # what data.on_error=skip left out, and why
 
 
-def load(config: DataConfig, vocab_size: int) -> Dataset:
+def load(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None = None) -> Dataset:
   """Opens the data that `config` names, for a model of `vocab_size` ids.
 
   Text is read and tokenized here, in memory; text too long for that belongs into shards.
+
+  Args:
+    tokenizer: in place of the config's.
 
   Raises:
     ConfigError: data or tokenizer are missing (with the commands that make them), unreadable,
       too short, of another tokenizer, or need more ids than the model has.
   """
-  dataset = _open(config, vocab_size)
+  dataset = _open(config, vocab_size, tokenizer)
   if config.objective == "next_token":
     return dataset
   # Of use to encoders only.
@@ -52,11 +55,11 @@ def load(config: DataConfig, vocab_size: int) -> Dataset:
   return dataset._replace(masking=make_masking(dataset.tokenizer, vocab_size, config.seed))
 
 
-def _open(config: DataConfig, vocab_size: int) -> Dataset:
+def _open(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None) -> Dataset:
   source = _resolve_source(config)
   if source == "synthetic":
     return _synthetic(config, vocab_size)
-  tokenizer = load_tokenizer(config.tokenizer)
+  tokenizer = load_tokenizer(config.tokenizer) if tokenizer is None else tokenizer
   check_vocab(tokenizer, vocab_size)
   skip, skipped = config.on_error == "skip", []
   if source == "shards":

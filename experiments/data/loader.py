@@ -156,6 +156,8 @@ def make_loader(
   """
   local_rows = np.arange(config.batch_size) if local_rows is None else local_rows
   if split == "train":
+    if not len(dataset.train):
+      raise ConfigError(f"data.holdout={config.holdout:g} leaves no row to train on")
     if len(dataset.train) > _MOST_ROWS:
       raise ConfigError(
         f"the data has {len(dataset.train)} rows, but at most {_MOST_ROWS} can be shuffled: raise "

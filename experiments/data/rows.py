@@ -107,7 +107,7 @@ class Rows:
     self.stream = stream
     self.row_length = row_length
     targets = len(stream) - 1
-    self._num_rows = -(-targets // row_length) if pad else targets // row_length
+    self._num_rows = max(0, -(-targets // row_length) if pad else targets // row_length)
 
   def __len__(self) -> int:
     return self._num_rows
@@ -166,12 +166,17 @@ def split_holdout(
 ) -> tuple[TokenStream, TokenStream]:
   """The stream without its last `fraction` of tokens, and that part, which may begin mid-document.
 
-  Raises ConfigError if the first can't fill one batch of rows, or the second one row.
+  Raises ConfigError if the first can't fill one batch of rows, or the second one row; where the
+  second is all there is, if it has nothing to predict.
   """
+  if fraction == 1 and len(stream) > 1:
+    return stream.window(0, 0), stream
   heldout = int(len(stream) * fraction)
   train = len(stream) - heldout
   need_train, need_heldout = batch_size * row_length + 1, row_length + 1
   if train < need_train or heldout < need_heldout:
+    if fraction == 1:
+      raise ConfigError(f"the data has {len(stream)} tokens: there is none to predict")
     need = max(math.ceil(need_train / (1 - fraction)), math.ceil(need_heldout / fraction))
     raise ConfigError(
       f"the data has {len(stream)} tokens, but a batch of {batch_size} rows of {row_length} and a "

@@ -1,0 +1,1 @@
+"""How well a model does: log-likelihoods and answers for tasks of the lm-evaluation-harness."""

@@ -13,7 +13,7 @@ from . import bucket, cli, paths
 from .config import Config, ConfigError, DataConfig, MeshConfig
 from .data.tokenizer import Tokenizer, check_vocab
 from .training.checkpoint import Checkpoints
-from .training.folder import read_config
+from .training.folder import own_tokenizer, read_config
 from .training.setup import Setup, build
 from .weights.load import load
 from .weights.open import locate, open_weights, read_tokenizer, stops
@@ -40,7 +40,7 @@ def open_run(folder: Path, *, batch: bool) -> Setup:
   if stored is None:
     raise ConfigError(f"{folder} holds no run (no config.json)")
   here = dataclasses.replace(stored, mesh=MeshConfig(rules=stored.mesh.rules))
-  return build(cli.override_config(here), batch=batch)
+  return build(own_tokenizer(cli.override_config(here), folder), batch=batch)
 
 
 class Foreign(NamedTuple):
@@ -77,7 +77,7 @@ def load_weights(name: str) -> Foreign:
 
 
 def restore(setup: Setup, folder: Path) -> Trained:
-  """Parameters of the newest checkpoint.
+  """Parameters of the newest checkpoint, or the one that `--checkpoint` names.
 
   Raises:
     ConfigError: no finished checkpoint in the folder, or one of another model.
@@ -85,7 +85,7 @@ def restore(setup: Setup, folder: Path) -> Trained:
   if not paths.names(bucket.checkpoints(folder)):
     raise ConfigError(f"{folder} has no checkpoint yet")
   with Checkpoints(bucket.checkpoints(folder), read_only=True) as checkpoints:
-    step = checkpoints.newest()
+    step = checkpoints.chosen(cli.checkpoint())
     if step is None:
       raise ConfigError(f"{folder} has no finished checkpoint yet")
     return Trained(setup, step, checkpoints.restore_params(step, setup.abstract.params))

@@ -32,18 +32,22 @@ class Dataset(NamedTuple):
   fingerprint: dict[str, Any]  # of all that decides which tokens are in which row
   masking: Callable[..., dict[str, np.ndarray]] | None = None  # (split, index, row), see `masking`
   skipped: tuple[str, ...] = ()  # what data.on_error=skip left out, and why
+  note: str = ""  # of the examples, if rows are made of such
 
 
-def load(config: DataConfig, vocab_size: int) -> Dataset:
+def load(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None = None) -> Dataset:
   """Opens the data that `config` names, for a model of `vocab_size` ids.
 
   Text is read and tokenized here, in memory; text too long for that belongs into shards.
+
+  Args:
+    tokenizer: in place of the config's.
 
   Raises:
     ConfigError: data or tokenizer are missing (with the commands that make them), unreadable,
       too short, of another tokenizer, or need more ids than the model has.
   """
-  dataset = _open(config, vocab_size)
+  dataset = _open(config, vocab_size, tokenizer)
   if config.objective == "next_token":
     return dataset
   # Of use to encoders only.
@@ -52,12 +56,21 @@ def load(config: DataConfig, vocab_size: int) -> Dataset:
   return dataset._replace(masking=make_masking(dataset.tokenizer, vocab_size, config.seed))
 
 
-def _open(config: DataConfig, vocab_size: int) -> Dataset:
+def _open(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None) -> Dataset:
   source = _resolve_source(config)
   if source == "synthetic":
     return _synthetic(config, vocab_size)
-  tokenizer = load_tokenizer(config.tokenizer)
+  tokenizer = load_tokenizer(config.tokenizer) if tokenizer is None else tokenizer
   check_vocab(tokenizer, vocab_size)
+  if source == "instructions":
+    # Of use to fine-tuning only.
+    from .instructions import load_instructions
+
+    found = load_instructions(config, tokenizer)
+    return Dataset(
+      found.train, found.heldout, tokenizer, found.fingerprint, skipped=found.skipped,
+      note=found.note,
+    )  # fmt: skip
   skip, skipped = config.on_error == "skip", []
   if source == "shards":
     told = skipped.append if skip else None
@@ -85,6 +98,12 @@ def _resolve_source(config: DataConfig) -> str:
   if config.source == "synthetic" or (config.source == "pydoc" and not config.path):
     return config.source
   commands = HOW_TO_MAKE.format(tokenizer="TOKENIZER", shards=config.path or "SHARDS")
+  if config.source == "instructions":
+    if not config.path:
+      raise ConfigError(
+        "data.source=instructions needs data.path: a JSONL file of instruction, input, output"
+      )
+    return config.source
   if not config.path:
     raise ConfigError(f"data.source={config.source} needs data.path; for shards {commands}")
   if config.source != "text" and files.exists(files.join(config.path, MANIFEST)):

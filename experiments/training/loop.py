@@ -72,12 +72,14 @@ def train(
   resume: Resume | None = None,
   baselines: Callable[[], dict[str, float]] = dict,
   deadline: float | None = None,
+  first: Callable[[], TrainState] | None = None,
 ) -> Outcome:
   """Train to `config.train.steps` in run directory `folder`, resuming from its newest checkpoint.
 
   Args:
     baselines: called for the report, bits a byte by name.
     deadline: a `time.monotonic` at which to save and stop, as by SIGTERM.
+    first: makes the state before the first step; None draws it.
 
   Ctrl-C and SIGTERM finish the step, save, and return with `stopped_by` set.
 
@@ -90,7 +92,7 @@ def train(
   with contextlib.ExitStack() as stack:
     resume = Resume() if resume is None else resume
     run = _Run(setup, dataset, folder, resume, stack, stop_signal(deadline))
-    run.restore()
+    run.restore(first)
     start = run.step
     trace = Trace(profile, folder, run.note, start, total)
     if start < total:
@@ -106,9 +108,10 @@ def train(
         continue
       if log:
         run.log()
-      loss = None
-      if config.eval.every and step % config.eval.every == 0 and step < total and not last:
+      loss, judged = None, config.checkpoint.keep_best > 0 and not run.stopped
+      if (run.due() and not last) or (judged and step == total):
         loss = run.evaluate()
+        save = save or (judged and run.is_best(loss))
       if copy:
         run.copy()
       if save:
@@ -119,7 +122,9 @@ def train(
     if run.primary:
       layers = [i for group in moe_layers(config.model) for i in group]
       lines = {} if heldout is None else baselines()
-      write_report(folder, title=_title(setup), moe_layer_indices=layers, baselines=lines)
+      kind = setup.mesh.devices.flat[0].device_kind
+      title = f"{config.name}: {setup.mesh.devices.size} x {kind}"
+      write_report(folder, title=title, moe_layer_indices=layers, baselines=lines)
     return Outcome(start, run.step, run.state, heldout, run.stop.by, run.seconds, setup)
 
 
@@ -153,7 +158,7 @@ class _Run:
     self._step_fn = CompileOnce(
       jit_step(setup, self._verifier and self._verifier.digest), self.note
     )
-    self.step, self._pending, self._skipped, self._blank = 0, [], 0, 0
+    self.step, self._pending, self._skipped, self._blank, self._judged = 0, [], 0, 0, -1
     stack.enter_context(use_mesh(setup.mesh, setup.rules))
     stack.enter_context(contextlib.closing(self._loader))
     self.stop = stack.enter_context(stop)
@@ -165,8 +170,8 @@ class _Run:
     )
     self._dog = stack.enter_context(Watchdog(config.train.hang_seconds, folder))
 
-  def restore(self) -> None:
-    """From the newest near copy or checkpoint, or the first draw."""
+  def restore(self, first: Callable[[], TrainState] | None) -> None:
+    """From the newest near copy or checkpoint, or the `first` state."""
     config, setup = self._config, self._setup
     with self._clock.phase("restore"):
       near = self.near.newest(saved_steps(bucket.checkpoints(self._folder)), setup.abstract)
@@ -174,7 +179,8 @@ class _Run:
       self._loader.avoid(self._recovery.windows)
       self._kept = {}
       if not self.step:
-        self.state = init_state(setup.model, setup.optimizer, setup.abstract, config.train.seed)
+        draw = lambda: init_state(setup.model, setup.optimizer, setup.abstract, config.train.seed)
+        self.state = (first or draw)()
       else:
         source = self.near if near else self._checkpoints
         self.state, self._kept = source.restore(self.step, setup.abstract)
@@ -308,6 +314,15 @@ class _Run:
     self._record.hosts(self.step, self._timer.hosts.look())
     self._pending = []
 
+  def due(self) -> bool:
+    """Whether the held-out loss is asked for after this step."""
+    every = self._config.eval.every
+    return every > 0 and self.step % every == 0
+
+  def is_best(self, loss: float | None) -> bool:
+    """Whether `checkpoint.keep_best` wants a step of this held-out loss."""
+    return loss is not None and self._checkpoints.is_best(loss)
+
   def evaluate(self) -> float | None:
     """The held-out loss; None if a signal came meanwhile."""
     began = time.monotonic()
@@ -322,11 +337,11 @@ class _Run:
       )
     if result is None:
       return None
-    text = _describe(result, self._config)
+    text = result.describe(self._config.data.target)
     if self.step < self._config.train.steps:
       self.note(f"step {self.step}  held out: {text}")
-    self._record.heldout(self.step, _heldout_row(result), text, time.monotonic() - began)
-    self._result = result
+    self._record.heldout(self.step, result.row(), text, time.monotonic() - began)
+    self._result, self._judged = result, self.step
     return result.loss
 
   def _place_held_out(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -351,7 +366,8 @@ class _Run:
   def finish(self) -> HeldOut | None:
     """The last held-out loss."""
     self._clock.switch("other")
-    return self._result if self.evaluate() is not None else None
+    done = self._judged == self.step or self.evaluate() is not None
+    return self._result if done else None
 
   def close(self) -> None:
     """Until everything is on the disk.
@@ -382,18 +398,3 @@ def _restore_data(
     note("the data is not what the checkpoint was trained on: reading it from its start")
   else:
     loader.restore(position)
-
-
-def _heldout_row(heldout: HeldOut) -> dict[str, Any]:
-  return {"heldout_loss": heldout.loss, "heldout_bits_per_byte": heldout.bits_per_byte}
-
-
-def _describe(heldout: HeldOut, config: Config) -> str:
-  if heldout.bits_per_byte is None:
-    return f"{heldout.loss:.3f} nats a {config.data.target}"
-  return f"{heldout.bits_per_byte:.3f} bits a byte"
-
-
-def _title(setup: Setup) -> str:
-  devices = setup.mesh.devices.flat[0].device_kind
-  return f"{setup.config.name}: {setup.mesh.devices.size} x {devices}"

@@ -165,6 +165,26 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+  """Low-rank adapters, trained in place of all weights (`layers/lora.py`)."""
+
+  rank: int = identity(0)  # 0: none, every weight is trained
+  alpha: float = identity(16.0)  # an adapter counts alpha / rank
+  targets: tuple[str, ...] = identity(
+    ("query", "value")
+  )  # weights by last name; out, up, down, ...
+
+  def __post_init__(self):
+    _at_least(self, "lora", rank=0)
+    if self.rank and not self.targets:
+      raise ConfigError("lora.targets is empty: name the weights that get an adapter")
+
+  @property
+  def scale(self) -> float:
+    return self.alpha / self.rank if self.rank else 1.0
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
   every: int = free(500)  # steps; the last step is always saved
   keep: int = free(2)  # the newest; at least 2 leave one when the newest is found damaged
@@ -230,6 +250,7 @@ class Config:
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   train: TrainConfig = TrainConfig()
+  lora: LoraConfig = LoraConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   guard: GuardConfig = GuardConfig()
   eval: EvalConfig = EvalConfig()

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from layers.lora import split
 from layers.spec import ModelSpec
 from mesh.multihost import is_primary
 
@@ -74,6 +75,7 @@ class Pretrained(contextlib.AbstractContextManager):
     with bar:
       task = bar.add_task(f"loading {source.path.name}")
       told = lambda done, count: bar.update(task, completed=done, total=count)
-      params = load(source, table, spec, setup.abstract.params, progress=told)
+      trained, frozen = split(setup.abstract.params)
+      params = load(source, table, spec, frozen or trained, progress=told)
     seed = setup.config.train.seed
     return init_state(setup.model, setup.optimizer, setup.abstract, seed, params)

@@ -25,7 +25,7 @@ from .planning.memory import gigabytes, refuse_if_too_large, training_bytes
 from .training.folder import claim, own_tokenizer, read_config, writing
 from .training.loop import Outcome, Resume, train
 from .training.manifest import saved_steps
-from .training.setup import Setup, build
+from .training.setup import Setup, build, count_trained
 from .training.timing import Profile
 
 _BASELINE = "interpolated byte trigrams"
@@ -257,7 +257,9 @@ def _introduce(setup: Setup, dataset: Dataset, folder: Path) -> None:
   unit = "bytes" if data["tokenizer"] == "byte" else "tokens"
   source = f"{config.data.path} " if config.data.path else f"{data['source']} "
   tokens = config.train.steps * config.data.batch_size * config.data.row_length
-  print(f"{config.name}: {counts.total:,} parameters{active}, {config.model.num_layers} layers")
+  trained = f", {count_trained(config):,} of adapters trained" if config.lora.rank else ""
+  size = f"{counts.total:,} parameters{active}{trained}"
+  print(f"{config.name}: {size}, {config.model.num_layers} layers")
   print(f"  devices  {count} x {kind}" + (f", mesh {axes}" if axes else ""))
   if (stages := mesh.shape["stage"]) > 1:
     parts, turns = config.train.microbatches, config.mesh.circular

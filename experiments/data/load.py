@@ -60,6 +60,11 @@ def _open(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None) -> D
   source = _resolve_source(config)
   if source == "synthetic":
     return _synthetic(config, vocab_size)
+  if tokenizer is None and not config.tokenizer:
+    raise ConfigError(
+      "data.tokenizer names none: set --config.data.tokenizer=FOLDER, or start from --weights=..., "
+      "which bring theirs"
+    )
   tokenizer = load_tokenizer(config.tokenizer) if tokenizer is None else tokenizer
   check_vocab(tokenizer, vocab_size)
   if source == "instructions":

@@ -9,10 +9,16 @@ import pytest
 from safetensors.numpy import load_file
 
 from experiments.restore import open_run, restore
+from experiments.training.checkpoint import Checkpoints
 from experiments.training.manifest import read_facts, saved_steps
 from experiments.training.metrics import read_metrics
 from tests.experiments.programs import ONE, call, state_hash, steps
 from tests.experiments.tiny_weights import LENGTH, make_examples, make_weights
+
+LORA = (
+  "--config.lora.rank=2", "--config.lora.targets=query,down", "--config.train.microbatches=2",
+  "--config.train.verify_every=2",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +28,13 @@ def given(tmp_path_factory):
   return make_weights(folder / "weights"), make_examples(folder / "data.jsonl")
 
 
-def tune(given, workdir, *more, config="alpaca"):
+def tune(given, workdir, *more, config="alpaca", rate="1e-3"):
   weights, data = given
   return call(
     "run", f"--config={config}", f"--weights={weights}", f"--config.data.path={data}",
     f"--workdir={workdir}", ONE, "--config.data.batch_size=4", "--config.train.log_every=1",
     "--config.data.holdout=0.1", "--config.train.remat=none",
-    "--config.optimizer.decay_steps=40", "--config.optimizer.learning_rate=1e-3", *more,
+    "--config.optimizer.decay_steps=40", f"--config.optimizer.learning_rate={rate}", *more,
   )  # fmt: skip
 
 
@@ -38,7 +44,7 @@ def tuned(given, tmp_path_factory):
   folder = tmp_path_factory.mktemp("tuned") / "run"
   result = tune(
     given, folder, "--config.train.steps=8", "--config.eval.every=1", "--config.checkpoint.keep=1",
-    "--config.optimizer.learning_rate=0.3", "--config.optimizer.warmup_fraction=0.2",
+    "--config.optimizer.warmup_fraction=0.2", rate="0.3",
   )  # fmt: skip
   assert result.code == 0, result.err
   return folder, result
@@ -47,7 +53,7 @@ def tuned(given, tmp_path_factory):
 def test_it_starts_from_the_weights(given, tmp_path):
   """One step of next to no size, against the tensors of the file."""
   made = tune(
-    given, tmp_path, "--config.train.epochs=0.1", "--config.optimizer.learning_rate=1e-12"
+    given, tmp_path, "--config.train.epochs=0.1", rate="1e-12"
   )  # fmt: skip
   assert made.code == 0, made.err
   assert steps(tmp_path) == [1]  # a tenth of 36 rows, in batches of 4
@@ -109,13 +115,21 @@ def test_generate_has_the_tokenizer(tuned, given):
   assert found.out.startswith("Add 1")
 
 
+def test_any_config_takes_the_model_of_the_weights(given, tmp_path):
+  shown = tune(given, tmp_path, "--show", config="debug")
+  assert (
+    "34,016 parameters" in shown.out and "model.embed_dim = 32    # changed, was 64" in shown.out
+  )
+
+
+@pytest.mark.full
 def test_continued_pre_training(given, tmp_path):
-  """Any config takes the weights, and their model with them."""
   text = tmp_path / "text.txt"
   text.write_text("All that a machine may read, again and again. " * 200)
-  found = tune((given[0], text), tmp_path / "run", "--config.train.steps=2", config="dense_tiny")
+  more = ("--config.train.steps=2", "--config.eval.sample_prompt=")
+  found = tune((given[0], text), tmp_path / "run", *more, config="debug")
   assert found.code == 0, found.err
-  assert "dense_tiny: 34,016 parameters, 2 layers" in found.out
+  assert "debug: 34,016 parameters, 2 layers" in found.out
 
 
 def test_mistakes(given, tmp_path):
@@ -135,3 +149,60 @@ def test_mistakes(given, tmp_path):
 def test_long_rows_are_those_of_the_model(given, tmp_path):
   shown = tune(given, tmp_path, "--show")
   assert f"data.row_length = {LENGTH}" in shown.out  # the config's is 512
+
+
+@pytest.fixture(scope="module")
+def adapted(given, tmp_path_factory):
+  """A LoRA run in one go, of steps that are computed twice, in two parts."""
+  folder = tmp_path_factory.mktemp("adapted") / "run"
+  result = tune(given, folder, *LORA, "--config.train.steps=4")
+  assert result.code == 0, result.err
+  return folder, result
+
+
+def test_adapters_beside_the_weights(given, adapted):
+  folder, result = adapted
+  # Of 2 layers: rank times inputs and outputs of 32 x 32 and 48 x 32.
+  assert "34,016 parameters, 576 of adapters trained" in result.out
+  tensors = load_file(given[0] / "model.safetensors")
+  with Checkpoints(folder / "checkpoints", read_only=True) as saved:
+    setup = open_run(folder, batch=False)
+    params = saved.restore_params(4, setup.abstract.params)["segment_0"]["layer_0"]
+  key, query = (np.asarray(params["attention"][name]) for name in ("key", "query"))
+  a, b = (np.asarray(params["attention"]["query_lora"][name], np.float64) for name in "ab")
+  merged = restore(setup, folder).params["segment_0"]["layer_0"]["attention"]
+  assert set(merged) == {"query", "key", "value", "out"}
+  for n in range(2):
+    theirs = tensors[f"model.layers.{n}.self_attn.k_proj.weight"]
+    np.testing.assert_array_equal(key[n].reshape(32, 32), theirs.T)
+    sum_of = query[n] + 16 / 2 * np.einsum("dr,rnh->dnh", a[n], b[n])  # lora.alpha is 16
+    np.testing.assert_allclose(merged["query"][n], sum_of, rtol=1e-5, atol=1e-6)
+    assert np.abs(merged["query"][n] - query[n]).max() > 1e-5
+
+
+def test_evaluating_merged_weights_gives_the_loss_of_the_run(adapted):
+  folder, _ = adapted
+  last = [row["heldout_loss"] for row in read_metrics(folder) if "heldout_loss" in row][-1]
+  found = call("evaluate", f"--workdir={folder}", ONE)
+  assert found.code == 0, found.err
+  loss = float(re.search(r"loss +([\d.]+)", found.out)[1])
+  assert loss == pytest.approx(last, rel=1e-5)
+
+
+def test_adapters_resumed(given, adapted, tmp_path):
+  assert tune(given, tmp_path, *LORA, "--config.train.steps=2").code == 0
+  resumed = tune(given, tmp_path, *LORA, "--config.train.steps=4")
+  assert resumed.code == 0, resumed.err
+  assert state_hash(tmp_path)[:2] == state_hash(adapted[0])[:2]
+  other = tune(given, tmp_path, *LORA, "--config.lora.rank=4", "--config.train.steps=6")
+  assert other.code == 2 and "lora.rank from 2 to 4" in other.err
+
+
+def test_what_can_be_adapted(given, tmp_path):
+  wrong = tune(given, tmp_path, "--config.lora.rank=2", "--config.lora.targets=q_proj")
+  assert wrong.code == 2
+  assert "no adapter can be added to 'q_proj': the model has down, gate, key, out" in wrong.err
+  shown = tune(given, tmp_path, *LORA, "--show")
+  assert "34,016 parameters, 34,016 active, 576 trained" in shown.out
+  planned = call("plan", "--config=debug", "--topology=v5e:1x1", *LORA[:2])
+  assert planned.code == 0, planned.err

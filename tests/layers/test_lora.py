@@ -107,7 +107,9 @@ LAYERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+  "name", [n if n == "attention" else pytest.param(n, marks=pytest.mark.full) for n in LAYERS]
+)
 def test_merged_is_unmerged(name):
   layer, targets = LAYERS[name]
   model = model_of(layer)
@@ -151,6 +153,7 @@ def test_gradients_are_those_of_the_merged_weight():
       np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.abs(y).max())
 
 
+@pytest.mark.full
 def test_decoding_with_a_cache():
   model = model_of(LayerSpec(HEADS, MLP))
   params = random_tree(model, ALL)

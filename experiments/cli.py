@@ -39,7 +39,13 @@ _WORKDIR = flags.DEFINE_string(
   "workdir", "", "Run directory, a folder or gs://BUCKET/FOLDER; default runs/CONFIG."
 )
 _WEIGHTS = flags.DEFINE_string(
-  "weights", "", "For generate, in place of a run: safetensors folder, .gguf file, package:NAME."
+  "weights",
+  "",
+  "A model made elsewhere: safetensors folder, .gguf file, package:NAME. For run, what "
+  "training starts from; for others in place of a run directory.",
+)
+_CHECKPOINT = flags.DEFINE_string(
+  "checkpoint", "newest", "Of a run that is read: newest, best (least held-out loss), or a step."
 )
 _TOPOLOGY = flags.DEFINE_string(
   "topology", "", "For plan and --show_mesh, TPUs that are not here: v5p:4x4x4, or v5p-128. "
@@ -291,6 +297,28 @@ def weights() -> str:
   if _WEIGHTS.value and _WORKDIR.value:
     raise ConfigError("--weights and --workdir both name a model: give one of them")
   return _WEIGHTS.value
+
+
+def checkpoint() -> str:
+  """`--checkpoint`: newest, best or a number.
+
+  Raises:
+    ConfigError: something else.
+  """
+  which = _CHECKPOINT.value
+  if which not in ("newest", "best") and not which.isdecimal():
+    raise ConfigError(f"--checkpoint={which}: give newest, best, or a step")
+  return which
+
+
+def start_weights() -> str:
+  """`--weights` of a program that trains, where it names what to start from."""
+  return _WEIGHTS.value
+
+
+def overridden(path: str) -> bool:
+  """Whether the command line sets this field of the config."""
+  return any(path == given for given, _ in _overrides)
 
 
 def require_workdir() -> Path:

@@ -72,14 +72,18 @@ class DataConfig:
 
   # pydoc: the language reference inside CPython. text: `path` is text or JSONL, plain or gzip.
   # shards: `path` is a folder written by experiments.data.prepare. synthetic: random tokens.
-  source: Literal["pydoc", "text", "shards", "synthetic"] = identity("pydoc")
+  # instructions: `path` is JSONL of instruction, input, output (`data/instructions.py`).
+  source: Literal["pydoc", "text", "shards", "synthetic", "instructions"] = identity("pydoc")
   path: str = identity("")  # setting it turns source pydoc into text or shards
   text_field: str = identity("text")  # of a JSONL line
-  tokenizer: str = identity("byte")  # "byte", or a folder or file written by train_tokenizer
+  # "byte", or a folder or file written by train_tokenizer; empty is that of --weights.
+  tokenizer: str = identity("byte")
   objective: Literal["next_token", "masked"] = identity("next_token")  # masked: see `masking`
   row_length: int = identity(256)
   batch_size: int = intervention(16)  # rows a step, over all devices
   holdout: float = identity(0.05)  # last part of the text, kept for evaluation; 1 is all
+  holdout_path: str = identity("")  # of instructions: a file of its own for that
+  packing: bool = identity(True)  # of instructions: several examples a row; else one
   seed: int = identity(0)  # of the shuffle
   prefetch: int = free(4)  # batches read ahead
   # What stays damaged or unreadable after some tries: stop the run, or skip it, counted and noted.
@@ -106,6 +110,7 @@ class OptimizerConfig:
   learning_rate: float = intervention(3e-4)  # peak
   schedule: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"] = intervention("cosine")
   warmup_steps: int = intervention(100)
+  warmup_fraction: float | None = intervention(None)  # of all steps, in place of warmup_steps
   decay_steps: int | None = intervention(None)  # end of the schedule; None is train.steps
   final_fraction: float = intervention(0.1)  # of the peak, at the end
   stable_fraction: float = intervention(0.8)  # wsd: share of the steps after warmup at the peak
@@ -123,6 +128,8 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 class TrainConfig:
   steps: int = free(1000)
+  epochs: float | None = free(None)  # passes over the data, in place of steps
+  weights: str = identity("")  # what training starts from, as --weights says; empty is a draw
   microbatches: int = intervention(1)  # gradient accumulation: the batch in this many parts
   compute_dtype: Literal["auto", "float32", "bfloat16"] = intervention("auto")  # f32 on CPU
   remat: str | tuple[str, ...] = free("none")  # none, full, dots, minimal, offload, tensor names
@@ -151,8 +158,30 @@ class TrainConfig:
       verify_every=0,
       hang_seconds=0,
     )
+    if self.epochs is not None and self.epochs <= 0:
+      raise ConfigError(f"train.epochs={self.epochs}: must be above 0")
     if self.seed >= 1 << 32:  # JAX would keep the lower half only
       raise ConfigError(f"train.seed={self.seed}: must be below 2^32")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+  """Low-rank adapters, trained in place of all weights (`layers/lora.py`)."""
+
+  rank: int = identity(0)  # 0: none, every weight is trained
+  alpha: float = identity(16.0)  # an adapter counts alpha / rank
+  targets: tuple[str, ...] = identity(
+    ("query", "value")
+  )  # weights by last name; out, up, down, ...
+
+  def __post_init__(self):
+    _at_least(self, "lora", rank=0)
+    if self.rank and not self.targets:
+      raise ConfigError("lora.targets is empty: name the weights that get an adapter")
+
+  @property
+  def scale(self) -> float:
+    return self.alpha / self.rank if self.rank else 1.0
 
 
 @dataclass(frozen=True)
@@ -160,7 +189,7 @@ class CheckpointConfig:
   every: int = free(500)  # steps; the last step is always saved
   keep: int = free(2)  # the newest; at least 2 leave one when the newest is found damaged
   keep_every: int = free(0)  # also each step that is a multiple of this; 0 is none
-  keep_best: int = free(0)  # also so many of the least held-out loss, saved where it was evaluated
+  keep_best: int = free(0)  # also so many of the least held-out loss, saved when that is found
   # A folder on each host, in its memory (/dev/shm/meshyard) or on a disk of its own, for copies of
   # the state from which a run that died goes on (`training/near.py`); empty is none.
   near: str = free("")
@@ -221,6 +250,7 @@ class Config:
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   train: TrainConfig = TrainConfig()
+  lora: LoraConfig = LoraConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   guard: GuardConfig = GuardConfig()
   eval: EvalConfig = EvalConfig()

@@ -19,7 +19,7 @@ from .data.load import load
 from .data.loader import make_loader
 from .training.checkpoint import Checkpoints
 from .training.compiled_step import Limit, jit_step
-from .training.folder import read_config
+from .training.folder import own_tokenizer, read_config
 from .training.manifest import saved_steps
 from .training.metrics import bits_of, read_metrics
 from .training.recovery import Recovery
@@ -39,7 +39,7 @@ def main() -> int:
   if step is None or step < 1:
     saved = ", ".join(map(str, saved_steps(bucket.checkpoints(folder))))
     raise ConfigError(f"--step=K: give a step after a saved one (saved: {saved or 'none'})")
-  config = cli.override_config(stored)
+  config = own_tokenizer(cli.override_config(stored), folder)
   setup = build(config)
   with Checkpoints(bucket.checkpoints(folder), read_only=True) as checkpoints:
     start = checkpoints.before(step - 1)

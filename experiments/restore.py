@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import Progress
 
+from layers.lora import merge
+
 from . import bucket, cli, paths
 from .config import Config, ConfigError, DataConfig, MeshConfig
 from .data.tokenizer import Tokenizer
@@ -123,7 +125,7 @@ def fill(opened: Opened, setup: Setup) -> Any:
 
 
 def restore(setup: Setup, folder: Path) -> Trained:
-  """Parameters of the newest checkpoint.
+  """Parameters of the newest checkpoint, or the one that `--checkpoint` names; adapters are merged.
 
   Raises:
     ConfigError: no finished checkpoint in the folder, or one of another model.
@@ -133,7 +135,8 @@ def restore(setup: Setup, folder: Path) -> Trained:
   from .training.checkpoint import Checkpoints  # orbax takes a second, and --weights needs it not
 
   with Checkpoints(bucket.checkpoints(folder), read_only=True) as checkpoints:
-    step = checkpoints.newest()
+    step = checkpoints.chosen(cli.checkpoint())
     if step is None:
       raise ConfigError(f"{folder} has no finished checkpoint yet")
-    return Trained(setup, step, checkpoints.restore_params(step, setup.abstract.params))
+    params = checkpoints.restore_params(step, setup.abstract.params)
+    return Trained(setup, step, merge(params, setup.config.lora.scale))

@@ -7,6 +7,7 @@ from .config import Config
 from .joining import Place
 from .overrides import difference, flatten
 from .start import Request
+from .training.setup import count_trained
 
 
 def print_list() -> None:
@@ -39,4 +40,5 @@ def print_config(named: Config, config: Config) -> None:
     print(f"{path} = {value}{mark}")
   counts = count_params(config.model)
   fields = "1 field" if len(changed) == 1 else f"{len(changed)} fields"
-  print(f"\n{counts.total:,} parameters, {counts.active:,} active, {fields} changed")
+  trained = f"{count_trained(config):,} trained, " if config.lora.rank else ""
+  print(f"\n{counts.total:,} parameters, {counts.active:,} active, {trained}{fields} changed")

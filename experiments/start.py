@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -16,6 +17,7 @@ from . import bucket, cli, joining
 from .closing import print_closing, print_sample
 from .config import Config, ConfigError
 from .data.load import Dataset, load
+from .data.rows import Rows
 from .data.trigram import ngram_bits_per_byte
 from .exits import restarted
 from .overrides import check_resume
@@ -23,7 +25,7 @@ from .planning.memory import gigabytes, refuse_if_too_large, training_bytes
 from .training.folder import claim, own_tokenizer, read_config, writing
 from .training.loop import Outcome, Resume, train
 from .training.manifest import saved_steps
-from .training.setup import Setup, build
+from .training.setup import Setup, build, count_trained
 from .training.timing import Profile
 
 _BASELINE = "interpolated byte trigrams"
@@ -36,6 +38,7 @@ class Request(NamedTuple):
   config: Config
   folder: Path
   resume: Resume
+  weights: Any = None  # the `pretrained.Pretrained` that training starts from
 
 
 def resolve(*, reason: str = "", allow: bool = False, check: bool = True) -> Request:
@@ -53,19 +56,48 @@ def resolve(*, reason: str = "", allow: bool = False, check: bool = True) -> Req
   name, given = cli.config_flag()
   folder = cli.workdir(name)
   stored = read_config(folder)
-  if stored is None:
-    return Request(cli.requested_config(), folder, Resume())
-  if given and stored.name != name:
+  if stored is not None and given and stored.name != name:
     raise ConfigError(
       f"{folder} holds a run of {stored.name!r}, not of {name!r}; choose another --workdir"
     )
-  saved = saved_steps(bucket.checkpoints(folder))
+  saved = saved_steps(bucket.checkpoints(folder)) if stored is not None else ()
   begun = any(saved)  # step 0 is weights that were converted: data and recipe are still open
-  config = cli.requested_config() if given and not begun else cli.override_config(stored)
+  if saved and not begun and cli.start_weights():
+    raise ConfigError(f"{folder} begins with weights of its own; choose another --workdir")
+  base = cli.named_config(name) if stored is None or (given and not begun) else stored
+  config, weights = _with_weights(base, begun)
+  if stored is None or not saved:
+    return Request(config, folder, Resume(), weights)
   same = config if begun else dataclasses.replace(stored, model=config.model)
-  changes = check_resume(stored, same, reason=reason, allow=allow) if saved and check else []
+  changes = check_resume(stored, same, reason=reason, allow=allow) if check else []
   told = [change for change in changes if change.kind != "free"]
   return Request(config, folder, Resume(told, reason, allow))
+
+
+def _with_weights(base: Config, begun: bool) -> tuple[Config, Any]:
+  """`base` with the command's overrides; before a run begins its model is that of the weights.
+
+  Raises:
+    ConfigError: the weights can't be opened; steps and epochs are both given.
+  """
+  name, weights = cli.start_weights() or base.train.weights, None
+  if name and not begun:
+    # The families of weights, which only a run that starts from some needs.
+    from .pretrained import Pretrained
+
+    weights = Pretrained(name)
+    length = min(base.data.row_length, weights.spec.max_length)
+    data = dataclasses.replace(base.data, tokenizer="", row_length=length)
+    base = dataclasses.replace(base, model=weights.spec, data=data)
+  base = dataclasses.replace(base, train=dataclasses.replace(base.train, weights=name))
+  config = cli.override_config(base)
+  if config.train.weights != name:
+    raise ConfigError("train.weights is set by --weights, which reads the model as well")
+  if cli.overridden("train.steps") and config.train.epochs is not None:
+    if cli.overridden("train.epochs"):
+      raise ConfigError("train.steps and train.epochs both say how long to train: give one")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=None))
+  return config, weights
 
 
 def run(
@@ -97,14 +129,19 @@ def run(
 def _run(
   request: Request, profile: Profile | None, deadline: float | None, stack: contextlib.ExitStack
 ) -> int | None:
-  config, folder = request.config, request.folder
+  folder, weights = request.folder, request.weights
+  if weights is not None:
+    stack.enter_context(weights)
+  config, dataset = _load(request)
   setup = build(config)
   refuse_if_too_large(setup)
   twin = _twin_setup(config) if config.eval.twin else None
-  dataset = load(own_tokenizer(config, folder).data, config.model.vocab_size)
   if is_primary():
     stack.enter_context(claim(folder, patience=_patience()))
     _introduce(setup, dataset, folder)
+    if weights is not None and dataset.tokenizer is not None:
+      weights.keep(folder, dataset.tokenizer)
+  first = None if weights is None else lambda: weights.state(setup)
   lines: dict[str, float] = {}
   resume = request.resume
   with contextlib.suppress(ConfigError):  # a stored config may have a name of its own
@@ -112,7 +149,8 @@ def _run(
   generates = config.data.objective == "next_token"
 
   def baselines() -> dict[str, float]:
-    if config.eval.baselines and dataset.fingerprint["tokenizer"] == "byte" and generates:
+    plain = isinstance(dataset.train, Rows) and dataset.fingerprint["tokenizer"] == "byte"
+    if config.eval.baselines and plain and generates:
       streams = (split.stream for split in (dataset.train, dataset.heldout))
       train_bytes, heldout_bytes = (stream.read(0, len(stream)) for stream in streams)
       lines[_BASELINE] = ngram_bits_per_byte(train_bytes, heldout_bytes)
@@ -122,7 +160,7 @@ def _run(
     with _explained(setup):
       outcome = train(
         setup, dataset, folder, profile=profile, resume=resume, baselines=baselines,
-        deadline=deadline,
+        deadline=deadline, first=first,
       )  # fmt: skip
     if _stopped(outcome):
       return outcome.stopped_by
@@ -138,6 +176,19 @@ def _run(
   if config.eval.sample_prompt and dataset.tokenizer is not None and generates:
     print_sample(outcome, dataset.tokenizer, show=is_primary())  # all compute, one speaks
   return None
+
+
+def _load(request: Request) -> tuple[Config, Dataset]:
+  """The data, and the config with as many steps as its epochs have."""
+  config, tokenizer = request.config, None
+  if request.weights is not None:
+    tokenizer = request.weights.tokenizer(config.data.tokenizer)
+  data = own_tokenizer(config, request.folder).data
+  dataset = load(data, config.model.vocab_size, tokenizer)
+  if config.train.epochs is None:
+    return config, dataset
+  steps = math.ceil(config.train.epochs * len(dataset.train) / config.data.batch_size)
+  return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps)), dataset
 
 
 @contextlib.contextmanager
@@ -210,17 +261,23 @@ def _introduce(setup: Setup, dataset: Dataset, folder: Path) -> None:
   unit = "bytes" if data["tokenizer"] == "byte" else "tokens"
   source = f"{config.data.path} " if config.data.path else f"{data['source']} "
   tokens = config.train.steps * config.data.batch_size * config.data.row_length
-  print(f"{config.name}: {counts.total:,} parameters{active}, {config.model.num_layers} layers")
+  trained = f", {count_trained(config):,} of adapters trained" if config.lora.rank else ""
+  size = f"{counts.total:,} parameters{active}{trained}"
+  print(f"{config.name}: {size}, {config.model.num_layers} layers")
   print(f"  devices  {count} x {kind}" + (f", mesh {axes}" if axes else ""))
   if (stages := mesh.shape["stage"]) > 1:
     parts, turns = config.train.microbatches, config.mesh.circular
     idle = bubble_fraction(stages, parts, turns)
     print(f"  pipeline {parts} microbatches through {stages} stages, {turns} x: {idle:.0%} idle")
   print(f"  memory   {gigabytes(training_bytes(setup))} of weights, gradients, optimizer state")
+  if config.train.weights:
+    print(f"  weights  {config.train.weights}")
   print(
     f"  data     {source}({data['tokens']:,} {unit}: "
     f"{len(dataset.train):,} rows to train on, {len(dataset.heldout):,} held out)"
   )
+  if dataset.note:
+    print(f"  examples {dataset.note}")
   print(
     f"  training {config.train.steps:,} steps of {config.data.batch_size} x "
     f"{config.data.row_length} tokens ({tokens:,}), {config.optimizer.name}"

@@ -22,7 +22,7 @@ from .kernels.decode_attention import decode_attention
 from .linear import dense
 from .masks import BlockLocal, Causal, Full, Local, Mask, PerHead, parse_mask
 from .norms import Norm
-from .params import declare, kernel_init
+from .params import declare, declare_projection, kernel_init
 from .positions import alibi_slopes, apply_rotary, rotary_table, sinusoids
 from .spec import (
   AlibiSpec,
@@ -217,7 +217,7 @@ class Attention(nn.Module):
   def _project(self, x_BTD, name: str, heads: int, axis: str):
     D, H = self.embed_dim, self.spec.head_dim
     init = kernel_init(self.init_spec, D)
-    w_DNH = declare(self, name, (D, heads, H), ("embed", axis, "head_dim"), init)
+    w_DNH = declare_projection(self, name, (D, heads, H), ("embed", axis, "head_dim"), init)
     y_BTNH = dense(x_BTD, w_DNH)
     if self.spec.qkv_bias:
       shape, axes = (heads, H), (axis, "head_dim")
@@ -229,7 +229,8 @@ class Attention(nn.Module):
   def _output(self, o_BTNH):
     N, H, D = self.spec.num_heads, self.spec.head_dim, self.embed_dim
     init = kernel_init(self.init_spec, N * H, self.gain)
-    w_NHD = declare(self, "out", (N, H, D), ("heads", "head_dim", "embed"), init)
+    axes = ("heads", "head_dim", "embed")
+    w_NHD = declare_projection(self, "out", (N, H, D), axes, init, num_in=2)
     y_BTD = dense(o_BTNH, w_NHD, num_in=2)
     if self.spec.out_bias:
       b_D = declare(self, "out_bias", (D,), ("norm",), nn.initializers.zeros)

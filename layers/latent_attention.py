@@ -17,7 +17,7 @@ from .context import Method, row_attention
 from .linear import dense
 from .masks import Causal
 from .norms import Norm
-from .params import declare, kernel_init
+from .params import declare, declare_projection, kernel_init
 from .spec import InitSpec, LatentAttentionSpec
 
 
@@ -135,7 +135,7 @@ class LatentAttention(nn.Module):
   ) -> tuple[jax.Array, KVCache | None]:
     spec, N, H, W = self.spec, self.spec.num_heads, self.spec.nope_dim, self.spec.value_dim
     y = x_BTD if spec.q_lora is None else self._latent(x_BTD, "query", spec.q_lora)
-    q = dense(y, self._heads("query", y.shape[-1], H + spec.rope_dim))
+    q = dense(y, self._heads("query", y.shape[-1], H + spec.rope_dim, declare_projection))
     q = checkpoint_name(constrain(q, "act_batch", "act_seq", "act_heads", None), "query")
     q_BTNP = rotate(q[..., H:], rows.positions_BT, spec.position)
     latent_BTZ = self._latent(x_BTD, "latent", spec.kv_lora)
@@ -158,7 +158,7 @@ class LatentAttention(nn.Module):
     o_BTNW = constrain(o_BTNW, "act_batch", "act_seq", "act_heads", None)
     init = kernel_init(self.init_spec, N * W, self.gain)
     axes = ("heads", "head_dim", "embed")
-    w_NWD = declare(self, "out", (N, W, self.embed_dim), axes, init)
+    w_NWD = declare_projection(self, "out", (N, W, self.embed_dim), axes, init, num_in=2)
     return dense(o_BTNW, w_NWD, num_in=2), cache
 
   def _latent(self, x_BTD, name: str, width: int):
@@ -167,10 +167,11 @@ class LatentAttention(nn.Module):
 
   def _down(self, name: str, width: int):
     D = self.embed_dim
-    return declare(self, name, (D, width), ("embed", None), kernel_init(self.init_spec, D))
+    init = kernel_init(self.init_spec, D)
+    return declare_projection(self, name, (D, width), ("embed", None), init)
 
-  def _heads(self, name: str, width: int, size: int):
+  def _heads(self, name: str, width: int, size: int, make=declare):
     # A latent is what these matrices read, as others read the model width: it is sharded alike.
     axes = ("embed", "heads", "head_dim")
     shape = (width, self.spec.num_heads, size)
-    return declare(self, name, shape, axes, kernel_init(self.init_spec, width))
+    return make(self, name, shape, axes, kernel_init(self.init_spec, width))

@@ -5,6 +5,7 @@ Dims: K contracted (one or more dims of x and w), F results (one or more dims of
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,15 @@ from jax.sharding import AxisType, PartitionSpec
 from mesh.collectives import vary, varying
 
 
-def dense(x: jax.Array, w: jax.Array, *, num_in: int = 1) -> jax.Array:
+class LowRank(NamedTuple):
+  """A weight with an adapter, w + a b: see `layers.lora`."""
+
+  w: jax.Array  # [K..., F...]
+  a: jax.Array  # [K..., r]
+  b: jax.Array  # [r, F...]
+
+
+def dense(x: jax.Array, w: jax.Array | LowRank, *, num_in: int = 1) -> jax.Array:
   """Contract the last `num_in` dims of x with the first `num_in` of w.
 
   Products are of values in x.dtype, sums in float32, so are those of the gradients; the gradient
@@ -23,7 +32,7 @@ def dense(x: jax.Array, w: jax.Array, *, num_in: int = 1) -> jax.Array:
 
   Args:
     x: [..., K...].
-    w: [K..., F...], cast to x.dtype.
+    w: [K..., F...], cast to x.dtype; with an adapter the product with it is added.
     num_in: how many dims are K; the rest of w are F.
 
   Returns:
@@ -32,6 +41,8 @@ def dense(x: jax.Array, w: jax.Array, *, num_in: int = 1) -> jax.Array:
   Raises:
     ValueError: when the contracted dims of x and w differ.
   """
+  if isinstance(w, LowRank):
+    return dense(x, w.w, num_in=num_in) + dense(dense(x, w.a, num_in=num_in), w.b)
   lead, k_dims, f_dims = x.shape[:-num_in], w.shape[:num_in], w.shape[num_in:]
   if x.shape[-num_in:] != k_dims:
     raise ValueError(

@@ -21,7 +21,7 @@ from .cache import LinearState
 from .kernels.linear_attention import linear_attention
 from .linear import dense
 from .norms import Norm
-from .params import Initializer, declare, kernel_init
+from .params import Initializer, declare, declare_projection, kernel_init
 from .spec import InitSpec, LinearAttentionSpec
 
 GATE_RANK = 16  # R of GLA's decays, and the root taken of them
@@ -212,7 +212,8 @@ class LinearAttention(nn.Module):
       o_BTNU = Norm(spec.norm, U, axis=None, name="out_norm")(o_BTNU) * jax.nn.silu(gate_BTNU)
     init = kernel_init(self.init_spec, spec.num_heads * U, self.gain)
     axes = ("heads", "head_dim", "embed")
-    w_NUD = declare(self, "out", (spec.num_heads, U, self.embed_dim), axes, init)
+    shape = (spec.num_heads, U, self.embed_dim)
+    w_NUD = declare_projection(self, "out", shape, axes, init, num_in=2)
     if cache is not None:
       place = lambda x: constrain(x.astype(jnp.float32), "cache_batch", None, "cache_heads", None)
       state_BNHU = constrain(state_BNHU, "cache_batch", "cache_heads", None, None)
@@ -222,7 +223,7 @@ class LinearAttention(nn.Module):
   def _heads(self, x_BTD, name: str, size: int):
     D, N = self.embed_dim, self.spec.num_heads
     axes = ("embed", "heads", "head_dim")
-    w_DNH = declare(self, name, (D, N, size), axes, kernel_init(self.init_spec, D))
+    w_DNH = declare_projection(self, name, (D, N, size), axes, kernel_init(self.init_spec, D))
     y_BTNH = constrain(dense(x_BTD, w_DNH), "act_batch", "act_seq", "act_heads", None)
     return checkpoint_name(y_BTNH, name)
 

@@ -12,8 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mesh.constrain import constrain
 
-from .linear import dense
-from .params import declare, kernel_init
+from .linear import LowRank, dense
+from .params import declare, declare_projection, kernel_init
 from .spec import Activation, InitSpec, MlpSpec
 
 _QUICK_GELU = 1.702  # sigmoid(1.702 x) approximates the normal distribution function
@@ -75,10 +75,10 @@ def gated_activation(
 
 def mlp(
   x: jax.Array,
-  w_up_DF: jax.Array,
-  w_down_FD: jax.Array,
+  w_up_DF: jax.Array | LowRank,
+  w_down_FD: jax.Array | LowRank,
   *,
-  w_gate_DF: jax.Array | None = None,
+  w_gate_DF: jax.Array | LowRank | None = None,
   b_up_F: jax.Array | None = None,
   b_gate_F: jax.Array | None = None,
   b_down_D: jax.Array | None = None,
@@ -105,7 +105,7 @@ def mlp(
   return affine(hidden, w_down_FD, b_down_D)
 
 
-def affine(x: jax.Array, w: jax.Array, b: jax.Array | None) -> jax.Array:
+def affine(x: jax.Array, w: jax.Array | LowRank, b: jax.Array | None) -> jax.Array:
   """x w + b, in x.dtype."""
   y = dense(x, w)
   return y if b is None else y + b.astype(y.dtype).reshape((1,) * (y.ndim - 1) + b.shape)
@@ -126,11 +126,12 @@ class Mlp(nn.Module):
     back = kernel_init(self.init_spec, f, self.gain)
     zeros = nn.initializers.zeros
     gated, bias = spec.gated, spec.bias
+    inward = lambda name: declare_projection(self, name, (d, f), ("embed", "mlp"), into)
     return mlp(
       x,
-      declare(self, "up", (d, f), ("embed", "mlp"), into),
-      declare(self, "down", (f, d), ("mlp", "embed"), back),
-      w_gate_DF=declare(self, "gate", (d, f), ("embed", "mlp"), into) if gated else None,
+      inward("up"),
+      declare_projection(self, "down", (f, d), ("mlp", "embed"), back),
+      w_gate_DF=inward("gate") if gated else None,
       b_up_F=declare(self, "up_bias", (f,), ("mlp",), zeros) if bias else None,
       b_gate_F=declare(self, "gate_bias", (f,), ("mlp",), zeros) if bias and gated else None,
       b_down_D=declare(self, "down_bias", (d,), ("norm",), zeros) if bias else None,

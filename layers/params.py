@@ -16,9 +16,12 @@ from flax import struct
 
 from mesh.collectives import manual_size
 
+from .linear import LowRank
 from .spec import InitSpec
 
 Initializer = Callable[..., jax.Array]
+
+SUFFIX = "_lora"  # of the adapter beside a weight
 
 # A normal cut at two standard deviations has this standard deviation.
 _TRUNCATED_STDDEV = 0.87962566103423978
@@ -29,6 +32,7 @@ class Weight(nn.LogicallyPartitioned):
 
   trainable: bool = struct.field(default=True, pytree_node=False)
   exact: bool = struct.field(default=False, pytree_node=False)
+  num_in: int = struct.field(default=0, pytree_node=False)  # see `declare_projection`
 
   def unbox(self, apply_constraint: bool = True) -> Any:
     # Placement is the caller's business (mesh.rules); Linen's own needs global rules to be set.
@@ -45,6 +49,7 @@ def declare(
   *,
   trainable: bool = True,
   exact: bool = False,
+  num_in: int = 0,
 ) -> jax.Array:
   """Declare parameter `name` of `module` and return its float32 value.
 
@@ -55,6 +60,7 @@ def declare(
     init: `(key, shape, dtype) -> array`.
     trainable: False for leaves updated outside the optimizer (DeepSeek's router bias).
     exact: used in float32 whatever the activations are, so never rounded to travel.
+    num_in: see `declare_projection`.
 
   Raises:
     ValueError: when `axes` and `shape` differ in length, or the value given has another shape.
@@ -63,7 +69,8 @@ def declare(
     raise ValueError(f"{name}: shape {shape} has {len(shape)} dims, axes {axes} name {len(axes)}")
 
   def boxed(key: jax.Array) -> Any:  # Linen's `param` takes the value out of the box
-    return Weight(init(key, shape, jnp.float32), names=axes, trainable=trainable, exact=exact)
+    value = init(key, shape, jnp.float32)
+    return Weight(value, names=axes, trainable=trainable, exact=exact, num_in=num_in)
 
   ways = [manual_size("expert") if axis == "expert" else 1 for axis in axes]
   if module.is_initializing() or set(ways) <= {1}:
@@ -75,6 +82,27 @@ def declare(
     found = None if value is None else value.shape
     raise ValueError(f"{name}: this device's part has the shape {found}, needs {local}")
   return value
+
+
+def declare_projection(
+  module: nn.Module,
+  name: str,
+  shape: tuple[int, ...],
+  axes: tuple[str | None, ...],
+  init: Initializer,
+  *,
+  num_in: int = 1,
+) -> jax.Array | LowRank:
+  """`declare` a weight that only `linear.dense` uses, with its adapter where parameters hold one.
+
+  Args:
+    num_in: how many dims `dense` contracts.
+  """
+  w = declare(module, name, shape, axes, init, num_in=num_in)
+  if module.is_initializing() or not module.has_variable("params", name + SUFFIX):
+    return w
+  adapter = unbox(module.get_variable("params", name + SUFFIX))
+  return LowRank(w, adapter["a"], adapter["b"])
 
 
 def kernel_init(spec: InitSpec, fan_in: int, gain: float = 1.0) -> Initializer:

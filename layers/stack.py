@@ -19,6 +19,7 @@ from .attention import Rows
 from .block import Block
 from .cache import KVCache, LinearState, into_stack, of_layer, place_stack
 from .linear import take
+from .lora import beside
 from .moe import MoeStats
 from .noise import fold
 from .params import axes, exact
@@ -194,6 +195,8 @@ def run_segment(
   stages = region.sizes.get("stage", 1)
   staged = is_staged(segment.repeats, stages, circular)
   logical, whole = _axes_and_exact(tuple(blocks), rows.table_UN is not None)
+  logical = beside(logical, params, _adapter_axes)
+  whole = beside(whole, params, lambda *_: {"a": False, "b": False})
   placed = jax.tree.map(
     lambda names: region.spec(("layers" if staged else None, *names)), logical, is_leaf=_is_names
   )
@@ -268,6 +271,12 @@ def _through_stages(here, params, x_BTD, rows, layers_L, microbatches, circular)
   out_MBTD, stats = pipeline(stage, split(x_BTD), repeats=circular)
   flat = lambda s: s.reshape(-1, *s.shape[2:])
   return out_MBTD.reshape(x_BTD.shape), jax.tree.map(flat, stats)
+
+
+def _adapter_axes(names: tuple, a: jax.Array, b: jax.Array) -> dict[str, tuple]:
+  """Of one layer, from those of the weight; the arrays are stacked."""
+  k = a.ndim - 2
+  return {"a": (*names[:k], None), "b": (None, *names[k:])}
 
 
 def _is_names(x: Any) -> bool:

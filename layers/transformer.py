@@ -21,6 +21,7 @@ from .embedding import Embedding
 from .kernels.attention.blocks import reach_of
 from .kernels.cross_entropy import CrossEntropy
 from .linear import dense, take
+from .lora import scaled
 from .losses import token_loss
 from .mlp import activate, affine
 from .moe import MoeStats
@@ -53,6 +54,7 @@ class TransformerLM(nn.Module):
     unroll: see `stack.apply_segment`.
     context_method: on a mesh with context, see `layers.context`.
     microbatches, circular: of the pipeline on a mesh with stages, see `stack.run_segment`.
+    adapter_scale: alpha / r of adapters, if the parameters hold some (`layers.lora`).
   """
 
   spec: ModelSpec
@@ -62,6 +64,7 @@ class TransformerLM(nn.Module):
   microbatches: int = 1
   circular: int = 1
   context_method: Method = "auto"
+  adapter_scale: float = 1.0
 
   @nn.compact
   def __call__(
@@ -138,7 +141,7 @@ class TransformerLM(nn.Module):
       x_BTD, segment_stats, segment_caches = run_segment(
         segment,
         self._blocks(segment),
-        self._segment_params(i),
+        scaled(self._segment_params(i), self.adapter_scale),
         x_BTD,
         rows,
         region=region,

@@ -32,6 +32,7 @@ class Dataset(NamedTuple):
   fingerprint: dict[str, Any]  # of all that decides which tokens are in which row
   masking: Callable[..., dict[str, np.ndarray]] | None = None  # (split, index, row), see `masking`
   skipped: tuple[str, ...] = ()  # what data.on_error=skip left out, and why
+  note: str = ""  # of the examples, if rows are made of such
 
 
 def load(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None = None) -> Dataset:
@@ -59,8 +60,22 @@ def _open(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None) -> D
   source = _resolve_source(config)
   if source == "synthetic":
     return _synthetic(config, vocab_size)
+  if tokenizer is None and not config.tokenizer:
+    raise ConfigError(
+      "data.tokenizer names none: set --config.data.tokenizer=FOLDER, or start from --weights=..., "
+      "which bring theirs"
+    )
   tokenizer = load_tokenizer(config.tokenizer) if tokenizer is None else tokenizer
   check_vocab(tokenizer, vocab_size)
+  if source == "instructions":
+    # Of use to fine-tuning only.
+    from .instructions import load_instructions
+
+    found = load_instructions(config, tokenizer)
+    return Dataset(
+      found.train, found.heldout, tokenizer, found.fingerprint, skipped=found.skipped,
+      note=found.note,
+    )  # fmt: skip
   skip, skipped = config.on_error == "skip", []
   if source == "shards":
     told = skipped.append if skip else None
@@ -88,6 +103,12 @@ def _resolve_source(config: DataConfig) -> str:
   if config.source == "synthetic" or (config.source == "pydoc" and not config.path):
     return config.source
   commands = HOW_TO_MAKE.format(tokenizer="TOKENIZER", shards=config.path or "SHARDS")
+  if config.source == "instructions":
+    if not config.path:
+      raise ConfigError(
+        "data.source=instructions needs data.path: a JSONL file of instruction, input, output"
+      )
+    return config.source
   if not config.path:
     raise ConfigError(f"data.source={config.source} needs data.path; for shards {commands}")
   if config.source != "text" and files.exists(files.join(config.path, MANIFEST)):

@@ -10,7 +10,7 @@ Dimension letters: B batch, T positions.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import grain  # 0.2 to 0.4 s after jax and orbax: not worth importing late
@@ -174,3 +174,13 @@ def make_loader(
     rows = rows.map_with_index(functools.partial(dataset.masking, split))
   fingerprint = {"split": split, **dataset.fingerprint}
   return Loader(rows, config, fingerprint, local_rows, careful)
+
+
+def restore_loader(
+  loader: Loader, position: dict[str, Any], *, allow_other: bool, note: Callable[[str], None]
+) -> None:
+  """Continue in the data where `position` says; in other data, if allowed, from its start."""
+  if allow_other and position["fingerprint"] != loader.state()["fingerprint"]:
+    note("the data is not what the checkpoint was trained on: reading it from its start")
+  else:
+    loader.restore(position)

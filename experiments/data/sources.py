@@ -6,7 +6,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from pydoc_data.topics import topics
-from typing import IO
+from typing import IO, Any
 
 from ..config import ConfigError
 from . import files
@@ -92,11 +92,9 @@ def _decode(data: bytes, where: str) -> str:
 
 
 def _jsonl(path: str, stream: IO[bytes], text_field: str, skipped: Skipped | None) -> Iterator[str]:
-  for number, line in enumerate(stream, start=1):
-    if not line.strip():
-      continue
+  for where, line in _lines(path, stream):
     try:
-      text = _record(f"{path} line {number}", line, text_field)
+      text = _record(where, line, text_field)
     except ConfigError as e:
       if skipped is None:
         raise
@@ -105,11 +103,46 @@ def _jsonl(path: str, stream: IO[bytes], text_field: str, skipped: Skipped | Non
     yield text
 
 
-def _record(where: str, line: bytes, text_field: str) -> str:
+def _lines(path: str, stream: IO[bytes]) -> Iterator[tuple[str, bytes]]:
+  """Those that are not blank, each with the words that say where it is."""
+  for number, line in enumerate(stream, start=1):
+    if line.strip():
+      yield f"{path} line {number}", line.rstrip()
+
+
+def records(path: str, skipped: Skipped | None = None) -> Iterator[tuple[str, Any]]:
+  """(where it is, value) of every line of a JSONL file, or of every item of a `.json` list.
+
+  Raises:
+    ConfigError: as `file_documents`.
+  """
+  with files.open_read(path) as raw, _decompressed(path, raw) as stream:
+    if path.removesuffix(".gz").endswith(".json"):
+      items = _parse(path, stream.read())
+      if not isinstance(items, list):
+        raise ConfigError(f"{path} is no list, but {type(items).__name__}: JSONL ends in .jsonl")
+      yield from ((f"{path} item {i}", item) for i, item in enumerate(items, start=1))
+      return
+    for where, line in _lines(path, stream):
+      try:
+        value = _parse(where, line)
+      except ConfigError as e:
+        if skipped is None:
+          raise
+        skipped(e)
+        continue
+      yield where, value
+
+
+def _parse(where: str, data: bytes) -> Any:
   try:
-    record = json.loads(_decode(line, where))
+    return json.loads(_decode(data, where))
   except json.JSONDecodeError as error:
     raise ConfigError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
+
+
+def _record(where: str, line: bytes, text_field: str) -> str:
+  record = _parse(where, line)
   if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
     present = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
     raise ConfigError(

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 
 from layers.kernels.cross_entropy.xla import CHUNK_BYTES, MIN_TOKENS_ACCELERATOR
+from layers.lora import split
 from layers.spec import MoeSpec
 from layers.stack import DOT_NAMES, MINIMAL_NAMES, is_staged
 from mesh.rules import assign
@@ -82,6 +83,7 @@ class Weights(NamedTuple):
   """Bytes of a device that the mesh alone decides, not the policy or the parts of a batch."""
 
   parameters: int
+  trained: int  # of the parameters
   optimizer: int
   gathered: dict[tuple[int, int], int]  # by segment and layer: see `_gathered`
 
@@ -91,7 +93,8 @@ def weights_of(setup: Setup) -> Weights:
   tree = lambda x: sum(map(held, jax.tree.leaves(x)))
   layers = [(i, j) for i, s in enumerate(setup.config.model.segments) for j in range(len(s.layers))]
   gathered = {layer: _gathered(setup, *layer) for layer in layers}
-  return Weights(tree(setup.abstract.params), tree(setup.abstract.opt_state), gathered)
+  params, opt_state = setup.abstract.params, setup.abstract.opt_state
+  return Weights(tree(params), tree(split(params)[0]), tree(opt_state), gathered)
 
 
 def memory(setup: Setup, weights: Weights | None = None) -> Memory:
@@ -111,7 +114,7 @@ def memory(setup: Setup, weights: Weights | None = None) -> Memory:
     optimizer=weights.optimizer,
     # Five arrays of rows, and the limit of the gradient's norm.
     batch=5 * local_bytes(setup)(Tensor("", rows, ("act_batch", "act_seq"), 4)) + padded((), 4),
-    gradients=copies * weights.parameters,
+    gradients=copies * weights.trained,
     kept=kept,
     head_gradient=head_gradient,
     layer=layer,

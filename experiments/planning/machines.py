@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import jax
 
 from layers.count import count_params
+from layers.lora import split
 from mesh.hardware import CHIPS, GPU_NODES, Chip, cloud_slices, find_chip
 from mesh.slices import Topology
 from mesh.topology import count_slices
 
 from ..config import Config, ConfigError
-from ..training.setup import Setup
+from ..training.setup import Setup, count_trained
 from . import tables
 from .cost import Bill, Prices, bill
 from .memory import gigabytes
@@ -86,7 +87,8 @@ def _sizes(chip: Chip) -> list[tuple[str, int]]:
 def _may_hold(setup: Setup, chip: Chip, chips: int) -> bool:
   """Whether parameters, optimizer state and gradients alone do."""
   size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-  needed = 2 * size(setup.abstract.params) + size(setup.abstract.opt_state)
+  trained = split(setup.abstract.params)[0]
+  needed = size(setup.abstract.params) + size(trained) + size(setup.abstract.opt_state)
   return needed <= ROOM * chips * (chip.hbm_bytes or 0)
 
 
@@ -105,8 +107,9 @@ class Run(NamedTuple):
 def print_machines(config: Config, run: Run) -> None:
   """The table that `plan` prints without --topology."""
   counts = count_params(config.model)
+  trained = f"{count_trained(config):,} trained, " if config.lora.rank else ""
   print(
-    f"{config.name}: {counts.total:,} parameters, {counts.active:,} active, "
+    f"{config.name}: {counts.total:,} parameters, {counts.active:,} active, {trained}"
     f"{run.tokens:.3g} tokens in steps of {config.data.batch_size * config.data.row_length:,}\n"
   )
   made = tables.table(

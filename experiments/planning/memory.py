@@ -2,9 +2,12 @@
 
 import math
 import re
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
+from layers.lora import split
 from mesh.hardware import device_memory_bytes, host_memory_bytes, smallest_slices
 
 from ..config import ConfigError
@@ -19,15 +22,19 @@ _ROOMY = 0.75
 def training_bytes(setup: Setup) -> int:
   """Bytes over all devices of parameters, their gradients and the optimizer state."""
   size = lambda leaf: leaf.size * leaf.dtype.itemsize
-  params = sum(map(size, jax.tree.leaves(setup.abstract.params)))
-  return 2 * params + sum(map(size, jax.tree.leaves(setup.abstract.opt_state)))
+  return _state_bytes(setup, size)
 
 
 def bytes_per_device(setup: Setup) -> int:
   """The same on the fullest device of the mesh, each leaf cut as its sharding says."""
   size = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-  params = sum(map(size, jax.tree.leaves(setup.abstract.params)))
-  return 2 * params + sum(map(size, jax.tree.leaves(setup.abstract.opt_state)))
+  return _state_bytes(setup, size)
+
+
+def _state_bytes(setup: Setup, size: Callable[[Any], int]) -> int:
+  params, gradients = setup.abstract.params, split(setup.abstract.params)[0]
+  held = (params, gradients, setup.abstract.opt_state)
+  return sum(map(size, jax.tree.leaves(held)))
 
 
 def refuse_if_too_large(setup: Setup) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from layers.spec import AttentionSpec, MoeSpec
@@ -17,8 +16,7 @@ from mesh.rules import parse_rules, validate
 
 from ..config import Config, ConfigError, MeshConfig
 from ..overrides import flatten
-from ..training.optimizer import make_optimizer
-from ..training.setup import Setup, build_on, check_batch, check_parallel
+from ..training.setup import Setup, build_on, check_batch, check_parallel, optimizer_for
 from ..training.state import abstract_state
 from .estimate import Memory, Weights, memory, weights_of
 from .speed import Step, step_time, time_rows
@@ -92,8 +90,7 @@ def move(setup: Setup, config: Config, mesh: Mesh | AbstractMesh) -> Setup:
     check_parallel(config, mesh)
     shapes = setup.abstract.opt_state  # the same on every mesh
     if config.optimizer != setup.config.optimizer:
-      optimizer = make_optimizer(config.optimizer, setup.schedule, layout.axes, layout.trainable)
-      shapes = jax.eval_shape(optimizer.init, layout.shapes)
+      _, shapes = optimizer_for(config, setup.schedule, layout)
     abstract = abstract_state(layout, shapes, mesh, rules, config.mesh.circular)
   except ValueError as e:
     raise ConfigError(str(e).splitlines()[0]) from e

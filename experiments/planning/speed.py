@@ -165,6 +165,7 @@ def count_work(setup: Setup) -> Work:
   spec, B, T = config.model, config.data.batch_size, config.data.row_length
   names, repeats = kept_names(config.train.remat), config.train.remat != "none"
   found = dict.fromkeys(Work._fields, 0.0)
+  passes = 2 if config.lora.rank else 3  # weights that stay have no gradient; adapters are small
 
   def add(field, amount):
     found[field] += amount
@@ -173,13 +174,13 @@ def count_work(setup: Setup) -> Work:
     for j, layer in enumerate(segment.layers):
       for name, flop in _products(setup, i, j, layer).items():
         kind = "experts" if name.startswith("expert") else "products"
-        add(kind, 3 * segment.repeats * flop)
+        add(kind, passes * segment.repeats * flop)
         again = name not in (*names, "mlp_branch", "expert_down")  # a layer's end is not repeated
         add(f"repeated_{kind}", segment.repeats * flop * again * repeats)
       pairs = segment.repeats * _attention(layer, B, T)
       add("attention", 3.5 * pairs)  # two products forward, five backward
       add("repeated_attention", pairs * ("attention_out" not in names) * repeats)
-  add("products", 3 * 2.0 * B * T * spec.vocab_size * spec.embed_dim)
+  add("products", passes * 2.0 * B * T * spec.vocab_size * spec.embed_dim)
   return Work(**found)
 
 

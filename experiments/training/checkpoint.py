@@ -114,10 +114,8 @@ class Checkpoints:
     steps = [step for step in manifest.steps(self._folder) if step <= bound]
     finished = [step for step in saved_steps(self._folder) if step <= bound]
     for step in reversed(steps):
-      why = self._damage(step)
-      if why is None:
+      if self._is_intact(step):
         return step
-      self._note(f"checkpoint of step {step} refused: {why}")
       if not self._read_only:
         self._set_aside(step)
     if finished:
@@ -126,6 +124,44 @@ class Checkpoints:
         "folder to start from the beginning"
       )
     return None
+
+  def chosen(self, which: str) -> int | None:
+    """The step that `which` names: "newest", "best" by held-out loss, or a number.
+
+    Raises:
+      ConfigError: it is not there or damaged; none was evaluated.
+    """
+    if which == "newest":
+      return self.newest()
+    judged = self._by_loss()
+    wanted = [step for _, step in judged] if which == "best" else [int(which)]
+    steps = saved_steps(self._folder)
+    found = next((step for step in wanted if step in steps and self._is_intact(step)), None)
+    if found is None:
+      what = "evaluated checkpoint" if which == "best" else f"intact checkpoint of step {which}"
+      held = ", ".join(map(str, steps)) or "none"
+      raise ConfigError(
+        f"{self._folder} has no {what} (saved: {held}); with checkpoint.keep_best=1 a run keeps "
+        "the best of those it evaluates"
+      )
+    return found
+
+  def is_best(self, loss: float) -> bool:
+    """Whether a step of this held-out loss would be kept for it."""
+    better = [other for other, _ in self._by_loss() if other <= loss]
+    return len(better) < self._policy.keep_best
+
+  def _by_loss(self) -> list[tuple[float, int]]:
+    """(held-out loss, step) of finished steps that were evaluated, the least loss first."""
+    steps = saved_steps(self._folder)
+    losses = {s: manifest.read_facts(self._folder / str(s)).get("loss") for s in steps}
+    return sorted((loss, step) for step, loss in losses.items() if loss is not None)
+
+  def _is_intact(self, step: int) -> bool:
+    why = self._damage(step)
+    if why is not None:
+      self._note(f"checkpoint of step {step} refused: {why}")
+    return why is None
 
   def forget_after(self, step: int) -> None:
     """Set aside what was saved after `step`, to which the run goes back."""
@@ -241,9 +277,7 @@ class Checkpoints:
     if policy.keep_every:
       kept |= {step for step in steps if step % policy.keep_every == 0}
     if policy.keep_best:
-      losses = {s: manifest.read_facts(self._folder / str(s)).get("loss") for s in steps}
-      judged = sorted((loss, step) for step, loss in losses.items() if loss is not None)
-      kept |= {step for _, step in judged[: policy.keep_best]}
+      kept |= {step for _, step in self._by_loss()[: policy.keep_best]}
     for step in steps:
       if step not in kept:
         self._remove(step)

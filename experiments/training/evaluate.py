@@ -21,6 +21,16 @@ class HeldOut(NamedTuple):
   bits_per_byte: float | None  # of the UTF-8 text the targets stand for; None: for none
   tokens: int
 
+  def row(self) -> dict[str, Any]:
+    """For `metrics.jsonl`."""
+    return {"heldout_loss": self.loss, "heldout_bits_per_byte": self.bits_per_byte}
+
+  def describe(self, target: str) -> str:
+    """In a line; `target` is what the loss is the mean over."""
+    if self.bits_per_byte is None:
+      return f"{self.loss:.3f} nats a {target}"
+    return f"{self.bits_per_byte:.3f} bits a byte"
+
 
 def evaluate(
   eval_step: Callable[[Any, Batch], EvalSums],

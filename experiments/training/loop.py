@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from mesh.multihost import is_primary
 from .. import bucket
 from ..config import Config, HaltError
 from ..data.load import Dataset
-from ..data.loader import Loader, make_loader
+from ..data.loader import make_loader, restore_loader
 from ..exits import GUARD
 from ..overrides import Change
 from .checkpoint import Checkpoints, saved_steps
@@ -32,7 +33,7 @@ from .record import Record
 from .recovery import Recovery
 from .report import write_report
 from .setup import Setup, batch_placer, batch_rows
-from .state import TrainState, init_state
+from .state import TrainState, given, init_state
 from .stop import Stop, stop_signal
 from .timing import Profile, StepTimer, Trace
 from .verify import Fault, Verifier
@@ -72,12 +73,14 @@ def train(
   resume: Resume | None = None,
   baselines: Callable[[], dict[str, float]] = dict,
   deadline: float | None = None,
+  first: Callable[[], TrainState] | None = None,
 ) -> Outcome:
   """Train to `config.train.steps` in run directory `folder`, resuming from its newest checkpoint.
 
   Args:
     baselines: called for the report, bits a byte by name.
     deadline: a `time.monotonic` at which to save and stop, as by SIGTERM.
+    first: makes the state before the first step; None draws it.
 
   Ctrl-C and SIGTERM finish the step, save, and return with `stopped_by` set.
 
@@ -90,7 +93,7 @@ def train(
   with contextlib.ExitStack() as stack:
     resume = Resume() if resume is None else resume
     run = _Run(setup, dataset, folder, resume, stack, stop_signal(deadline))
-    run.restore()
+    run.restore(first)
     start = run.step
     trace = Trace(profile, folder, run.note, start, total)
     if start < total:
@@ -106,9 +109,10 @@ def train(
         continue
       if log:
         run.log()
-      loss = None
-      if config.eval.every and step % config.eval.every == 0 and step < total and not last:
+      loss, judged = None, config.checkpoint.keep_best > 0 and not run.stopped
+      if (run.due() and not last) or (judged and step == total):
         loss = run.evaluate()
+        save = save or (judged and run.is_best(loss))
       if copy:
         run.copy()
       if save:
@@ -119,7 +123,9 @@ def train(
     if run.primary:
       layers = [i for group in moe_layers(config.model) for i in group]
       lines = {} if heldout is None else baselines()
-      write_report(folder, title=_title(setup), moe_layer_indices=layers, baselines=lines)
+      kind = setup.mesh.devices.flat[0].device_kind
+      title = f"{config.name}: {setup.mesh.devices.size} x {kind}"
+      write_report(folder, title=title, moe_layer_indices=layers, baselines=lines)
     return Outcome(start, run.step, run.state, heldout, run.stop.by, run.seconds, setup)
 
 
@@ -153,7 +159,7 @@ class _Run:
     self._step_fn = CompileOnce(
       jit_step(setup, self._verifier and self._verifier.digest), self.note
     )
-    self.step, self._pending, self._skipped, self._blank = 0, [], 0, 0
+    self.step, self._pending, self._skipped, self._blank, self._judged = 0, [], 0, 0, -1
     stack.enter_context(use_mesh(setup.mesh, setup.rules))
     stack.enter_context(contextlib.closing(self._loader))
     self.stop = stack.enter_context(stop)
@@ -165,8 +171,8 @@ class _Run:
     )
     self._dog = stack.enter_context(Watchdog(config.train.hang_seconds, folder))
 
-  def restore(self) -> None:
-    """From the newest near copy or checkpoint, or the first draw."""
+  def restore(self, first: Callable[[], TrainState] | None) -> None:
+    """From the newest near copy or checkpoint, or the `first` state."""
     config, setup = self._config, self._setup
     with self._clock.phase("restore"):
       near = self.near.newest(saved_steps(bucket.checkpoints(self._folder)), setup.abstract)
@@ -175,19 +181,19 @@ class _Run:
       self._loader.avoid(self._recovery.windows)
       self._kept = {}
       if not self.step:
-        params = None
-        if newest is not None:  # weights that were converted; nothing else was saved
-          params = self._checkpoints.restore_params(0, setup.abstract.params)
-        self.state = init_state(
-          setup.model, setup.optimizer, setup.abstract, config.train.seed, params
-        )
+        draw = partial(init_state, setup.model, setup.optimizer, setup.abstract, config.train.seed)
+        if newest is None:
+          self.state = (first or draw)()
+        else:  # weights that were converted; nothing else was saved
+          self.state = draw(self._checkpoints.restore_params(0, given(setup.abstract.params)))
       else:
         source = self.near if near else self._checkpoints
         self.state, self._kept = source.restore(self.step, setup.abstract)
       if self.step and self.step < config.train.steps:
         self.note(f"resuming after step {self.step}" + (", from near copies" if near else ""))
         refuse_other_values(self._kept["optimizer"], config, self._resume.reason)
-        _restore_data(self._loader, self._kept, self._resume, self.note)
+        other = self._resume.allow_other_data
+        restore_loader(self._loader, self._kept, allow_other=other, note=self.note)
         if not self._resume.changes:  # else levels may move: the guard learns them anew
           self._recovery.restore(self._kept["guard"])
     self.stopped = self.stop.asked()
@@ -314,6 +320,15 @@ class _Run:
     self._record.hosts(self.step, self._timer.hosts.look())
     self._pending = []
 
+  def due(self) -> bool:
+    """Whether the held-out loss is asked for after this step."""
+    every = self._config.eval.every
+    return every > 0 and self.step % every == 0
+
+  def is_best(self, loss: float | None) -> bool:
+    """Whether `checkpoint.keep_best` wants a step of this held-out loss."""
+    return loss is not None and self._checkpoints.is_best(loss)
+
   def evaluate(self) -> float | None:
     """The held-out loss; None if a signal came meanwhile."""
     began = time.monotonic()
@@ -328,11 +343,11 @@ class _Run:
       )
     if result is None:
       return None
-    text = _describe(result, self._config)
+    text = result.describe(self._config.data.target)
     if self.step < self._config.train.steps:
       self.note(f"step {self.step}  held out: {text}")
-    self._record.heldout(self.step, _heldout_row(result), text, time.monotonic() - began)
-    self._result = result
+    self._record.heldout(self.step, result.row(), text, time.monotonic() - began)
+    self._result, self._judged = result, self.step
     return result.loss
 
   def _place_held_out(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -357,7 +372,8 @@ class _Run:
   def finish(self) -> HeldOut | None:
     """The last held-out loss."""
     self._clock.switch("other")
-    return self._result if self.evaluate() is not None else None
+    done = self._judged == self.step or self.evaluate() is not None
+    return self._result if done else None
 
   def close(self) -> None:
     """Until everything is on the disk.
@@ -378,28 +394,3 @@ class _Run:
   @property
   def seconds(self) -> float:
     return self._timer.seconds
-
-
-def _restore_data(
-  loader: Loader, position: dict[str, Any], resume: Resume, note: Callable[[str], None]
-) -> None:
-  """Continue in the data where `position` says; in other data, if allowed, from its start."""
-  if resume.allow_other_data and position["fingerprint"] != loader.state()["fingerprint"]:
-    note("the data is not what the checkpoint was trained on: reading it from its start")
-  else:
-    loader.restore(position)
-
-
-def _heldout_row(heldout: HeldOut) -> dict[str, Any]:
-  return {"heldout_loss": heldout.loss, "heldout_bits_per_byte": heldout.bits_per_byte}
-
-
-def _describe(heldout: HeldOut, config: Config) -> str:
-  if heldout.bits_per_byte is None:
-    return f"{heldout.loss:.3f} nats a {config.data.target}"
-  return f"{heldout.bits_per_byte:.3f} bits a byte"
-
-
-def _title(setup: Setup) -> str:
-  devices = setup.mesh.devices.flat[0].device_kind
-  return f"{setup.config.name}: {setup.mesh.devices.size} x {devices}"

@@ -18,6 +18,7 @@ tied table is the output matrix too.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -256,8 +257,16 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
   Raises:
     ConfigError: when a rate, a fraction or a number of steps makes no sense.
   """
-  peak, warmup = config.learning_rate, config.warmup_steps
   end = total_steps if config.decay_steps is None else config.decay_steps
+  if config.warmup_fraction is not None:
+    if not 0 <= config.warmup_fraction < 1:
+      raise ConfigError(
+        f"optimizer.warmup_fraction={config.warmup_fraction}: must be at least 0 and below 1"
+      )
+    # At least one step is left to come down.
+    warmup = min(math.ceil(config.warmup_fraction * end), end - 1)
+    config = dataclasses.replace(config, warmup_steps=warmup)
+  peak, warmup = config.learning_rate, config.warmup_steps
   _check_schedule(config, end)
   final = peak * config.final_fraction
   match config.schedule:

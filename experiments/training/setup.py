@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from layers.attention import layer_mask
 from layers.kernels.attention.blocks import reach_of
+from layers.lora import split
 from layers.spec import LinearAttentionSpec, MoeSpec, TransformerXLSpec
 from layers.stack import remat_policy
 from layers.transformer import TransformerLM
@@ -101,15 +102,32 @@ def build_on(
       microbatches=config.train.microbatches if mesh.shape["stage"] > 1 else 1,
       circular=config.mesh.circular,
       context_method=config.mesh.context_method,
+      adapter_scale=config.lora.scale,
     )
-    layout = param_layout(model, config.data.row_length)
+    layout = param_layout(model, config.data.row_length, config.lora)
     schedule = make_schedule(config.optimizer, config.train.steps)
-    optimizer = make_optimizer(config.optimizer, schedule, layout.axes, layout.trainable)
-    opt_shapes = jax.eval_shape(optimizer.init, layout.shapes)
+    optimizer, opt_shapes = optimizer_for(config, schedule, layout)
     abstract = abstract_state(layout, opt_shapes, mesh, rules, config.mesh.circular)
   except (ValueError, NotImplementedError) as e:
     raise ConfigError(str(e).splitlines()[0]) from e
   return Setup(config, mesh, rules, model, optimizer, schedule, layout, abstract)
+
+
+def optimizer_for(
+  config: Config, schedule: optax.Schedule, layout: Layout
+) -> tuple[optax.GradientTransformation, optax.OptState]:
+  """The optimizer of what is trained, and the shapes of its state."""
+  axes, trainable, shapes = (
+    split(tree)[0] for tree in (layout.axes, layout.trainable, layout.shapes)
+  )
+  optimizer = make_optimizer(config.optimizer, schedule, axes, trainable)
+  return optimizer, jax.eval_shape(optimizer.init, shapes)
+
+
+def count_trained(config: Config) -> int:
+  """Parameters that training changes: those of adapters, if there are any."""
+  shapes = param_layout(TransformerLM(config.model), adapters=config.lora).shapes
+  return sum(leaf.size for leaf in jax.tree.leaves(split(shapes)[0]))
 
 
 def devices_here() -> list[jax.Device]:

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from layers import lora
 from layers.params import axes, trainable, unbox
 from layers.stack import is_staged
 from layers.transformer import TransformerLM
 from mesh.rules import Rules, shardings
 
+from ..config import LoraConfig
 from .optimizer import state_axes
 
 
@@ -31,19 +33,24 @@ class Layout(NamedTuple):
   shapes: Any  # ShapeDtypeStructs
 
 
-def param_layout(model: TransformerLM, row_length: int = 1) -> Layout:
+def param_layout(
+  model: TransformerLM, row_length: int = 1, adapters: LoraConfig | None = None
+) -> Layout:
   """Shapes, logical axes and trainability of a model's parameters.
 
   Args:
     row_length: of the rows it will see, so that what does not suit them is found here.
+    adapters: which to add, if any; what they are added to is then not trained.
 
   Raises:
-    ValueError, NotImplementedError: the model can't run rows of this length, or a named kernel
-      implementation can't run here.
+    ValueError, NotImplementedError: the model can't run rows of this length, a named kernel
+      implementation can't run here, or the model has no such weights to adapt.
   """
   tokens_BT = jax.ShapeDtypeStruct((1, row_length), jnp.int32)
   draw = lambda tokens_BT: model.init(jax.random.key(0), tokens_BT)
   boxed = jax.eval_shape(draw, tokens_BT)["params"]  # the key as well: nothing is compiled
+  if adapters is not None and adapters.rank:
+    boxed = lora.attach(boxed, adapters.rank, adapters.targets)
   return Layout(axes(boxed), trainable(boxed), unbox(boxed))
 
 
@@ -91,6 +98,12 @@ def abstract_state(
   )
 
 
+def given(params: Any) -> Any:
+  """Those of a model's parameters that weights made elsewhere have: all but adapters."""
+  adapters, rest = lora.split(params)
+  return rest or adapters
+
+
 def init_state(
   model: TransformerLM,
   optimizer: optax.GradientTransformation,
@@ -101,13 +114,16 @@ def init_state(
   """Draw the state in place: same seed, same weights, on any mesh.
 
   Args:
-    params: parameters on the mesh, in place of drawn ones; they are given away.
+    params: parameters on the mesh, in place of drawn ones, without adapters; they are given away.
   """
 
   def draw(key, params):
     if params is None:
       params = unbox(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    adapters, frozen = lora.split(abstract.params)
+    if frozen:
+      params = lora.join(lora.draw(adapters, jax.random.fold_in(key, 1)), params)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(lora.split(params)[0]))
 
   placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   # Drawn once, so compiled in a hurry where that is known to help: 1.7 s instead of 6 on a CPU.

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from layers.embedding import embed_tokens
+from layers.lora import join, split
 from layers.moe import MoeStats
 from layers.transformer import TransformerLM, update_selection_biases
 from mesh.constrain import constrain
@@ -71,9 +72,9 @@ def make_train_step(
     digest: what to tell of the gradients in `StepMetrics.digests`.
   """
 
-  def losses(params, batch: Batch, rows_B, step, valid):
+  def losses(trained, frozen, batch: Batch, rows_B, step, valid):
     out = model.apply(
-      {"params": params},
+      {"params": join(trained, frozen)},
       batch["tokens"],
       targets_BT=batch["targets"],
       weights_BT=batch["weights"],
@@ -96,7 +97,7 @@ def make_train_step(
   ) -> tuple[TrainState, StepMetrics]:
     valid = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
     rows_B = jnp.arange(batch["tokens"].shape[0], dtype=jnp.int32)
-    of_part = lambda part: grad(state.params, *part, state.step, valid)
+    of_part = lambda part: grad(*split(state.params), *part, state.step, valid)
     (means, aux, stats), grads = _sum_over_parts(of_part, (batch, rows_B), microbatches)
     norm = optax.tree.norm(grads)
     good = jnp.isfinite(norm) & (norm <= limit)
@@ -129,16 +130,18 @@ def _update(
   good,
 ) -> tuple[Any, optax.OptState, jax.Array]:
   """New parameters, optimizer state, and the update's ratio; if not `good` the old ones, and 0."""
+  before, frozen = split(state.params)
   with jax.named_scope("optimizer"):
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    ratio = optax.tree.norm(updates) / optax.tree.norm(state.params)
-    params = optax.apply_updates(state.params, updates)
-    params = update_selection_biases(model.spec, params, stats)
+    updates, opt_state = optimizer.update(grads, state.opt_state, before)
+    ratio = optax.tree.norm(updates) / optax.tree.norm(before)
+    params = optax.apply_updates(before, updates)
+    if not frozen:
+      params = update_selection_biases(model.spec, params, stats)
     # The old state is read anyway, and the choice is made where the new one is written.
-    old = state.params, state.opt_state
+    old = before, state.opt_state
     choose = lambda new, old: jnp.where(good, new, old)
     params, opt_state = jax.tree.map(choose, (params, opt_state), old)
-    return params, opt_state, jnp.where(good, ratio, 0.0)
+    return join(params, frozen), opt_state, jnp.where(good, ratio, 0.0)
 
 
 def _sum_over_parts(grad, batch: Any, microbatches: int) -> Any:

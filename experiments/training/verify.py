@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from layers.lora import split
+
 from .guard import Anomaly, Decision
 from .setup import Setup
 from .state import TrainState
@@ -69,8 +71,9 @@ class Verifier:
   """Checks steps that were run twice, and what devices hold copies of."""
 
   def __init__(self, setup: Setup):
-    self._mesh, self._abstract = setup.mesh, setup.abstract
-    self.digest = make_digest(setup.abstract.params, setup.mesh)
+    self._mesh = setup.mesh
+    self._trained = split(setup.abstract.params)[0]
+    self.digest = make_digest(self._trained, setup.mesh)
     self._state = setup.abstract.params, setup.abstract.opt_state
     self._digest_state = jax.jit(make_digest(self._state, setup.mesh))
     self._good, self._faults = 0, 0
@@ -85,7 +88,7 @@ class Verifier:
       state: after it.
     """
     first, second = (m._replace(moe=()) for m in (first, second))
-    found = compare_tries(*jax.device_get((first, second)), self._abstract.params, self._mesh)
+    found = compare_tries(*jax.device_get((first, second)), self._trained, self._mesh)
     text = f"step {step} was run twice with other results"
     if not found:
       digests = self._digest_state((state.params, state.opt_state))

@@ -163,10 +163,11 @@ def _sum_over_parts(grad, batch: Any, microbatches: int) -> Any:
 
 
 def _load_cv(stats: tuple[MoeStats, ...]) -> jax.Array:
-  """0 without experts."""
+  """Coefficient of variation of the experts' loads, mean over layers; 0 without experts."""
   loads = [s.load_E for s in stats]
   each = [jnp.std(x, axis=-1) / jnp.maximum(jnp.mean(x, axis=-1), 1e-9) for x in loads]
-  return jnp.mean(jnp.concatenate([x.reshape(-1) for x in each])) if each else jnp.zeros(())
+  total = sum(map(jnp.sum, each), start=jnp.zeros(()))  # layers of stages lie apart: not joined
+  return total / max(1, sum(x.size for x in each))
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:

@@ -108,10 +108,10 @@ def test_a_run_from_weights(theirs, native):
   result = call("evaluate", ONE, f"--workdir={folder}", *QUIET[1:], "--config.data.batch_size=2")
   assert result.code == 0, result.err
   before = float(re.search(r"loss +([\d.]+)", result.out)[1])
-  # A rate of 0 leaves them as they are; other data and another recipe may be chosen.
+  # A rate of next to nothing leaves them as they are; other data and another recipe may be chosen.
   result = call(
     "run", ONE, f"--workdir={folder}", "--config.train.steps=2", "--config.optimizer.name=sgd",
-    "--config.optimizer.learning_rate=0", "--config.data.seed=3", "--config.data.batch_size=2",
+    "--config.optimizer.learning_rate=1e-12", "--config.optimizer.warmup_steps=1", "--config.data.seed=3", "--config.data.batch_size=2",
     "--config.train.log_every=1", "--config.checkpoint.keep=3", *QUIET,
   )  # fmt: skip
   assert result.code == 0, result.err
@@ -125,7 +125,7 @@ def test_a_run_from_weights(theirs, native):
   assert back.code == 0, back.err
   found = load_file(folder.parent / "back" / "model.safetensors")
   for name, tensor in given.items():
-    np.testing.assert_array_equal(found[name], tensor, name)
+    np.testing.assert_allclose(found[name], tensor, rtol=1e-6, atol=1e-9, err_msg=name)
 
 
 def test_weights_of_a_run_keep_their_model(theirs, tmp_path):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from layers.spec import ModelSpec
 
 from ..config import ConfigError
-from ..data.tokenizer import Tokenizer, load_tokenizer
+from ..data.tokenizer import BpeTokenizer, Tokenizer, load_tokenizer
 from .check import check_config
 from .families import (
   bloom,
@@ -27,6 +27,7 @@ from .families import (
 from .gguf import open_gguf
 from .gguf_tokenizer import read_tokenizer as read_gguf_tokenizer
 from .source import Source, open_source
+from .special import special_tokens
 from .table import Table
 
 FAMILIES = (llama, mixtral, qwen3_moe, gemma, deepseek, gpt_oss, gpt2, opt, gpt_neo, gpt_j, bloom)
@@ -100,7 +101,7 @@ def read_tokenizer(source: Source, name: str = "") -> Tokenizer:
     raise ConfigError(
       f"{folder} has no tokenizer.json: give a tokenizer by --config.data.tokenizer=PATH"
     )
-  return load_tokenizer(str(folder))
+  return BpeTokenizer.read(str(folder), end=special_tokens(source).get("eos_token", ""))
 
 
 def _family(source: Source) -> ModuleType:

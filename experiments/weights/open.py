@@ -24,6 +24,7 @@ from .families import (
   opt,
   qwen3_moe,
 )
+from .families.gguf import TABLES
 from .gguf import open_gguf
 from .gguf_tokenizer import read_tokenizer as read_gguf_tokenizer
 from .source import Source, open_source
@@ -83,7 +84,7 @@ def open_weights(path: Path, stack: contextlib.ExitStack) -> Opened:
     raise ConfigError(f"the config of {path} {what}") from e
   if source.gguf is None:
     return Opened(source, family.TABLE, spec)
-  return Opened(source, family.GGUF[source.config["model_type"]], spec)
+  return Opened(source, TABLES[source.config["model_type"]], spec)
 
 
 def read_tokenizer(source: Source, name: str = "") -> Tokenizer:

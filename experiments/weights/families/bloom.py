@@ -15,7 +15,6 @@ from layers.spec import (
 
 from ...config import ConfigError
 from ..table import Table, rule
-from . import gpt2
 from .common import grouped
 
 TYPES = ("bloom",)
@@ -69,6 +68,3 @@ def spec(c: dict[str, Any]) -> ModelSpec:
     final_norm=norm,
     head=HeadSpec(tied=bool(c.get("tie_word_embeddings", True))),
   )
-
-
-GGUF = gpt2.GGUF

@@ -79,13 +79,3 @@ def _rotary(c: dict[str, Any], kind: str) -> RotarySpec:
     return RotarySpec(float(c.get("rope_local_base_freq", 10_000.0)))
   default = 1e6 if c["model_type"] == "gemma3_text" else 1e4
   return rotary(c, theta=default)
-
-
-_GGUF = llama.GGUF["qwen3"]._replace(
-  layers=(
-    *llama.GGUF["qwen3"].layers,
-    rule("attention_post_norm/scale", "post_attention_norm.weight"),
-    rule("mlp_post_norm/scale", "post_ffw_norm.weight"),
-  )
-)
-GGUF = {"gemma2": _GGUF, "gemma3_text": _GGUF}

@@ -35,6 +35,3 @@ def spec(c: dict[str, Any]) -> ModelSpec:
     balance_loss=float(c.get("router_aux_loss_coef", 0.001)),
   )
   return replace(base, segments=grouped([replace(layer, mlp=moe) for layer in base.layers]))
-
-
-GGUF = {"mixtral": llama.GGUF["llama"]}

@@ -37,6 +37,3 @@ def spec(c: dict[str, Any]) -> ModelSpec:
   sparse = lambda i: i not in dense and (i + 1) % every == 0
   layers = [replace(x, mlp=moe) if sparse(i) else x for i, x in enumerate(base.layers)]
   return replace(base, segments=grouped(layers))
-
-
-GGUF = {"qwen3_moe": llama.GGUF["qwen3"]}

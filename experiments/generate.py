@@ -14,7 +14,7 @@ from .closing import harmless
 from .config import ConfigError
 from .data.tokenizer import Tokenizer, load_tokenizer
 from .inference.sampling import Draw, generate
-from .restore import Foreign, load_weights, open_run, restore
+from .restore import Loaded, load_weights, open_run, restore
 
 _PROMPT = flags.DEFINE_string("prompt", "", "Text to continue; none starts a new document.")
 _TOKENS = flags.DEFINE_integer("max_tokens", 256, "Tokens to add at most.", lower_bound=1)
@@ -60,14 +60,14 @@ def main() -> int:
   return cli.FINISHED
 
 
-def _trained() -> Foreign:
+def _trained() -> Loaded:
   """The model of `--workdir`."""
   folder = cli.require_workdir()
   setup = open_run(folder, batch=False)
   if setup.config.data.objective != "next_token":
     raise ConfigError(f"{folder} learned to tell masked tokens: it can't continue a prompt")
   tokenizer = load_tokenizer(setup.config.data.tokenizer)
-  return Foreign(setup, restore(setup, folder).params, tokenizer, frozenset([tokenizer.eod]))
+  return Loaded(setup, restore(setup, folder).params, tokenizer, frozenset([tokenizer.eod]))
 
 
 def _encode(text: str, tokenizer: Tokenizer, spec: ModelSpec) -> list[int]:

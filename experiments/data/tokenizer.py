@@ -79,6 +79,7 @@ class BpeTokenizer:
     if not ids:
       raise ConfigError(f"{path} has no end-of-document token: one of {', '.join(_END_NAMES)}")
     self.eod = ids[0]
+    self.data = data
     vocab = self._tokenizer.get_vocab()
     self.vocab_size = 1 + max(vocab.values())
     self.mask = next((vocab[m] for m in ("[MASK]", "<mask>") if m in vocab), self.vocab_size)

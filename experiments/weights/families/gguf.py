@@ -51,8 +51,8 @@ def _table(*layers: Rule, top: tuple[Rule, ...] = _TOP, ignored: tuple[str, ...]
   return Table("blk.{n}.", top, layers, ignored)
 
 
-# Files of architecture `llama` have the pairs of a rotation side by side; ours are halves of a head,
-# as in all other files. The config has what the ignored table says.
+# Files of architecture `llama` have the pairs of a rotation side by side; ours, and those of all
+# other files, are halves of a head. The config has what the ignored table says.
 _PAIRS = (
   rule("attention/query", "attn_q.weight", "(h k two) d -> d h (two k)"),
   rule("attention/key", "attn_k.weight", "(h k two) d -> d h (two k)"),

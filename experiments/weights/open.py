@@ -77,7 +77,7 @@ def open_weights(path: Path, stack: contextlib.ExitStack) -> Opened:
   """
   source = open_gguf(path) if path.suffix == ".gguf" else open_source(path, stack)
   family = _family(source)
-  check_config(path, source.config, len(source.tensors))
+  check_config(path, source.config, source.tensors)
   try:
     spec = family.spec(source.config)
   except (LookupError, TypeError, ValueError, AttributeError) as e:

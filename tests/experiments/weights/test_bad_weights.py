@@ -179,8 +179,9 @@ HUGE = 10**15
     ({"hidden_size": 8.5}, "hidden_size is 8.5, not a whole number"),
     ({"hidden_size": True}, "hidden_size is True, not a whole number"),
     ({"hidden_size": HUGE}, "hidden_size is 1000000000000000, not a whole number from 1 to 2,147"),
-    ({"hidden_size": 1 << 30}, "model.embed_tokens.weight is [31, 8], the model needs"),
-    ({"vocab_size": 1 << 30}, "model.embed_tokens.weight is [31, 8], the model needs [1073741824"),
+    ({"hidden_size": 1 << 30}, "hidden_size=1,073,741,824, but no tensor is longer than 31"),
+    ({"hidden_size": 30}, "model.embed_tokens.weight is [31, 8], the model needs [31, 30]"),
+    ({"max_position_embeddings": 1 << 30}, None),
     ({"num_hidden_layers": 10**9}, "=1,000,000,000, but there are only 21 tensors"),
     ({"num_attention_heads": 0}, "num_attention_heads is 0, not a whole number"),
     ({"num_attention_heads": 3}, "k_proj.weight is [8, 8], the model needs [6, 8]"),
@@ -197,7 +198,7 @@ HUGE = 10**15
     ({"vocab_size": "drop"}, "lacks 'vocab_size'"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantized by 'gptq'"),
     ({"model_type": "gpt_neo", "attention_types": [[["global"], 10**12]]}, "attention_types is"),
-    ({"model_type": "mixtral", "num_local_experts": 10**9}, "num_local_experts is 1000000000"),
+    ({"model_type": "mixtral", "num_local_experts": 10**9}, "=1,000,000,000, but no tensor is"),
   ],
 )  # fmt: skip
 def test_configs_with_wrong_values(changed, words, folder):

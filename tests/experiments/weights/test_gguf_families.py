@@ -174,7 +174,7 @@ def metadata_only(folder, arch, **values):
       writer.add_tensor(name, value)
     else:
       writer.add_uint32(f"{arch}.{name}", value)
-  writer.add_tensor("token_embd.weight", np.zeros((V, 32), np.float32))
+  writer.add_tensor("token_embd.weight", np.zeros((128, 32), np.float32))
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()

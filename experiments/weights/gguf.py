@@ -74,7 +74,7 @@ def _tensors(path: Path, header: Header) -> dict[str, Tensor]:
     import gguf  # an extra
   except ImportError as e:
     raise ConfigError(f"{path} needs the gguf package: pip install 'meshyard[gguf]'") from e
-  found = {}
+  found, checked = {}, set(_PLAIN)
   for name, shape, number, offset in header.tensors:
     try:
       kind = gguf.GGMLQuantizationType(number)
@@ -83,8 +83,9 @@ def _tensors(path: Path, header: Header) -> dict[str, Tensor]:
       raise ConfigError(
         f"{path}: {name} is of type {number}, which gguf {version('gguf')} does not know"
       ) from e
-    if kind.name not in _PLAIN:
+    if kind.name not in checked:
       _check_kind(path, name, kind, size)
+      checked.add(kind.name)
     count = math.prod(shape)  # without overflow, as Python counts
     if not count or shape[-1] % elements:
       raise ConfigError(

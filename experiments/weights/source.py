@@ -31,7 +31,7 @@ class Source(NamedTuple):
   path: Path
   tensors: dict[str, Tensor]
   config: dict[str, Any]  # of config.json, or the metadata in its words
-  gguf: Any = None  # the reader, whose tokenizer is inside
+  gguf: Any = None  # metadata, in which the tokenizer is
 
 
 def open_source(path: Path, stack: contextlib.ExitStack) -> Source:

@@ -42,6 +42,8 @@ def test_the_token_that_begins_a_text(tmp_path):
   made["post_processor"] = None
   assert bos(write(tmp_path, config={}, tokenizer=made, tokenizer_config=said)) is None
   assert bos(write(tmp_path, config={}, tokenizer_config=said | {"add_bos_token": True})) == 7
+  with pytest.raises(ConfigError, match="texts begin with token 7, of a model with 7"):
+    bos(write(tmp_path, config={"vocab_size": 7}))
 
 
 def test_the_tokens_that_end_an_answer(tmp_path):

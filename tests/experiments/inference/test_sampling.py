@@ -1,14 +1,14 @@
-"""Decoding with a cache is the full forward pass, token by token; and which tokens may be drawn."""
+"""Decoding with a cache is the full forward pass, token by token, whatever the rows beside it."""
 
 from functools import cache
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.inference import sampling
-from experiments.inference.sampling import Draw, generate, sample_token
+from experiments.inference.draw import Draw
+from experiments.inference.sampling import Decoder, dropless, generate
 from layers.spec import (
   AlibiSpec,
   AttentionSpec,
@@ -134,50 +134,7 @@ def test_chunks_have_the_stride_and_the_number_of_tokens():
   model, params = model_of(FIRST)
   prompts, draw = [[1], [2], [3]], Draw(REAL_IDS, temperature=0)
   chunks = generate(model, params, prompts, num_tokens=20, draw=draw, stride=8)
-  assert [chunk.shape for chunk in chunks] == [(3, 8), (3, 8), (3, 4)]
-
-
-LOGITS = np.log(np.array([[0.1, 0.2, 0.3, 0.05, 0.35], [0.5, 0.1, 0.1, 0.2, 0.1]], np.float32))
-
-
-def draws(count=4000, **settings):
-  """Frequencies [B, V] of drawn tokens."""
-  settings = {"temperature": 1.0, "top_k": 0, "vocab_size": 5} | settings
-  keys = jax.random.split(jax.random.key(0), count)
-  tokens_NB = jax.vmap(lambda key: sample_token(jnp.asarray(LOGITS), key, **settings))(keys)
-  return np.stack([np.bincount(column, minlength=5) / count for column in tokens_NB.T])
-
-
-def expected(temperature=1.0, kept=range(5)):
-  p = np.zeros(LOGITS.shape)
-  p[:, list(kept)] = np.exp(LOGITS[:, list(kept)] / temperature)
-  return p / p.sum(axis=1, keepdims=True)
-
-
-def test_temperature_scales_the_odds():
-  np.testing.assert_allclose(draws(), expected(), atol=0.03)
-  np.testing.assert_allclose(draws(temperature=0.5), expected(0.5), atol=0.03)
-
-
-def test_padding_ids_are_never_drawn():
-  np.testing.assert_allclose(draws(vocab_size=4), expected(kept=range(4)), atol=0.03)
-  hot = draws(vocab_size=2, temperature=100.0)
-  assert hot[:, 2:].sum() == 0 and hot[:, :2].min() > 0.4
-  greedy = sample_token(
-    jnp.asarray(LOGITS), jax.random.key(0), temperature=0, top_k=0, vocab_size=4
-  )
-  assert greedy.tolist() == [2, 0]  # without padding the first would be 4
-
-
-def test_top_k_keeps_the_likeliest():
-  found = draws(top_k=2)
-  for row, likeliest in zip(found, ([2, 4], [0, 3]), strict=True):
-    p = np.exp(LOGITS[0 if 2 in likeliest else 1])[likeliest]
-    np.testing.assert_allclose(row[likeliest], p / p.sum(), atol=0.03)
-    assert row.sum() == pytest.approx(row[likeliest].sum())
-  np.testing.assert_array_equal(draws(top_k=99), draws())
-  padded = draws(top_k=2, vocab_size=4)  # the best two of the real ids
-  assert padded[0, [1, 2]].sum() == pytest.approx(1)
+  assert [chunk.shape for chunk in chunks] == [(3, 1), (3, 8), (3, 8), (3, 3)]
 
 
 def test_padding_ids_stay_out_of_a_generated_text():
@@ -185,9 +142,165 @@ def test_padding_ids_stay_out_of_a_generated_text():
   assert found.max() < REAL_IDS and len(set(found[0].tolist())) > 8
 
 
-def test_widths_divide_into_routing_groups():
-  for group, longest, width in ((None, 5, 16), (12, 17, 36), (64, 17, 32), (24, 100, 144)):
-    mlp = MoeSpec(num_experts=2, expert=DENSE, group_size=group)
-    found = sampling._prompt_width(spec(layer(None, mlp)), longest)
-    assert found == width and found >= longest
-    assert group is None or found < group or found % group == 0
+PROMPT = [5, 9, 31, 2, 7, 11, 0, 36, 8, 14, 22, 3, 1, 30, 4, 17, 6, 25, 12]  # 19 tokens
+
+
+def decoder_of(name, batch=1, **settings):
+  model, params = model_of(name)
+  defaults = {"length": CONTEXT, "draw": Draw(REAL_IDS, temperature=0), "width": 8, "stride": 4}
+  return Decoder(model, params, batch=batch, **defaults | settings)
+
+
+def drawn(decoder, rows, count, **arguments):
+  """(tokens, log-probabilities) of `count` tokens a row."""
+  chunks = [decoder.feed(rows, **arguments)]
+  while (left := count - sum(c.tokens_BN.shape[1] for c in chunks)) > 0:
+    chunks.append(decoder.step(left))
+  return tuple(np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_prompts_go_in_by_pieces(name):
+  rows = [PROMPT, PROMPT[:3], PROMPT[:8]]  # of three pieces, a part of one, one
+  found, _ = drawn(decoder_of(name, batch=3), rows, 6)
+  for tokens, row in zip(found.tolist(), rows, strict=True):
+    assert tokens == by_full_forward(name, row, 6)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_log_probabilities_are_those_of_a_full_pass(name):
+  draw = Draw(REAL_IDS, temperature=1.5, top_k=9, repetition_penalty=1.2)
+  tokens, logprobs = drawn(decoder_of(name, draw=draw, seed=3), [PROMPT], 9)
+  row_BT = np.zeros((1, 48), np.int32)
+  whole = [*PROMPT, *tokens[0].tolist()]
+  row_BT[0, : len(whole)] = whole
+  segments_BT = (np.arange(48)[None] < len(whole)).astype(np.int32)
+  log_p_TV = jax.nn.log_softmax(forward_of(name)(row_BT, segments_BT)[0])
+  at = np.arange(len(PROMPT) - 1, len(whole) - 1)
+  np.testing.assert_allclose(logprobs[0], log_p_TV[at, tokens[0]], rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_longer_row_runs_only_what_is_new(name):
+  decoder = decoder_of(name)
+  said, _ = drawn(decoder, [PROMPT[:8]], 5)
+  longer = [*PROMPT[:8], *said[0].tolist(), *PROMPT[8:13]]
+  found, _ = drawn(decoder, [longer], 4)
+  assert decoder.reused == 12  # all but the last token drawn, which was not run yet
+  assert found[0].tolist() == by_full_forward(name, longer, 4)
+  other = [*longer[:6], 33, *PROMPT]  # parts with what the caches hold at the seventh token
+  found, _ = drawn(decoder, [other], 4)
+  assert decoder.reused == (6 if name == FIRST or "buckets" in name else 0)
+  assert found[0].tolist() == by_full_forward(name, other, 4)
+
+
+def test_draws_depend_on_seed_and_row_alone():
+  """Not on the stride, the pieces, the rows beside it, or where a batch begins."""
+  hot = Draw(REAL_IDS, temperature=1.0, top_p=0.95)
+  rows = [PROMPT, PROMPT[:3], PROMPT[:8]]
+  together, _ = drawn(decoder_of(FIRST, batch=3, draw=hot, seed=7), rows, 12)
+  assert len({tuple(tokens) for tokens in together.tolist()}) == 3
+  alone = decoder_of(FIRST, draw=hot, seed=7)
+  for i, row in enumerate(rows):
+    assert drawn(alone, [row], 12, first=i)[0].tolist() == together[i : i + 1].tolist()
+  otherwise, _ = drawn(decoder_of(FIRST, draw=hot, seed=7, stride=5, width=16), [rows[0]], 12)
+  assert otherwise.tolist() == together[:1].tolist()
+  same, _ = drawn(decoder_of(FIRST, batch=3, draw=hot, seed=7), [PROMPT] * 3, 12)
+  assert len({tuple(tokens) for tokens in same.tolist()}) == 3  # equal prompts, other draws
+  assert (
+    drawn(decoder_of(FIRST, draw=hot, seed=8), [rows[0]], 12)[0].tolist() != together[:1].tolist()
+  )
+
+
+def test_other_numbers_and_seeds_compile_nothing():
+  settings = {"temperature": 1.0, "top_k": 9, "top_p": 0.9, "min_p": 0.1}
+  settings["repetition_penalty"] = 1.1
+  drawn(decoder_of(FIRST, draw=Draw(REAL_IDS, **settings)), [PROMPT], 6)
+  before = sampling._prefill._cache_size(), sampling._decode._cache_size()
+  other = {name: 0.5 * value if name != "top_k" else 5 for name, value in settings.items()}
+  drawn(decoder_of(FIRST, draw=Draw(REAL_IDS, **other), seed=5), [PROMPT[:9]], 5)
+  assert (sampling._prefill._cache_size(), sampling._decode._cache_size()) == before
+
+
+def test_a_row_ends_at_its_token_and_the_run_with_the_last():
+  free = run(FIRST, [PROMPT, PROMPT[:3]], 12)
+  end = next(t for t in free[0] if t not in free[1].tolist())
+  at = free[0].tolist().index(end)
+  both = decoder_of(FIRST, batch=2, ends=[int(end)], stride=12)
+  first = both.feed([PROMPT, PROMPT[:3]])
+  rest = both.step()
+  tokens = np.concatenate([first.tokens_BN, rest.tokens_BN], 1)
+  assert tokens[0].tolist() == free[0, : at + 1].tolist() + [end] * (12 - at)
+  assert tokens[1, :12].tolist() == free[1].tolist()  # goes on, as if it were alone
+  alone = decoder_of(FIRST, ends=[int(end)], stride=12)
+  alone.feed([PROMPT])
+  assert alone.step().tokens_BN.shape[1] == at  # none is computed after the end
+
+
+def test_a_row_ends_where_its_length_is_full():
+  decoder = decoder_of(FIRST, batch=2, length=22, stride=12)
+  found = np.concatenate(
+    [decoder.feed([PROMPT, PROMPT[:12]]).tokens_BN, decoder.step().tokens_BN], 1
+  )
+  assert found.shape == (2, 10)  # 22 - 12
+  assert found[0, :3].tolist() == by_full_forward(FIRST, PROMPT, 3)
+  assert set(found[0, 2:].tolist()) == {int(found[0, 2])}
+  assert found[1].tolist() == by_full_forward(FIRST, PROMPT[:12], 10)
+
+
+def test_the_repetition_penalty_sees_prompt_and_answer():
+  penalty = 1e6  # far more than any difference between logits: no token comes twice
+  draw = Draw(REAL_IDS, temperature=0, repetition_penalty=penalty)
+  tokens, _ = drawn(decoder_of(FIRST, draw=draw), [PROMPT], 12)
+  row, forward = list(PROMPT), forward_of(FIRST)
+  for token in tokens[0].tolist():
+    row_BT = np.zeros((1, 48), np.int32)
+    row_BT[0, : len(row)] = row
+    x_V = np.array(
+      forward(row_BT, (np.arange(48)[None] < len(row)).astype(np.int32))[0, len(row) - 1]
+    )
+    seen = sorted(set(row))
+    x_V[seen] = np.where(x_V[seen] < 0, x_V[seen] * penalty, x_V[seen] / penalty)
+    assert token == x_V[:REAL_IDS].argmax()
+    row.append(token)
+  assert tokens[0].tolist() != by_full_forward(FIRST, PROMPT, 12)
+
+
+@pytest.mark.parametrize("router", ["switch", "no_token_left_behind"])
+def test_experts_short_of_slots_drop_nothing_of_a_text(router):
+  """A capacity for a fraction of the tokens: prompt and answer are those of a model without."""
+  few = {"dispatch": "capacity", "eval_capacity_factor": 0.1, "min_capacity": 1, "router": router}
+  limited = spec(layer(RotarySpec(), MoeSpec(2, DENSE, group_size=16, **few)), repeats=2)
+  if router == "switch":
+    free = spec(layer(RotarySpec(), MoeSpec(2, DENSE)), repeats=2)
+  else:  # slots for all of a row
+    every = few | {"eval_capacity_factor": 2.0}
+    free = spec(layer(RotarySpec(), MoeSpec(2, DENSE, **every)), repeats=2)
+  model, unlimited = TransformerLM(limited, unroll=1), TransformerLM(free, unroll=1)
+  params = random_params(model, scale=0.7, seed=5)
+  decoder = Decoder(
+    model, params, batch=1, length=CONTEXT, draw=Draw(REAL_IDS, temperature=0), width=16, stride=4
+  )
+  tokens, logprobs = drawn(decoder, [PROMPT], 13)
+  whole = np.array([[*PROMPT, *tokens[0].tolist()]], np.int32)  # 32: two routing groups
+  at = np.arange(len(PROMPT) - 1, whole.shape[1] - 1)
+  of = lambda model: jax.nn.log_softmax(model.apply({"params": params}, whole).logits_BTV[0])
+  np.testing.assert_allclose(logprobs[0], of(unlimited)[at, tokens[0]], rtol=2e-4, atol=2e-4)
+  assert np.abs(logprobs[0] - of(model)[at, tokens[0]]).max() > 0.01  # which drops tokens
+  dropped = model.apply({"params": params}, whole).stats[0].dropped
+  assert float(dropped.sum()) > 0
+
+
+def test_only_experts_change_for_decoding():
+  plain = SPECS["states beside a cache"]
+  assert dropless(plain) == plain
+
+
+def test_misuse_is_refused():
+  decoder = decoder_of(FIRST)
+  with pytest.raises(ValueError, match="no prompt was fed"):
+    decoder.step()
+  with pytest.raises(ValueError, match="1 rows of at least one token"):
+    decoder.feed([[1], [2]])
+  with pytest.raises(ValueError, match="50 tokens and one more do not fit a length of 50"):
+    decoder.feed([[1] * 50])

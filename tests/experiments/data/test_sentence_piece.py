@@ -102,7 +102,7 @@ def test_a_path_is_taken_and_bad_files_are_refused(ours, folder, tmp_path):
   (tmp_path / "a.model").write_bytes(b"\x00not one")
   with pytest.raises(ConfigError, match="is no SentencePiece model"):
     load_tokenizer(str(tmp_path / "a.model"))
-  with pytest.raises(ConfigError, match="there is no tokenizer at .*b.model"):
+  with pytest.raises(ConfigError, match=r"there is no tokenizer at .*b\.model"):
     load_tokenizer(str(tmp_path / "b.model"))
   (tmp_path / "c.model").write_bytes(train("bpe", eos_id=-1))
   with pytest.raises(ConfigError, match="has no end-of-document token"):

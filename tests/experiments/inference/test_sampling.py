@@ -145,9 +145,13 @@ def test_padding_ids_stay_out_of_a_generated_text():
 PROMPT = [5, 9, 31, 2, 7, 11, 0, 36, 8, 14, 22, 3, 1, 30, 4, 17, 6, 25, 12]  # 19 tokens
 
 
+# One shape of decoder for most tests, and that of `run` where it has one row: few programs.
+SHAPE = {"length": 44, "width": 16, "stride": 8}
+
+
 def decoder_of(name, batch=1, **settings):
   model, params = model_of(name)
-  defaults = {"length": CONTEXT, "draw": Draw(REAL_IDS, temperature=0), "width": 8, "stride": 4}
+  defaults = {"draw": Draw(REAL_IDS, temperature=0), **SHAPE}
   return Decoder(model, params, batch=batch, **defaults | settings)
 
 
@@ -159,93 +163,89 @@ def drawn(decoder, rows, count, **arguments):
   return tuple(np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
 
 
+def log_probabilities(name, row, count):
+  """Of the last `count` tokens of a row, by a full pass."""
+  row_BT = np.zeros((1, 48), np.int32)
+  row_BT[0, : len(row)] = row
+  segments_BT = (np.arange(48)[None] < len(row)).astype(np.int32)
+  log_p_TV = np.array(jax.nn.log_softmax(forward_of(name)(row_BT, segments_BT)[0]))
+  at = np.arange(len(row) - count - 1, len(row) - 1)
+  return log_p_TV[at, row[len(row) - count :]]
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_prompts_go_in_by_pieces(name):
-  rows = [PROMPT, PROMPT[:3], PROMPT[:8]]  # of three pieces, a part of one, one
-  found, _ = drawn(decoder_of(name, batch=3), rows, 6)
-  for tokens, row in zip(found.tolist(), rows, strict=True):
+  """Of unlike lengths, one or two pieces; tokens and log-probabilities are those of full passes."""
+  rows = [PROMPT, PROMPT[:3], PROMPT[:16]]
+  found, logprobs = drawn(decoder_of(name, batch=3), rows, 6)
+  for b, (tokens, row) in enumerate(zip(found.tolist(), rows, strict=True)):
     assert tokens == by_full_forward(name, row, 6)
-
-
-@pytest.mark.parametrize("name", SPECS)
-def test_log_probabilities_are_those_of_a_full_pass(name):
-  draw = Draw(REAL_IDS, temperature=1.5, top_k=9, repetition_penalty=1.2)
-  tokens, logprobs = drawn(decoder_of(name, draw=draw, seed=3), [PROMPT], 9)
-  row_BT = np.zeros((1, 48), np.int32)
-  whole = [*PROMPT, *tokens[0].tolist()]
-  row_BT[0, : len(whole)] = whole
-  segments_BT = (np.arange(48)[None] < len(whole)).astype(np.int32)
-  log_p_TV = jax.nn.log_softmax(forward_of(name)(row_BT, segments_BT)[0])
-  at = np.arange(len(PROMPT) - 1, len(whole) - 1)
-  np.testing.assert_allclose(logprobs[0], log_p_TV[at, tokens[0]], rtol=2e-4, atol=2e-4)
+    expected = log_probabilities(name, row + tokens, 6)
+    np.testing.assert_allclose(logprobs[b], expected, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_a_longer_row_runs_only_what_is_new(name):
   decoder = decoder_of(name)
   said, _ = drawn(decoder, [PROMPT[:8]], 5)
-  longer = [*PROMPT[:8], *said[0].tolist(), *PROMPT[8:13]]
+  longer = [*PROMPT[:8], *said[0].tolist(), *PROMPT]
   found, _ = drawn(decoder, [longer], 4)
   assert decoder.reused == 12  # all but the last token drawn, which was not run yet
   assert found[0].tolist() == by_full_forward(name, longer, 4)
-  other = [*longer[:6], 33, *PROMPT]  # parts with what the caches hold at the seventh token
+  other = [*longer[:6], 33, *PROMPT[:9]]  # parts with what the caches hold at the seventh token
   found, _ = drawn(decoder, [other], 4)
   assert decoder.reused == (6 if name == FIRST or "buckets" in name else 0)
   assert found[0].tolist() == by_full_forward(name, other, 4)
 
 
+ALL_USES = Draw(REAL_IDS, 1.5, top_k=30, top_p=0.95, min_p=0.01, repetition_penalty=1.1)
+
+
 def test_draws_depend_on_seed_and_row_alone():
-  """Not on the stride, the pieces, the rows beside it, or where a batch begins."""
-  hot = Draw(REAL_IDS, temperature=1.0, top_p=0.95)
-  rows = [PROMPT, PROMPT[:3], PROMPT[:8]]
-  together, _ = drawn(decoder_of(FIRST, batch=3, draw=hot, seed=7), rows, 12)
+  """Not on the length of runs, the rows beside it, or where a batch begins."""
+  rows = [PROMPT, PROMPT[:3], PROMPT[:16]]
+  together, logprobs = drawn(decoder_of(FIRST, batch=3, draw=ALL_USES, seed=7), rows, 12)
   assert len({tuple(tokens) for tokens in together.tolist()}) == 3
-  alone = decoder_of(FIRST, draw=hot, seed=7)
+  alone = decoder_of(FIRST, draw=ALL_USES, seed=7)
   for i, row in enumerate(rows):
     assert drawn(alone, [row], 12, first=i)[0].tolist() == together[i : i + 1].tolist()
-  otherwise, _ = drawn(decoder_of(FIRST, draw=hot, seed=7, stride=5, width=16), [rows[0]], 12)
-  assert otherwise.tolist() == together[:1].tolist()
-  same, _ = drawn(decoder_of(FIRST, batch=3, draw=hot, seed=7), [PROMPT] * 3, 12)
+  expected = log_probabilities(FIRST, PROMPT + together[0].tolist(), 12)
+  np.testing.assert_allclose(logprobs[0], expected, rtol=2e-4, atol=2e-4)  # of the plain logits
+  single = [alone.feed([PROMPT]), *(alone.step(1) for _ in range(5))]
+  assert [int(c.tokens_BN[0, 0]) for c in single] == together[0, :6].tolist()
+  same, _ = drawn(decoder_of(FIRST, batch=3, draw=ALL_USES, seed=7), [PROMPT] * 3, 12)
   assert len({tuple(tokens) for tokens in same.tolist()}) == 3  # equal prompts, other draws
-  assert (
-    drawn(decoder_of(FIRST, draw=hot, seed=8), [rows[0]], 12)[0].tolist() != together[:1].tolist()
-  )
+  other_seed, _ = drawn(decoder_of(FIRST, draw=ALL_USES, seed=8), [PROMPT], 12)
+  assert other_seed.tolist() != together[:1].tolist()
 
 
 def test_other_numbers_and_seeds_compile_nothing():
-  settings = {"temperature": 1.0, "top_k": 9, "top_p": 0.9, "min_p": 0.1}
-  settings["repetition_penalty"] = 1.1
-  drawn(decoder_of(FIRST, draw=Draw(REAL_IDS, **settings)), [PROMPT], 6)
+  drawn(decoder_of(FIRST, draw=ALL_USES), [PROMPT], 6)
   before = sampling._prefill._cache_size(), sampling._decode._cache_size()
-  other = {name: 0.5 * value if name != "top_k" else 5 for name, value in settings.items()}
-  drawn(decoder_of(FIRST, draw=Draw(REAL_IDS, **other), seed=5), [PROMPT[:9]], 5)
+  other = Draw(REAL_IDS, 0.5, top_k=3, top_p=0.5, min_p=0.3, repetition_penalty=2.0)
+  drawn(decoder_of(FIRST, draw=other, seed=5), [PROMPT[:9]], 5)
   assert (sampling._prefill._cache_size(), sampling._decode._cache_size()) == before
 
 
 def test_a_row_ends_at_its_token_and_the_run_with_the_last():
-  free = run(FIRST, [PROMPT, PROMPT[:3]], 12)
-  end = next(t for t in free[0] if t not in free[1].tolist())
+  rows = [PROMPT, PROMPT[:3], PROMPT[:16]]
+  free, _ = drawn(decoder_of(FIRST, batch=3), rows, 9)
+  end = next(t for t in free[0].tolist()[1:] if t not in free[1:])
   at = free[0].tolist().index(end)
-  both = decoder_of(FIRST, batch=2, ends=[int(end)], stride=12)
-  first = both.feed([PROMPT, PROMPT[:3]])
-  rest = both.step()
-  tokens = np.concatenate([first.tokens_BN, rest.tokens_BN], 1)
-  assert tokens[0].tolist() == free[0, : at + 1].tolist() + [end] * (12 - at)
-  assert tokens[1, :12].tolist() == free[1].tolist()  # goes on, as if it were alone
-  alone = decoder_of(FIRST, ends=[int(end)], stride=12)
+  found, _ = drawn(decoder_of(FIRST, batch=3, ends=[end]), rows, 9)
+  assert found[0].tolist() == free[0, : at + 1].tolist() + [end] * (8 - at)
+  assert found[1:].tolist() == free[1:].tolist()  # they go on
+  alone = decoder_of(FIRST, ends=[end])
   alone.feed([PROMPT])
   assert alone.step().tokens_BN.shape[1] == at  # none is computed after the end
 
 
 def test_a_row_ends_where_its_length_is_full():
-  decoder = decoder_of(FIRST, batch=2, length=22, stride=12)
-  found = np.concatenate(
-    [decoder.feed([PROMPT, PROMPT[:12]]).tokens_BN, decoder.step().tokens_BN], 1
-  )
-  assert found.shape == (2, 10)  # 22 - 12
+  rows = [PROMPT, PROMPT[:3], PROMPT[:16]]
+  found, _ = drawn(decoder_of(FIRST, batch=3, length=22), rows, 9)
   assert found[0, :3].tolist() == by_full_forward(FIRST, PROMPT, 3)
-  assert set(found[0, 2:].tolist()) == {int(found[0, 2])}
-  assert found[1].tolist() == by_full_forward(FIRST, PROMPT[:12], 10)
+  assert set(found[0, 2:].tolist()) == {int(found[0, 2])}  # the row holds 22 tokens
+  assert found[1].tolist() == by_full_forward(FIRST, PROMPT[:3], 9)
 
 
 def test_the_repetition_penalty_sees_prompt_and_answer():
@@ -278,9 +278,7 @@ def test_experts_short_of_slots_drop_nothing_of_a_text(router):
     free = spec(layer(RotarySpec(), MoeSpec(2, DENSE, **every)), repeats=2)
   model, unlimited = TransformerLM(limited, unroll=1), TransformerLM(free, unroll=1)
   params = random_params(model, scale=0.7, seed=5)
-  decoder = Decoder(
-    model, params, batch=1, length=CONTEXT, draw=Draw(REAL_IDS, temperature=0), width=16, stride=4
-  )
+  decoder = Decoder(model, params, batch=1, draw=Draw(REAL_IDS, temperature=0), **SHAPE)
   tokens, logprobs = drawn(decoder, [PROMPT], 13)
   whole = np.array([[*PROMPT, *tokens[0].tolist()]], np.int32)  # 32: two routing groups
   at = np.arange(len(PROMPT) - 1, whole.shape[1] - 1)
@@ -302,5 +300,5 @@ def test_misuse_is_refused():
     decoder.step()
   with pytest.raises(ValueError, match="1 rows of at least one token"):
     decoder.feed([[1], [2]])
-  with pytest.raises(ValueError, match="50 tokens and one more do not fit a length of 50"):
-    decoder.feed([[1] * 50])
+  with pytest.raises(ValueError, match="44 tokens and one more do not fit a length of 44"):
+    decoder.feed([[1] * 44])

@@ -144,8 +144,9 @@ def _request(given: dict[str, Any], model: Foreign, template: ChatTemplate | Non
   text, messages = given.get("prompt", ""), given.get("messages")
   said = repr(text if len(text) <= 40 else text[:37] + "...") if messages is None else "messages"
   if messages is None and _CHAT.value:
-    system = [{"role": "system", "content": _SYSTEM.value}] if _SYSTEM.value else []
-    messages = [*system, {"role": "user", "content": text}]
+    messages = [{"role": "user", "content": text}]
+  if messages is not None and _SYSTEM.value and messages[0]["role"] != "system":
+    messages = [{"role": "system", "content": _SYSTEM.value}, *messages]
   try:
     if messages is not None and template is not None:
       ids, text = template.encode(messages, model.tokenizer), ""

@@ -230,14 +230,14 @@ def test_other_numbers_and_seeds_compile_nothing():
 def test_a_row_ends_at_its_token_and_the_run_with_the_last():
   rows = [PROMPT, PROMPT[:3], PROMPT[:16]]
   free, _ = drawn(decoder_of(FIRST, batch=3), rows, 9)
-  end = next(t for t in free[0].tolist()[1:] if t not in free[1:])
-  at = free[0].tolist().index(end)
-  found, _ = drawn(decoder_of(FIRST, batch=3, ends=[end]), rows, 9)
-  assert found[0].tolist() == free[0, : at + 1].tolist() + [end] * (8 - at)
-  assert found[1:].tolist() == free[1:].tolist()  # they go on
+  end = int(free[0, 3])
+  until = [row.index(end) + 1 if end in row else 9 for row in free.tolist()]
+  found, _ = drawn(decoder_of(FIRST, batch=3, ends=[end]), rows, max(until))
+  for tokens, row, count in zip(found.tolist(), free.tolist(), until, strict=True):
+    assert tokens == row[:count] + [row[count - 1]] * (max(until) - count)
   alone = decoder_of(FIRST, ends=[end])
   alone.feed([PROMPT])
-  assert alone.step().tokens_BN.shape[1] == at  # none is computed after the end
+  assert alone.step().tokens_BN.shape[1] == until[0] - 1  # none is computed after the end
 
 
 def test_a_row_ends_where_its_length_is_full():

@@ -11,12 +11,12 @@ from rich.progress import Progress
 
 from . import bucket, cli, paths
 from .config import Config, ConfigError, DataConfig, MeshConfig
-from .data.tokenizer import Tokenizer, check_vocab
-from .training.folder import read_config
+from .data.tokenizer import Tokenizer
+from .training.folder import own_tokenizer, read_config
 from .training.setup import Setup, build
 from .weights.load import load
-from .weights.open import locate, open_weights, read_tokenizer
-from .weights.source import Source
+from .weights.open import Opened, locate, open_weights, read_tokenizer
+from .weights.source import Source, read_json
 from .weights.special import adds_bos, bos, stops
 
 
@@ -24,6 +24,13 @@ class Trained(NamedTuple):
   setup: Setup
   step: int
   params: Any
+
+
+def holds_run(path: Path) -> bool:
+  """Whether it is a run directory, not a checkpoint from elsewhere."""
+  if not (path / "config.json").is_file():
+    return False
+  return (path / "checkpoints").is_dir() or read_json(path / "config.json").get("type") == "Config"
 
 
 def open_run(folder: Path, *, batch: bool) -> Setup:
@@ -41,11 +48,11 @@ def open_run(folder: Path, *, batch: bool) -> Setup:
   if stored is None:
     raise ConfigError(f"{folder} holds no run (no config.json)")
   here = dataclasses.replace(stored, mesh=MeshConfig(rules=stored.mesh.rules))
-  return build(cli.override_config(here), batch=batch)
+  return build(own_tokenizer(cli.override_config(here), folder), batch=batch)
 
 
-class Foreign(NamedTuple):
-  """A model from elsewhere."""
+class Loaded(NamedTuple):
+  """A model that can answer."""
 
   setup: Setup
   params: Any
@@ -55,7 +62,7 @@ class Foreign(NamedTuple):
   source: Source | None = None  # where its chat template is; its tensors are closed
 
 
-def load_weights(name: str) -> Foreign:
+def load_weights(name: str) -> Loaded:
   """The model of `--weights`, on the mesh that the devices here suggest, with the command's
   overrides; prints how far it is.
 
@@ -64,23 +71,43 @@ def load_weights(name: str) -> Foreign:
   """
   with contextlib.ExitStack() as stack:
     opened = open_weights(locate(name), stack)
-    spec, source = opened.spec, opened.source
-    data = DataConfig(row_length=min(256, spec.max_length), tokenizer="")
-    config = cli.override_config(Config(name=source.path.stem, model=spec, data=data))
-    if config.model != spec:
-      raise ConfigError("--config.model: the model is the one that the weights were made for")
-    tokenizer = read_tokenizer(source, config.data.tokenizer)
-    check_vocab(tokenizer, spec.vocab_size)
-    setup = build(config, batch=False)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-      task = bar.add_task(f"loading {source.path.name}")
-      told = lambda done, count: bar.update(task, completed=done, total=count)
-      params = load(source, opened.table, spec, setup.abstract.params, progress=told)
+    setup, source = setup_of(opened), opened.source
+    tokenizer = read_tokenizer(source, setup.config.data.tokenizer)
+    if tokenizer.byte_lengths_V[opened.spec.vocab_size :].any():  # special tokens may be left out
+      raise ConfigError(
+        f"{source.path}: the tokenizer has {tokenizer.vocab_size:,} ids, but the model only "
+        f"{opened.spec.vocab_size:,}: they do not belong together"
+      )
+    params = fill(opened, setup)
     begin = bos(source)
     if begin is None and adds_bos(source):
       begin = tokenizer.bos
     ends = stops(source) | {tokenizer.eod}
-    return Foreign(setup, params, tokenizer, ends, begin, source)
+    return Loaded(setup, params, tokenizer, ends, begin, source)
+
+
+def setup_of(opened: Opened) -> Setup:
+  """The setup of weights from elsewhere, as `load_weights` has it.
+
+  Raises:
+    ConfigError: the model does not suit the devices, or an override changes it.
+  """
+  spec, path = opened.spec, opened.source.path
+  data = DataConfig(row_length=min(256, spec.max_length), tokenizer="")
+  name = path.name if path.is_dir() else path.stem
+  config = cli.override_config(Config(name=name, model=spec, data=data))
+  if config.model != spec:
+    raise ConfigError("--config.model: the model is the one that the weights were made for")
+  return build(config, batch=False)
+
+
+def fill(opened: Opened, setup: Setup) -> Any:
+  """The parameters; prints how far it is. Raises ConfigError as `load`."""
+  source = opened.source
+  with Progress(console=Console(stderr=True), transient=True) as bar:
+    task = bar.add_task(f"loading {source.path.name}")
+    told = lambda done, count: bar.update(task, completed=done, total=count)
+    return load(source, opened.table, opened.spec, setup.abstract.params, progress=told)
 
 
 def restore(setup: Setup, folder: Path) -> Trained:

@@ -8,6 +8,7 @@ import inspect
 import io
 import os
 import pkgutil
+import re
 import sys
 import textwrap
 import traceback
@@ -135,7 +136,8 @@ def _usage(main: Callable) -> str:
   lines = [(program.__doc__ or "").strip(), "", "Flags:"]
   for flag in (flag for name in by_module if name in ours for flag in by_module[name]):
     is_bool = flag.flag_type() == "bool"
-    lines.append(f"  --{flag.name}" + ("" if is_bool else f"={flag.default}"))
+    default = "" if flag.default in (None, []) else flag.default
+    lines.append(f"  --{flag.name}" + ("" if is_bool else f"={default}"))
     lines += textwrap.wrap(flag.help, 90, initial_indent=" " * 6, subsequent_indent=" " * 6)
   lines += ["  --config.SECTION.FIELD=VALUE"]
   lines += ["      Override any field of the config; `experiments.run --show` prints them all."]
@@ -306,3 +308,8 @@ def require_workdir() -> Path:
     f"{folder} holds no run (no config.json); train one first: "
     f"python -m experiments.run --config={_CONFIG.value} --workdir={folder}"
   )
+
+
+def harmless(text: str) -> str:
+  """`text` without what a terminal would obey: a young model draws any byte."""
+  return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "·", text)

@@ -1,6 +1,5 @@
 """The last words of a run: how good it is, beside what, a sample, and what to do next."""
 
-import re
 import shlex
 from pathlib import Path
 
@@ -10,8 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from . import bucket
+from .cli import harmless
 from .data.tokenizer import Tokenizer
-from .inference.sampling import Draw, generate
+from .inference.draw import Draw
+from .inference.sampling import generate
 from .training.loop import Outcome
 from .training.progress import duration
 
@@ -85,8 +86,3 @@ def _placed_by_the_compiler(x: jax.Array) -> jax.Array:
     mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names)
   )
   return jax.device_put(x, NamedSharding(automatic, x.sharding.spec))
-
-
-def harmless(text: str) -> str:
-  """`text` without what a terminal would obey: a young model draws any byte."""
-  return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "·", text)

@@ -12,13 +12,12 @@ from rich.progress import Progress
 from . import bucket, cli, paths
 from .config import Config, ConfigError, DataConfig, MeshConfig
 from .data.tokenizer import Tokenizer
-from .training.checkpoint import Checkpoints
 from .training.folder import own_tokenizer, read_config
 from .training.setup import Setup, build
 from .weights.load import load
 from .weights.open import Opened, locate, open_weights, read_tokenizer
-from .weights.source import read_json
-from .weights.special import stops
+from .weights.source import Source, read_json
+from .weights.special import adds_bos, bos, stops
 
 
 class Trained(NamedTuple):
@@ -59,6 +58,8 @@ class Loaded(NamedTuple):
   params: Any
   tokenizer: Tokenizer
   stops: frozenset[int]  # ids that end an answer
+  begin: int | None = None  # id that begins every text
+  source: Source | None = None  # where its chat template is; its tensors are closed
 
 
 def load_weights(name: str) -> Loaded:
@@ -78,7 +79,11 @@ def load_weights(name: str) -> Loaded:
         f"{opened.spec.vocab_size:,}: they do not belong together"
       )
     params = fill(opened, setup)
-    return Loaded(setup, params, tokenizer, stops(source) | {tokenizer.eod})
+    begin = bos(source)
+    if begin is None and adds_bos(source):
+      begin = tokenizer.bos
+    ends = stops(source) | {tokenizer.eod}
+    return Loaded(setup, params, tokenizer, ends, begin, source)
 
 
 def setup_of(opened: Opened) -> Setup:
@@ -113,6 +118,8 @@ def restore(setup: Setup, folder: Path) -> Trained:
   """
   if not paths.names(bucket.checkpoints(folder)):
     raise ConfigError(f"{folder} has no checkpoint yet")
+  from .training.checkpoint import Checkpoints  # orbax takes a second, and --weights needs it not
+
   with Checkpoints(bucket.checkpoints(folder), read_only=True) as checkpoints:
     step = checkpoints.newest()
     if step is None:

@@ -1,4 +1,4 @@
-"""Text to token ids and back: plain bytes, or byte-pair encoding from a `tokenizer.json`.
+"""Text to token ids and back: plain bytes, a `tokenizer.json`, or a SentencePiece `.model`.
 
 Dimension letters: V vocabulary.
 """
@@ -6,7 +6,7 @@ Dimension letters: V vocabulary.
 import hashlib
 import re
 from collections.abc import Iterator
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import tokenizers
@@ -32,8 +32,12 @@ class Tokenizer(Protocol):
   mask: int  # id that stands for a hidden token: `vocab_size`, if there is none among them
   fingerprint: str  # equal fingerprints, equal ids
   byte_lengths_V: np.ndarray  # int32: UTF-8 bytes of text each id stands for; eod counts 0
+  special: dict[str, int]  # tokens that are no text, by how they are written
+  bos: int | None  # begins every text, as far as the tokenizer alone says so
 
   def encode(self, text: str) -> np.ndarray: ...  # int32, without eod
+
+  def encode_special(self, text: str) -> np.ndarray: ...  # special tokens in the text are them
 
   def decode(self, ids) -> str: ...  # special tokens and ids beyond the vocabulary are left out
 
@@ -45,9 +49,13 @@ class ByteTokenizer:
   vocab_size = mask = 257
   fingerprint = "byte"
   byte_lengths_V = np.array([1] * 256 + [0], np.int32)
+  special: ClassVar[dict[str, int]] = {}
+  bos = None
 
   def encode(self, text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+  encode_special = encode
 
   def decode(self, ids) -> str:
     ids = np.asarray(ids)
@@ -68,6 +76,8 @@ class BpeTokenizer:
     ConfigError: it is unusable.
   """
 
+  bos = None
+
   def __init__(self, data: bytes, path: str, end: str = ""):
     try:
       self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
@@ -83,6 +93,8 @@ class BpeTokenizer:
     vocab = self._tokenizer.get_vocab()
     self.vocab_size = 1 + max(vocab.values())
     self.mask = next((vocab[m] for m in ("[MASK]", "<mask>") if m in vocab), self.vocab_size)
+    added = self._tokenizer.get_added_tokens_decoder()
+    self.special = {token.content: i for i, token in added.items() if token.special}
     self.fingerprint = hashlib.sha256(data).hexdigest()
     # Some tokenizers put a space before every text: theirs can't be encoded in pieces.
     cut = np.concatenate([self._ids("a"), self._ids("\na")])
@@ -124,6 +136,13 @@ class BpeTokenizer:
     parts = pieces(text) if self._divisible else [text]
     return np.concatenate([self._ids(part) for part in parts])
 
+  def encode_special(self, text: str) -> np.ndarray:
+    self._tokenizer.encode_special_tokens = False
+    try:
+      return self._ids(text)
+    finally:
+      self._tokenizer.encode_special_tokens = True
+
   def decode(self, ids) -> str:
     ids = np.asarray(ids)
     return self._tokenizer.decode(ids[ids < self.vocab_size].tolist(), skip_special_tokens=True)
@@ -146,8 +165,24 @@ def pieces(text: str, size: int = _PIECE) -> Iterator[str]:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-  """`byte`, or a tokenizer.json, or its folder. Raises ConfigError if it is missing or unusable."""
-  return ByteTokenizer() if name == "byte" else BpeTokenizer.read(name)
+  """`byte`, a tokenizer.json, a SentencePiece `.model`, or a folder with either.
+
+  Raises:
+    ConfigError: it is missing or unusable.
+  """
+  if name == "byte":
+    return ByteTokenizer()
+  if not name.endswith((".json", ".model")):
+    inside = files.join(name, "tokenizer.model")
+    if files.exists(inside) and not files.exists(files.join(name, "tokenizer.json")):
+      name = inside
+  if not name.endswith(".model"):
+    return BpeTokenizer.read(name)
+  if not files.exists(name):
+    raise ConfigError(f"there is no tokenizer at {name}")
+  from .sentence_piece import SentencePieceTokenizer  # needs an extra, and most need it not
+
+  return SentencePieceTokenizer(files.read_bytes(name), name)
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -101,10 +101,13 @@ def read_tokenizer(source: Source, name: str = "") -> Tokenizer:
   if source.gguf is not None:
     return read_gguf_tokenizer(source)
   folder = source.path if source.path.is_dir() else source.path.parent
-  if not (folder / "tokenizer.json").is_file():
+  if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
     raise ConfigError(
-      f"{folder} has no tokenizer.json: give a tokenizer by --config.data.tokenizer=PATH"
+      f"{folder} has no tokenizer.json and no tokenizer.model: give a tokenizer by "
+      "--config.data.tokenizer=PATH"
     )
+  if not (folder / "tokenizer.json").is_file():
+    return load_tokenizer(str(folder / "tokenizer.model"))
   return BpeTokenizer.read(str(folder), end=special_tokens(source).get("eos_token", ""))
 
 

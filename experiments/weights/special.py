@@ -44,6 +44,13 @@ def _bos(source: Source) -> int | None:
   return _first(made)
 
 
+def adds_bos(source: Source) -> bool:
+  """Whether nothing says that the tokenizer's own first token is left out."""
+  return source.gguf is None and _optional(source, "tokenizer_config.json").get(
+    "add_bos_token", True
+  )
+
+
 def special_tokens(source: Source) -> dict[str, str]:
   """The texts of special tokens, by the names that templates have for them: `bos_token`, ..."""
   names = ("bos_token", "eos_token", "unk_token", "pad_token")

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from rich.console import Console
-from rich.progress import Progress
 
 from mesh.constrain import use_mesh
 
@@ -28,7 +26,7 @@ from . import cli
 from .config import Config, ConfigError, MeshConfig
 from .data.tokenizer import ByteTokenizer, Tokenizer, check_vocab, load_tokenizer
 from .planning.memory import gigabytes
-from .restore import fill, holds_run, open_run, restore, setup_of
+from .restore import fill, holds_run, open_run, progress, restore, setup_of
 from .training.setup import Setup
 from .weights import hub, native
 from .weights.express import express
@@ -96,7 +94,7 @@ def main() -> int:
     spec = given.setup.config.model
     expressed = express(spec, _FAMILY.value) if hf else None  # before anything large is read
     params = given.fill()
-  with landing(output) as folder, _progress(f"writing {output.name}") as told:
+  with landing(output) as folder, progress(f"writing {output.name}") as told:
     if expressed is not None:
       written = hub.write(
         folder, expressed, spec, by_path(params), ids=given.ids, files=given.files,
@@ -173,13 +171,6 @@ def _of_a_run(given: Given) -> Config:
   return dataclasses.replace(config, data=data, mesh=MeshConfig(rules=config.mesh.rules))
 
 
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-  with Progress(console=Console(stderr=True), transient=True) as bar:
-    task = bar.add_task(what)
-    yield lambda done, count: bar.update(task, completed=done, total=count)
-
-
 def _tell(output: Path, written: Written, given: Given, kind: str) -> None:
   layers = given.setup.config.model.num_layers
   print(f"{_OUTPUT.value}: {kind}, {written.parameters:,} parameters, {layers} layers")
@@ -208,11 +199,12 @@ def _check(given: Given, params: Any, output: Path) -> Compared:
   far = lambda a, b: float(np.abs(a - b).max())
   compared = Compared(far(found, rounded), float(np.abs(exact).max()), far(rounded, exact))
   what = f"logits of {_PROMPT!r}" if given.tokenizer else f"logits of {tokens.size} tokens"
-  print(f"\n{what}: the output's differ by {compared.worst:.2g} at most, {_TOLERANCE:g} of the "
-        f"largest ({compared.largest:.4g}) are allowed")  # fmt: skip
+  print(
+    f"\nCheck: {what} differ by {compared.worst:.2g} at most; allowed are "
+    f"{_TOLERANCE * compared.largest:.2g}, {_TOLERANCE:g} of the largest"
+  )
   if compared.rounding:
-    print(f"  rounding to {_DTYPE.value}, which that leaves out, changed them by "
-          f"{compared.rounding:.2g}")  # fmt: skip
+    print(f"  and rounding to {_DTYPE.value} had changed them by {compared.rounding:.2g}")
   if given.tokenizer and (
     again.tokenizer is None or again.tokenizer.encode(_PROMPT).tolist() != tokens[0].tolist()
   ):

@@ -3,6 +3,7 @@ read it."""
 
 import contextlib
 import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,10 +105,17 @@ def setup_of(opened: Opened) -> Setup:
 def fill(opened: Opened, setup: Setup) -> Any:
   """The parameters; prints how far it is. Raises ConfigError as `load`."""
   source = opened.source
-  with Progress(console=Console(stderr=True), transient=True) as bar:
-    task = bar.add_task(f"loading {source.path.name}")
-    told = lambda done, count: bar.update(task, completed=done, total=count)
+  with progress(f"loading {source.path.name}") as told:
     return load(source, opened.table, opened.spec, setup.abstract.params, progress=told)
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+  """A bar on a terminal, which goes when the block ends; told what is done, of how much."""
+  console = Console(stderr=True)
+  with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    task = bar.add_task(what)
+    yield lambda done, count: bar.update(task, completed=done, total=count)
 
 
 def restore(setup: Setup, folder: Path) -> Trained:

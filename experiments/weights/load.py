@@ -43,7 +43,10 @@ def load(
   by_tensor = grouped(plan)
   for done, (name, own) in enumerate(by_tensor.items()):
     progress(done, len(by_tensor))
-    tensor = _put(source.tensors[name].read(), leaves[own[0].leaf].sharding.mesh)
+    # Once it is there, the host's copy goes when the next program is sent.
+    tensor = jax.block_until_ready(
+      _put(source.tensors[name].read(), leaves[own[0].leaf].sharding.mesh)
+    )
     for piece in own:
       _fill(filled, piece, leaves, tensor)
     jax.block_until_ready([filled[piece.leaf] for piece in own])  # or tensors pile up on their way

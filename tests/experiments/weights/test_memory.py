@@ -78,8 +78,9 @@ def write_zeros(folder: Path) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_more_than_the_largest_tensor(tmp_path, dtype):
-  """At most 1.2 times the largest tensor and 500 MB, above what the process held before, and, while
-  reading, above the parameters themselves, which devices hold: here they are the host.
+  """At most 1.2 times the largest tensor and 250 MB (500 are promised, but a second copy would hide
+  in them), above what the process held before, and, while reading, above the parameters themselves,
+  which devices hold: here they are the host.
 
   Counted is memory of the process's own (RssAnon), not pages of the file that the system keeps as
   long as it has room; sampled from outside every millisecond.
@@ -107,4 +108,4 @@ def test_no_more_than_the_largest_tensor(tmp_path, dtype):
     assert len(within) > 20
     above = max(within) - base
     print(f"{what}: {above / 1e6:.0f} MB above, largest tensor {LARGEST / 1e6:.0f} MB")
-    assert above <= 1.2 * LARGEST + 500e6, what
+    assert above <= 1.2 * LARGEST + 250e6, what

@@ -62,6 +62,32 @@ def test_tokens_and_loss_of_a_text(smollm2):
   assert loss == pytest.approx(2.400794, abs=1e-3)
 
 
+@pytest.mark.full
+def test_written_for_transformers(smollm2, tmp_path):
+  """Logits, ids and conversations are what the package's file gives."""
+  why = "needs the extra `parity`: pip install 'meshyard[parity]'"
+  torch = pytest.importorskip("torch", reason=why)
+  transformers = pytest.importorskip("transformers", reason=why)
+  result = call("convert", ONE, f"--input={NAME}", f"--output={tmp_path / 'out'}")
+  assert result.code == 0, result.err
+  model, told = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / "out", output_loading_info=True
+  )
+  assert not any(told.values()), told
+  with torch.no_grad():
+    found = model(torch.tensor([[1, 2, 3, 4, 5]])).logits[0, -1].numpy()
+  np.testing.assert_allclose(found[:5], LOGITS, atol=1e-3)
+  assert int(found.argmax()) == 29 and float(found.max()) == pytest.approx(30.670156, abs=1e-3)
+  assert set(model.generation_config.eos_token_id) == {0, 2} and model.config.bos_token_id == 1
+  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+  assert tokenizer(GRAVITY)["input_ids"] == GRAVITY_IDS
+  talk = [{"role": "system", "content": "x"}, {"role": "user", "content": "Hi"}]
+  said = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+  assert said == (
+    "<|im_start|>system\nx<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+  )
+
+
 def test_it_knows_the_capital_of_france():
   result = call("generate", ONE, f"--weights={NAME}", "--prompt=The capital of France is",
                 "--temperature=0", "--max_tokens=4")  # fmt: skip

@@ -59,9 +59,9 @@ def _parts(path: Path, header: Header) -> list[Path]:
   if count in (0, 1):
     return [path]
   named = _PART.fullmatch(path.name)
-  if not named or int(named[3]) != count:
+  if not isinstance(count, int) or not named or int(named[3]) != count:
     raise ConfigError(
-      f"{path} is one of {count} files of a model, but not named like -00001-of-{count:05}.gguf"
+      f"{path} is one of {count} files of a model, but not named as such: NAME-00001-of-00002.gguf"
     )
   files = [path.with_name(f"{named[1]}-{i + 1:05}-of-{named[3]}.gguf") for i in range(count)]
   if missing := [file for file in files if not file.is_file()]:

@@ -289,5 +289,5 @@ def test_a_model_in_several_files(tmp_path):
   (tmp_path / "m-00001-of-00002.gguf").rename(tmp_path / "first.gguf")
   with pytest.raises(ConfigError, match=r"m-00001-of-00002.gguf is missing: .* needs all 2 files"):
     opened(tmp_path / "m-00002-of-00002.gguf")
-  with pytest.raises(ConfigError, match=r"one of 2 files of a model, but not named like"):
+  with pytest.raises(ConfigError, match=r"one of 2 files of a model, but not named as such"):
     opened(tmp_path / "first.gguf")

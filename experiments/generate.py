@@ -88,12 +88,11 @@ def main() -> int:
 def _check_flags(talking: bool) -> None:
   """Raises ConfigError where flags mean nothing, or nothing together."""
   _drawing(1)
-  greedy = _TEMPERATURE.value == 0
-  for name in ("top_k", "top_p", "min_p"):
-    if (
-      greedy and flags.FLAGS[name].present and flags.FLAGS[name].value != flags.FLAGS[name].default
-    ):
-      raise ConfigError(f"--temperature=0 takes the likeliest token, so --{name} can't do anything")
+  for flag in (_TOP_K, _TOP_P, _MIN_P):
+    if _TEMPERATURE.value == 0 and flag.value != flag.default:
+      raise ConfigError(
+        f"--temperature=0 takes the likeliest token, so --{flag.name}={flag.value} does nothing"
+      )
   if "" in _STOP.value:
     raise ConfigError("--stop is empty: every text would end at once")
   if _SYSTEM.value and not _CHAT.value:
@@ -144,8 +143,9 @@ def _request(given: dict[str, Any], model: Loaded, template: ChatTemplate | None
   text, messages = given.get("prompt", ""), given.get("messages")
   said = repr(text if len(text) <= 40 else text[:37] + "...") if messages is None else "messages"
   if messages is None and _CHAT.value:
-    system = [{"role": "system", "content": _SYSTEM.value}] if _SYSTEM.value else []
-    messages = [*system, {"role": "user", "content": text}]
+    messages = [{"role": "user", "content": text}]
+  if messages is not None and _SYSTEM.value and messages[0]["role"] != "system":
+    messages = [{"role": "system", "content": _SYSTEM.value}, *messages]
   try:
     if messages is not None and template is not None:
       ids, text = template.encode(messages, model.tokenizer), ""

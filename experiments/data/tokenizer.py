@@ -102,8 +102,8 @@ class BpeTokenizer:
     self.byte_lengths_V = self._byte_lengths()
 
   @classmethod
-  def read(cls, path: str) -> "BpeTokenizer":
-    """A tokenizer.json, or that of a folder.
+  def read(cls, path: str, end: str = "") -> "BpeTokenizer":
+    """A tokenizer.json, or that of a folder; `end` as above.
 
     Raises:
       ConfigError: it is missing or unusable.
@@ -112,7 +112,7 @@ class BpeTokenizer:
     if not files.exists(path):
       commands = HOW_TO_MAKE.format(tokenizer=path.rpartition("/")[0] or ".", shards="SHARDS")
       raise ConfigError(f"there is no tokenizer at {path}: {commands}")
-    return cls(files.read_bytes(path), path)
+    return cls(files.read_bytes(path), path, end)
 
   def _byte_lengths(self) -> np.ndarray:
     byte_level = type(self._tokenizer.decoder) is tokenizers.decoders.ByteLevel

@@ -59,9 +59,9 @@ def _parts(path: Path, header: Header) -> list[Path]:
   if count in (0, 1):
     return [path]
   named = _PART.fullmatch(path.name)
-  if not named or int(named[3]) != count:
+  if not isinstance(count, int) or not named or int(named[3]) != count:
     raise ConfigError(
-      f"{path} is one of {count} files of a model, but not named like -00001-of-{count:05}.gguf"
+      f"{path} is one of {count} files of a model, but not named as such: NAME-00001-of-00002.gguf"
     )
   files = [path.with_name(f"{named[1]}-{i + 1:05}-of-{named[3]}.gguf") for i in range(count)]
   if missing := [file for file in files if not file.is_file()]:
@@ -74,7 +74,7 @@ def _tensors(path: Path, header: Header) -> dict[str, Tensor]:
     import gguf  # an extra
   except ImportError as e:
     raise ConfigError(f"{path} needs the gguf package: pip install 'meshyard[gguf]'") from e
-  found = {}
+  found, checked = {}, set(_PLAIN)
   for name, shape, number, offset in header.tensors:
     try:
       kind = gguf.GGMLQuantizationType(number)
@@ -83,8 +83,9 @@ def _tensors(path: Path, header: Header) -> dict[str, Tensor]:
       raise ConfigError(
         f"{path}: {name} is of type {number}, which gguf {version('gguf')} does not know"
       ) from e
-    if kind.name not in _PLAIN:
+    if kind.name not in checked:
       _check_kind(path, name, kind, size)
+      checked.add(kind.name)
     count = math.prod(shape)  # without overflow, as Python counts
     if not count or shape[-1] % elements:
       raise ConfigError(

@@ -102,8 +102,9 @@ def _byte_level(source: Source, words: list[str]) -> tokenizers.Tokenizer:
     raise ConfigError(f"{source.path} is damaged: its tokenizer has no merges")
   pairs = [(pair[: (cut := pair.find(" ", 1))], pair[cut + 1 :]) for pair in merges]
   vocab = {word: i for i, word in enumerate(words)}
-  if lost := next((p for p in pairs if p[0] not in vocab or p[1] not in vocab), None):
-    raise ConfigError(f"{source.path} is damaged: a merge of {lost}, which are not both tokens")
+  known = lambda a, b: a in vocab and b in vocab and a + b in vocab
+  if lost := next((pair for pair in pairs if not known(*pair)), None):
+    raise ConfigError(f"{source.path} is damaged: a merge of {lost}, of which one is no token")
   made = tokenizers.Tokenizer(models.BPE(vocab, pairs, ignore_merges=name in _WHOLE_WORDS))
   if name in _COMPOSED:
     made.normalizer = normalizers.NFC()

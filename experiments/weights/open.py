@@ -9,7 +9,7 @@ from typing import NamedTuple
 from layers.spec import ModelSpec
 
 from ..config import ConfigError
-from ..data.tokenizer import Tokenizer, load_tokenizer
+from ..data.tokenizer import BpeTokenizer, Tokenizer, load_tokenizer
 from .check import check_config
 from .families import (
   bloom,
@@ -24,9 +24,11 @@ from .families import (
   opt,
   qwen3_moe,
 )
+from .families.gguf import TABLES
 from .gguf import open_gguf
 from .gguf_tokenizer import read_tokenizer as read_gguf_tokenizer
 from .source import Source, open_source
+from .special import special_tokens
 from .table import Table
 
 FAMILIES = (llama, mixtral, qwen3_moe, gemma, deepseek, gpt_oss, gpt2, opt, gpt_neo, gpt_j, bloom)
@@ -75,7 +77,7 @@ def open_weights(path: Path, stack: contextlib.ExitStack) -> Opened:
   """
   source = open_gguf(path) if path.suffix == ".gguf" else open_source(path, stack)
   family = _family(source)
-  check_config(path, source.config, len(source.tensors))
+  check_config(path, source.config, source.tensors)
   try:
     spec = family.spec(source.config)
   except (LookupError, TypeError, ValueError, AttributeError) as e:
@@ -85,7 +87,7 @@ def open_weights(path: Path, stack: contextlib.ExitStack) -> Opened:
     raise ConfigError(f"the config of {path} {what}") from e
   if source.gguf is None:
     return Opened(source, family.TABLE, spec)
-  return Opened(source, family.GGUF[source.config["model_type"]], spec)
+  return Opened(source, TABLES[source.config["model_type"]], spec)
 
 
 def read_tokenizer(source: Source, name: str = "") -> Tokenizer:
@@ -104,7 +106,9 @@ def read_tokenizer(source: Source, name: str = "") -> Tokenizer:
       f"{folder} has no tokenizer.json and no tokenizer.model: give a tokenizer by "
       "--config.data.tokenizer=PATH"
     )
-  return load_tokenizer(str(folder))
+  if not (folder / "tokenizer.json").is_file():
+    return load_tokenizer(str(folder / "tokenizer.model"))
+  return BpeTokenizer.read(str(folder), end=special_tokens(source).get("eos_token", ""))
 
 
 def _family(source: Source) -> ModuleType:

@@ -31,7 +31,7 @@ class Source(NamedTuple):
   path: Path
   tensors: dict[str, Tensor]
   config: dict[str, Any]  # of config.json, or the metadata in its words
-  gguf: Any = None  # the reader, whose tokenizer is inside
+  gguf: Any = None  # metadata, in which the tokenizer is
 
 
 def open_source(path: Path, stack: contextlib.ExitStack) -> Source:
@@ -84,7 +84,9 @@ def _files(path: Path) -> list[Path]:
       pickles = [p for p in sorted(path.iterdir()) if p.suffix in _PICKLES]
       if pickles:
         _refuse_pickle(pickles[0])
-      raise ConfigError(f"{path} holds no .safetensors file")
+      others = [p for p in sorted(path.iterdir()) if p.suffix == ".gguf"]
+      hint = f", but {others[0].name}: give that file" if others else ""
+      raise ConfigError(f"{path} holds no .safetensors file{hint}")
     return found
   names = read_json(index).get("weight_map")
   if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):

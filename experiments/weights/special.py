@@ -15,7 +15,18 @@ _BEGINS_BPE = ("llama-bpe", "llama3", "llama-v3", "tekken")
 
 
 def bos(source: Source) -> int | None:
-  """Id of the token that the tokenizer puts before every text; None if it puts none."""
+  """Id of the token that the tokenizer puts before every text; None if it puts none.
+
+  Raises:
+    ConfigError: the model has no such id.
+  """
+  found, count = _bos(source), source.config.get("vocab_size")
+  if found is not None and isinstance(count, int) and not 0 <= found < count:
+    raise ConfigError(f"{source.path}: texts begin with token {found}, of a model with {count:,}")
+  return found
+
+
+def _bos(source: Source) -> int | None:
   if source.gguf is not None:
     kind = metadata(source, "tokenizer.ggml.model")
     adds = metadata(source, "tokenizer.ggml.add_bos_token")

@@ -15,7 +15,6 @@ from layers.spec import (
 
 from ...config import ConfigError
 from ..table import Table, rule
-from . import gpt2
 from .common import grouped, norms, parts
 
 TYPES = ("bloom",)
@@ -84,6 +83,3 @@ def config(spec: ModelSpec, kind: str) -> dict[str, Any]:
     "hidden_dropout": first.dropout,
     "attention_dropout": 0.0,
   }
-
-
-GGUF = gpt2.GGUF

@@ -179,27 +179,3 @@ def _rope(attention: LatentAttentionSpec) -> dict[str, Any]:
     del said["rope_scaling"]["attention_factor"]
     said["rope_scaling"]["mscale"] = by
   return said
-
-
-_GGUF = llama.GGUF["qwen3"]
-GGUF = {
-  "deepseek_v3": _GGUF._replace(
-    layers=(
-      *(r for r in _GGUF.layers if not r.ours[0].startswith("attention/")),
-      rule("attention/query_down", "attn_q_a.weight", "r d -> d r"),
-      rule("attention/query_norm/scale", "attn_q_a_norm.weight"),
-      rule("attention/query", "attn_q_b.weight", "(h k) r -> r h k"),
-      rule("attention/query", "attn_q.weight", "(h k) r -> r h k"),
-      rule(_LATENT, "attn_kv_a_mqa.weight", "r d -> d r", join="r"),
-      rule("attention/latent_norm/scale", "attn_kv_a_norm.weight"),
-      rule("attention/key", "attn_k_b.weight", "h r k -> r h k"),
-      rule("attention/value", "attn_v_b.weight", "h k r -> r h k"),
-      rule(_KEY_VALUE, "attn_kv_b.weight", "(h k) r -> r h k", join="k"),  # until April 2025
-      rule("attention/out", "attn_output.weight", "d (h k) -> h k d"),
-      rule("moe/selection_bias", "exp_probs_b.bias"),
-      rule("moe/shared/gate", "ffn_gate_shexp.weight", "f d -> d f"),
-      rule("moe/shared/up", "ffn_up_shexp.weight", "f d -> d f"),
-      rule("moe/shared/down", "ffn_down_shexp.weight", "d f -> f d"),
-    )
-  )
-}

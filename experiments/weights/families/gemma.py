@@ -127,13 +127,3 @@ def config(spec: ModelSpec, kind: str) -> dict[str, Any]:
       raise UnlikeError("local layers have no plain rotary positions")
     said["rope_local_base_freq"] = local.theta
   return said
-
-
-_GGUF = llama.GGUF["qwen3"]._replace(
-  layers=(
-    *llama.GGUF["qwen3"].layers,
-    rule("attention_post_norm/scale", "post_attention_norm.weight"),
-    rule("mlp_post_norm/scale", "post_ffw_norm.weight"),
-  )
-)
-GGUF = {"gemma2": _GGUF, "gemma3_text": _GGUF}

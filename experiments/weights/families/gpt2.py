@@ -83,32 +83,3 @@ def config(spec: ModelSpec, kind: str) -> dict[str, Any]:
     "embd_pdrop": spec.embedding.dropout,
     "attn_pdrop": 0.0,
   }
-
-
-_GGUF = Table(
-  layer="blk.{n}.",
-  top=(
-    rule("embedding/table", "token_embd.weight"),
-    rule("embedding/position_table", "position_embd.weight"),
-    rule("embedding/norm/scale", "token_embd_norm.weight"),
-    rule("embedding/norm/bias", "token_embd_norm.bias"),
-    rule("final_norm/scale", "output_norm.weight"),
-    rule("final_norm/bias", "output_norm.bias"),
-    rule("head", "output.weight", "v d -> d v"),
-  ),
-  layers=(
-    rule("attention_norm/scale", "attn_norm.weight"),
-    rule("attention_norm/bias", "attn_norm.bias"),
-    rule(_QKV, "attn_qkv.weight", "(p h k) d -> p d h k"),
-    rule(_QKV_BIAS, "attn_qkv.bias", "(p h k) -> p h k"),
-    rule("attention/out", "attn_output.weight", "d (h k) -> h k d"),
-    rule("attention/out_bias", "attn_output.bias"),
-    rule("mlp_norm/scale", "ffn_norm.weight"),
-    rule("mlp_norm/bias", "ffn_norm.bias"),
-    rule("mlp/up", "ffn_up.weight", "f d -> d f"),
-    rule("mlp/up_bias", "ffn_up.bias"),
-    rule("mlp/down", "ffn_down.weight", "d f -> f d"),
-    rule("mlp/down_bias", "ffn_down.bias"),
-  ),
-)
-GGUF = {"gpt2": _GGUF, "bloom": _GGUF}  # of BLOOM the converter sorts queries, keys and values

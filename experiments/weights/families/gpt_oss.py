@@ -100,20 +100,3 @@ def config(spec: ModelSpec, kind: str) -> dict[str, Any]:
     "attention_dropout": 0.0,
     **rope(attention.position),
   }
-
-
-_GGUF = llama.GGUF["qwen3"]
-GGUF = {
-  "gpt_oss": _GGUF._replace(
-    layers=(
-      *(r for r in _GGUF.layers if r.theirs != "ffn_norm.weight"),
-      rule("mlp_norm/scale", "post_attention_norm.weight"),
-      rule("attention/sink", "attn_sinks.weight"),
-      rule("moe/router_bias", "ffn_gate_inp.bias"),
-      rule("moe/gate_bias", "ffn_gate_exps.bias"),
-      rule("moe/up_bias", "ffn_up_exps.bias"),
-      rule(_UP_BIAS, "ffn_gate_up_exps.bias", "e (p f) -> p e f"),
-      rule("moe/down_bias", "ffn_down_exps.bias"),
-    )
-  )
-}

@@ -47,6 +47,3 @@ def config(spec: ModelSpec, kind: str) -> dict[str, Any]:
     "router_aux_loss_coef": moe.balance_loss,
     "router_jitter_noise": moe.jitter,
   }
-
-
-GGUF = {"mixtral": llama.GGUF["llama"]}

@@ -59,6 +59,3 @@ def config(spec: ModelSpec, kind: str) -> dict[str, Any]:
     "mlp_only_layers": dense,
     "router_aux_loss_coef": moe.balance_loss,
   }
-
-
-GGUF = {"qwen3_moe": llama.GGUF["qwen3"]}

@@ -1,6 +1,7 @@
 """GGUF files: numbers of every quantized type, and files that are not what they should be."""
 
 import struct
+import sys
 import tracemalloc
 
 import numpy as np
@@ -92,6 +93,12 @@ def test_other_types_of_the_package(tmp_path):
     assert found.shape == (5, 2 * numbers)
     for row in range(5):
       np.testing.assert_array_equal(found[row], gguf.dequantize(data[row], Type[name]))
+
+
+def test_without_the_package(tmp_path, monkeypatch):
+  path = write(tmp_path / "x.gguf", {"x": (np.zeros(8, np.float32), None)})
+  monkeypatch.setitem(sys.modules, "gguf", None)
+  assert "x.gguf needs the gguf package: pip install 'meshyard[gguf]'" in refused(path)
 
 
 def refused(path):

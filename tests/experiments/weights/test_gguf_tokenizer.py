@@ -211,6 +211,7 @@ def test_what_is_refused(byte_level, pieces):
     (of_bytes(byte_level, None), "cuts text as None"),
     (of_bytes((words, [*merges, "zz qq"]), "gpt-2"), r"a merge of \('zz', 'qq'\)"),
     (of_bytes((words, [*merges, "nospace"]), "gpt-2"), "damaged: a merge of"),
+    (of_bytes((words, [*merges, "! !"]), "gpt-2"), r"a merge of \('!', '!'\), of which one is no"),
     (of_bytes((["a", "a"], []), "gpt-2"), "has a token twice"),
     (source(ggml__model="gpt2", ggml__pre="gpt-2", ggml__tokens=["a"], ggml__token_type=types(3)),
      "not as many types"),

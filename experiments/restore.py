@@ -12,11 +12,11 @@ from rich.progress import Progress
 from layers.lora import merge
 
 from . import bucket, cli, paths
-from .config import Config, ConfigError, DataConfig, MeshConfig
+from .config import Config, ConfigError, DataConfig, LoraConfig, MeshConfig
 from .data.tokenizer import Tokenizer, check_vocab
 from .training.checkpoint import Checkpoints
 from .training.folder import own_tokenizer, read_config
-from .training.setup import Setup, build
+from .training.setup import Setup, build, build_on
 from .weights.load import load
 from .weights.open import locate, open_weights, read_tokenizer, stops
 
@@ -30,7 +30,8 @@ class Trained(NamedTuple):
 def open_run(folder: Path, *, batch: bool) -> Setup:
   """The setup of a run, on the mesh that the devices here suggest, with the command's overrides.
 
-  The stored mesh sizes are dropped, since this machine may be another.
+  The stored mesh sizes are dropped, since this machine may be another, and so are adapters, which
+  `restore` merges.
 
   Args:
     batch: whether batches of the config's size will be run.
@@ -41,7 +42,8 @@ def open_run(folder: Path, *, batch: bool) -> Setup:
   stored = read_config(folder)
   if stored is None:
     raise ConfigError(f"{folder} holds no run (no config.json)")
-  here = dataclasses.replace(stored, mesh=MeshConfig(rules=stored.mesh.rules))
+  plain = LoraConfig()
+  here = dataclasses.replace(stored, mesh=MeshConfig(rules=stored.mesh.rules), lora=plain)
   return build(own_tokenizer(cli.override_config(here), folder), batch=batch)
 
 
@@ -90,5 +92,10 @@ def restore(setup: Setup, folder: Path) -> Trained:
     step = checkpoints.chosen(cli.checkpoint())
     if step is None:
       raise ConfigError(f"{folder} has no finished checkpoint yet")
-    params = checkpoints.restore_params(step, setup.abstract.params)
-    return Trained(setup, step, merge(params, setup.config.lora.scale))
+    adapters = getattr(read_config(folder), "lora", LoraConfig())
+    saved = setup
+    if adapters.rank:
+      config = dataclasses.replace(setup.config, lora=adapters)
+      saved = build_on(config, setup.mesh, setup.mesh.devices.flat[0].platform, batch=False)
+    params = checkpoints.restore_params(step, saved.abstract.params)
+    return Trained(setup, step, merge(params, adapters.scale))

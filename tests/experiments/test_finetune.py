@@ -1,17 +1,22 @@
 """Runs that start from weights made elsewhere and learn from instructions, as a user has them."""
 
 import json
+import math
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from experiments import cli
 from experiments.restore import open_run, restore
 from experiments.training.checkpoint import Checkpoints
+from experiments.training.folder import read_config
 from experiments.training.manifest import read_facts, saved_steps
 from experiments.training.metrics import read_metrics
+from experiments.training.setup import build
 from tests.experiments.programs import ONE, call, state_hash, steps
 from tests.experiments.tiny_weights import LENGTH, make_examples, make_weights
 
@@ -132,6 +137,17 @@ def test_continued_pre_training(given, tmp_path):
   assert "debug: 34,016 parameters, 2 layers" in found.out
 
 
+def test_the_recipe_is_the_published_one():
+  """Of the authors' README: batches of 128, 3 epochs, 2e-5, 512 tokens, 3 % warm-up, no decay."""
+  config = cli.named_config("alpaca")
+  chosen = config.optimizer
+  assert (chosen.name, chosen.learning_rate, chosen.schedule) == ("adamw", 2e-5, "cosine")
+  assert (chosen.weight_decay, chosen.warmup_fraction, chosen.final_fraction) == (0.0, 0.03, 0.0)
+  assert (config.data.row_length, config.train.epochs) == (512, 3.0)
+  assert config.train.steps == math.ceil(3 * 52_002 / 128) == 1219
+  assert config.model == cli.named_config("llama:7b").model
+
+
 def test_mistakes(given, tmp_path):
   both = tune(given, tmp_path, "--config.train.steps=2", "--config.train.epochs=1")
   assert both.code == 2 and "train.steps and train.epochs both" in both.err
@@ -166,11 +182,14 @@ def test_adapters_beside_the_weights(given, adapted):
   assert "34,016 parameters, 576 of adapters trained" in result.out
   tensors = load_file(given[0] / "model.safetensors")
   with Checkpoints(folder / "checkpoints", read_only=True) as saved:
-    setup = open_run(folder, batch=False)
-    params = saved.restore_params(4, setup.abstract.params)["segment_0"]["layer_0"]
+    config = read_config(folder)
+    abstract = build(config, jax.devices()[:1], batch=False).abstract.params
+    params = saved.restore_params(4, abstract)["segment_0"]["layer_0"]
   key, query = (np.asarray(params["attention"][name]) for name in ("key", "query"))
   a, b = (np.asarray(params["attention"]["query_lora"][name], np.float64) for name in "ab")
-  merged = restore(setup, folder).params["segment_0"]["layer_0"]["attention"]
+  merged = restore(open_run(folder, batch=False), folder).params["segment_0"]["layer_0"][
+    "attention"
+  ]
   assert set(merged) == {"query", "key", "value", "out"}
   for n in range(2):
     theirs = tensors[f"model.layers.{n}.self_attn.k_proj.weight"]

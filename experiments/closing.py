@@ -48,6 +48,9 @@ def print_closing(outcome: Outcome, folder: Path, baselines: dict[str, float]) -
     ("a bigger model", f"{run} --config=moe_small"),
     ("more samples", f"python -m experiments.generate {here} --prompt='The '"),
   ]
+  if config.data.source == "instructions":
+    ask = f"python -m experiments.generate {here} --prompt=..."
+    commands = [commands[0], ("an answer", ask), ("the best step", f"{ask} --checkpoint=best")]
   for what, command in commands if config.data.objective == "next_token" else commands[:-1]:
     console.print(f"  {what:<15} {command}", markup=False)
 

@@ -13,10 +13,10 @@ from rich.progress import Progress
 from layers.lora import merge
 
 from . import bucket, cli, paths
-from .config import Config, ConfigError, DataConfig, MeshConfig
+from .config import Config, ConfigError, DataConfig, LoraConfig, MeshConfig
 from .data.tokenizer import Tokenizer
 from .training.folder import own_tokenizer, read_config
-from .training.setup import Setup, build
+from .training.setup import Setup, build, build_on
 from .weights.load import load
 from .weights.open import Opened, locate, open_weights, read_tokenizer
 from .weights.source import Source, read_json
@@ -39,7 +39,8 @@ def holds_run(path: Path) -> bool:
 def open_run(folder: Path, *, batch: bool) -> Setup:
   """The setup of a run, on the mesh that the devices here suggest, with the command's overrides.
 
-  The stored mesh sizes are dropped, since this machine may be another.
+  The stored mesh sizes are dropped, since this machine may be another, and so are adapters, which
+  `restore` merges.
 
   Args:
     batch: whether batches of the config's size will be run.
@@ -50,7 +51,8 @@ def open_run(folder: Path, *, batch: bool) -> Setup:
   stored = read_config(folder)
   if stored is None:
     raise ConfigError(f"{folder} holds no run (no config.json)")
-  here = dataclasses.replace(stored, mesh=MeshConfig(rules=stored.mesh.rules))
+  plain = LoraConfig()
+  here = dataclasses.replace(stored, mesh=MeshConfig(rules=stored.mesh.rules), lora=plain)
   return build(own_tokenizer(cli.override_config(here), folder), batch=batch)
 
 
@@ -146,5 +148,10 @@ def restore(setup: Setup, folder: Path) -> Trained:
     step = checkpoints.chosen(cli.checkpoint())
     if step is None:
       raise ConfigError(f"{folder} has no finished checkpoint yet")
-    params = checkpoints.restore_params(step, setup.abstract.params)
-    return Trained(setup, step, merge(params, setup.config.lora.scale))
+    adapters = getattr(read_config(folder), "lora", LoraConfig())
+    saved = setup
+    if adapters.rank:
+      config = dataclasses.replace(setup.config, lora=adapters)
+      saved = build_on(config, setup.mesh, setup.mesh.devices.flat[0].platform, batch=False)
+    params = checkpoints.restore_params(step, saved.abstract.params)
+    return Trained(setup, step, merge(params, adapters.scale))

@@ -388,6 +388,22 @@ def test_impossible_schedules_are_refused(changes, field):
     make_schedule(config, 100)
 
 
+def test_warmup_as_a_share_of_the_steps():
+  """Alpaca's: 3 % of 1,219 steps are 36.57, of which `transformers` makes 37."""
+  config = OptimizerConfig(warmup_fraction=0.03, warmup_steps=7, learning_rate=2e-5)
+  plain = dataclasses.replace(config, warmup_fraction=None, warmup_steps=37)
+  steps = jnp.arange(0, 1219, 6)
+  np.testing.assert_array_equal(
+    make_schedule(config, 1219)(steps), make_schedule(plain, 1219)(steps)
+  )
+  assert float(make_schedule(config, 1219)(37)) == pytest.approx(2e-5)
+  few = make_schedule(dataclasses.replace(config, warmup_fraction=0.9), 2)  # one is left to fall
+  assert float(few(0)) == pytest.approx(1e-5) and float(few(1)) == pytest.approx(2e-5)
+  for wrong in (1.0, -0.1):
+    with pytest.raises(ConfigError, match="warmup_fraction"):
+      make_schedule(dataclasses.replace(config, warmup_fraction=wrong), 100)
+
+
 @pytest.mark.parametrize(
   "changes",
   ({"beta1": 1.0}, {"beta2": -0.1}, {"momentum": 1.0}, {"eps": 0.0}, {"clip_norm": 0.0},

@@ -73,16 +73,12 @@ class Given(NamedTuple):
     return {"generation_config.json": hub.generation_config(self.ids), **self.files}
 
 
-class Compared(NamedTuple):
-  """Logits of both sides."""
+class Before(NamedTuple):
+  """What the input says to a prompt."""
 
-  worst: float  # difference
-  largest: float  # logit
-  rounding: float  # what the type of the tensors itself changed
-
-  @property
-  def equal(self) -> bool:
-    return self.worst <= _TOLERANCE * self.largest
+  tokens: np.ndarray
+  logits: np.ndarray  # of its weights in the type in which they are written
+  rounding: float  # what that type changed
 
 
 def main() -> int:
@@ -103,11 +99,13 @@ def main() -> int:
     else:
       written = native.write(folder, _of_a_run(given), params, given.for_a_run, told)
   _tell(output, written, given, "a run directory" if expressed is None else expressed.kind)
-  compared = _check(given, params, output) if _CHECK.value else None
+  before = _say(given, params) if _CHECK.value else None
+  del params  # before those of the output come
+  same = before is None or _check(given, before, output)
   print("\nNext")
   for what, command in _next(hf):
     print(f"  {what:<18} {command}")
-  return cli.FINISHED if compared is None or compared.equal else cli.OUR_FAULT
+  return cli.FINISHED if same else cli.OUR_FAULT
 
 
 def _check_flags() -> Path:
@@ -184,41 +182,40 @@ def _tell(output: Path, written: Written, given: Given, kind: str) -> None:
     print(f"  no tokenizer: {given.why}")
 
 
-def _check(given: Given, params: Any, output: Path) -> Compared:
-  """Read the output, compare it with the input, and say how they differ."""
-  tokens = _prompt(given)
+def _say(given: Given, params: Any) -> Before:
+  spec, tokenizer = given.setup.config.model, given.tokenizer
+  ids = np.arange(8) % spec.vocab_size if tokenizer is None else tokenizer.encode(_PROMPT)
+  tokens = ids[None, : spec.max_length].astype(np.int32)
   exact = _logits(given.setup, params, tokens)
-  if _FORMAT.value == "hf" and _DTYPE.value != "float32":
-    kind = jnp.dtype(_DTYPE.value)
-    params = jax.tree.map(lambda x: x.astype(kind).astype(x.dtype), params)
-  rounded = _logits(given.setup, params, tokens)
-  del params
+  if _FORMAT.value == "native" or _DTYPE.value == "float32":
+    return Before(tokens, exact, 0.0)
+  kind = jnp.dtype(_DTYPE.value)
+  rounded = jax.tree.map(lambda x: x.astype(kind).astype(x.dtype), params)
+  logits = _logits(given.setup, rounded, tokens)
+  return Before(tokens, logits, float(np.abs(logits - exact).max()))
+
+
+def _check(given: Given, before: Before, output: Path) -> bool:
+  """Read the output, compare it with the input, and say how they differ; whether it is the same."""
   with contextlib.ExitStack() as stack:
     again = _open(str(output), stack)
-    found = _logits(again.setup, again.fill(), tokens)
-  far = lambda a, b: float(np.abs(a - b).max())
-  compared = Compared(far(found, rounded), float(np.abs(exact).max()), far(rounded, exact))
-  what = f"logits of {_PROMPT!r}" if given.tokenizer else f"logits of {tokens.size} tokens"
+    found = _logits(again.setup, again.fill(), before.tokens)
+  worst = float(np.abs(found - before.logits).max())
+  allowed = _TOLERANCE * float(np.abs(before.logits).max())
+  what = f"logits of {_PROMPT!r}" if given.tokenizer else f"logits of {before.tokens.size} tokens"
   print(
-    f"\nCheck: {what} differ by {compared.worst:.2g} at most; allowed are "
-    f"{_TOLERANCE * compared.largest:.2g}, {_TOLERANCE:g} of the largest"
+    f"\nCheck: {what} differ by {worst:.2g} at most; allowed are {allowed:.2g}, {_TOLERANCE:g} of "
+    "the largest"
   )
-  if compared.rounding:
-    print(f"  and rounding to {_DTYPE.value} had changed them by {compared.rounding:.2g}")
-  if given.tokenizer and (
-    again.tokenizer is None or again.tokenizer.encode(_PROMPT).tolist() != tokens[0].tolist()
-  ):
-    raise ConfigError(f"{output}: its tokenizer is another, or can't be read")
-  if not compared.equal:
-    print(f"error: {output} is not what was to be written", file=sys.stderr)
-  return compared
-
-
-def _prompt(given: Given) -> np.ndarray:
-  spec = given.setup.config.model
-  tokenizer = given.tokenizer
-  ids = np.arange(8) % spec.vocab_size if tokenizer is None else tokenizer.encode(_PROMPT)
-  return ids[None, : spec.max_length].astype(np.int32)
+  if before.rounding:
+    print(f"  and rounding to {_DTYPE.value} had changed them by {before.rounding:.2g}")
+  ids = None if again.tokenizer is None else again.tokenizer.encode(_PROMPT)
+  same = given.tokenizer is None or np.array_equal(ids, given.tokenizer.encode(_PROMPT))
+  if not worst <= allowed or not same:  # NaN as well
+    what = "weights are" if same else "tokenizer is"
+    print(f"error: {output}: its {what} not what was to be written", file=sys.stderr)
+    return False
+  return True
 
 
 def _logits(setup: Setup, params: Any, tokens: np.ndarray) -> np.ndarray:

@@ -33,6 +33,8 @@ SMALL = {
   "--config.optimizer.warmup_steps=1",
   "--config=encoder_tiny": "--config=encoder_tiny --config.train.steps=2 "
   "--config.data.row_length=64 --config.optimizer.warmup_steps=1 --config.eval.batches=1",
+  "--config=dense_tiny": "--config=dense_tiny --config.train.steps=2 "
+  "--config.optimizer.warmup_steps=1 --config.eval.baselines=false",
   "runs/moe_tiny": "runs/debug",
   "--config.train.steps=800": "--config.train.steps=22",
   "--step=800": "--step=22",
@@ -51,7 +53,8 @@ def test_pages_have_commands():
   assert len(commands(ROOT / "docs" / "training.md")) > 10
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+# weights.md converts a model of 135 million parameters: below.
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "weights.md"], ids=lambda p: p.name)
 def test_commands_are_understood(page, tmp_path):
   """As below, but a command that trains in a folder of its own only shows what it would do."""
   follow(page, tmp_path, show=True)

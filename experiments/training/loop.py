@@ -119,7 +119,9 @@ def train(
     if run.primary:
       layers = [i for group in moe_layers(config.model) for i in group]
       lines = {} if heldout is None else baselines()
-      write_report(folder, title=_title(setup), moe_layer_indices=layers, baselines=lines)
+      kind = setup.mesh.devices.flat[0].device_kind
+      title = f"{config.name}: {setup.mesh.devices.size} x {kind}"
+      write_report(folder, title=title, moe_layer_indices=layers, baselines=lines)
     return Outcome(start, run.step, run.state, heldout, run.stop.by, run.seconds, setup)
 
 
@@ -175,12 +177,9 @@ class _Run:
       self._loader.avoid(self._recovery.windows)
       self._kept = {}
       if not self.step:
-        params = None
-        if newest is not None:  # weights that were converted; nothing else was saved
-          params = self._checkpoints.restore_params(0, setup.abstract.params)
-        self.state = init_state(
-          setup.model, setup.optimizer, setup.abstract, config.train.seed, params
-        )
+        shapes = setup.abstract  # step 0 is weights that were converted, and nothing else
+        params = None if newest is None else self._checkpoints.restore_params(0, shapes.params)
+        self.state = init_state(setup.model, setup.optimizer, shapes, config.train.seed, params)
       else:
         source = self.near if near else self._checkpoints
         self.state, self._kept = source.restore(self.step, setup.abstract)
@@ -398,8 +397,3 @@ def _describe(heldout: HeldOut, config: Config) -> str:
   if heldout.bits_per_byte is None:
     return f"{heldout.loss:.3f} nats a {config.data.target}"
   return f"{heldout.bits_per_byte:.3f} bits a byte"
-
-
-def _title(setup: Setup) -> str:
-  devices = setup.mesh.devices.flat[0].device_kind
-  return f"{setup.config.name}: {setup.mesh.devices.size} x {devices}"

@@ -66,6 +66,7 @@ def test_in_bfloat16_and_shards(theirs, tmp_path):
   result = convert(theirs, tmp_path / "out", "--check", "--dtype=bfloat16", "--shard_gb=1e-5")
   assert result.code == 0, result.err
   assert "rounding to bfloat16 had" in result.out and "differ by 0 at most" in result.out
+  assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
   files = sorted((tmp_path / "out").glob("model-*.safetensors"))
   assert len(files) > 1 and f"model-00001-of-{len(files):05}" in result.out
 
@@ -94,7 +95,7 @@ def test_a_damaged_output_is_told(theirs, tmp_path, monkeypatch):
 
   monkeypatch.setattr(program, "landing", damaging)
   result = convert(theirs, tmp_path / "out", "--check")
-  assert result.code == 1 and "is not what was to be written" in result.err
+  assert result.code == 1 and "its weights are not what was to be written" in result.err
 
 
 def test_a_run_from_weights(theirs, native):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors.numpy import save_file
 
 from experiments.training.state import param_layout
 from experiments.weights import hub
@@ -102,7 +103,8 @@ def pair(request, tmp_path_factory):
   return theirs, model, params, folder
 
 
-def read(folder):
+def read(folder, reads=None):
+  """Our model and its parameters; names of tensors go to `reads` as they are read."""
   with contextlib.ExitStack() as stack:
     opened = open_weights(folder, stack)
     model = TransformerLM(opened.spec)
@@ -110,7 +112,11 @@ def read(folder):
     place = NamedSharding(mesh, PartitionSpec())
     give = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place)
     abstract = jax.tree.map(give, param_layout(model).shapes)
-    return model, load(opened.source, opened.table, opened.spec, abstract)
+    source = opened.source
+    if reads is not None:
+      told = lambda name, x: x._replace(read=lambda: reads.append(name) or x.read())
+      source = source._replace(tensors={k: told(k, x) for k, x in source.tensors.items()})
+    return model, load(source, opened.table, opened.spec, abstract)
 
 
 def close(found, expected):
@@ -228,6 +234,20 @@ def test_written_and_read_by_theirs(pair, tmp_path):
     close(*(m(torch.tensor(TOKENS).long()).logits.numpy() for m in (again, theirs)))
   with contextlib.ExitStack() as stack:
     assert essence(open_weights(tmp_path, stack).spec) == essence(model.spec)
+
+
+@pytest.mark.parametrize("pair", ["mixtral", "qwen3_moe", "deepseek_v3"], indirect=True)
+def test_names_as_transformers_5_has_them_in_memory(pair, tmp_path):
+  """All experts of a layer in one tensor, where files have one each; each tensor is read once."""
+  theirs, _, params, folder = pair
+  tensors = {name: x.contiguous().numpy() for name, x in theirs.state_dict().items()}
+  assert any(name.endswith("mlp.experts.gate_up_proj") for name in tensors)
+  save_file(tensors, tmp_path / "model.safetensors")
+  (tmp_path / "config.json").symlink_to(folder / "config.json")
+  reads = []
+  _, found = read(tmp_path, reads)
+  jax.tree.map(np.testing.assert_array_equal, found, params)
+  assert sorted(reads) == sorted(tensors)
 
 
 def test_a_config_of_older_words(tmp_path, pair):

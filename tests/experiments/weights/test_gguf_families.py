@@ -132,7 +132,9 @@ def test_transformers_reads_the_file_that_the_test_wrote(name, tmp_path):
   theirs = save(tmp_path, *MODELS[name])
   to_gguf.convert(tmp_path, tmp_path / "model.gguf")
   load = transformers.AutoModelForCausalLM.from_pretrained
-  again = load(tmp_path, gguf_file="model.gguf", attn_implementation="eager", dtype="float32")
+  # Of the metadata it leaves out some: the config is as it was.
+  more = {"config": theirs.config, "attn_implementation": "eager", "dtype": "float32"}
+  again = load(tmp_path, gguf_file="model.gguf", **more)
   with torch.no_grad():
     expected, found = (m(torch.tensor(TOKENS).long()).logits.numpy() for m in (theirs, again))
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())

@@ -55,9 +55,11 @@ class Pretrained(contextlib.AbstractContextManager):
     path = self._opened.source.path
     found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     listed = {}
-    for file in found:
-      with Console(stderr=True).status(f"SHA-256 of {file.name}"):
+    with _bar() as bar:
+      task = bar.add_task("SHA-256 of the files", total=len(found))
+      for file in found:
         listed[file.name] = {"bytes": file.stat().st_size, "sha256": files.sha256(str(file))}
+        bar.update(task, advance=1)
     body = {"name": self.name, "path": str(path.absolute()), "files": listed}
     temporary = folder / f"{_FILE}.tmp"
     temporary.write_text(json.dumps(body, indent=1) + "\n")
@@ -70,10 +72,16 @@ class Pretrained(contextlib.AbstractContextManager):
       ConfigError: tensors that are missing, left over, or not of the model's shapes.
     """
     source, table, spec = self._opened
-    bar = Progress(console=Console(stderr=True), transient=True, disable=not is_primary())
-    with bar:
+    with _bar() as bar:
       task = bar.add_task(f"loading {source.path.name}")
       told = lambda done, count: bar.update(task, completed=done, total=count)
       params = load(source, table, spec, given(setup.abstract.params), progress=told)
     seed = setup.config.train.seed
     return init_state(setup.model, setup.optimizer, setup.abstract, seed, params)
+
+
+def _bar() -> Progress:
+  console = Console(stderr=True)
+  return Progress(
+    console=console, transient=True, disable=not (console.is_terminal and is_primary())
+  )

@@ -29,7 +29,7 @@ ADAPTED = (
   *LORA,
   "--config.eval.every=1",
   "--config.checkpoint.keep=1",
-  "--config.checkpoint.every=3",
+  "--config.checkpoint.every=5",
 )
 
 
@@ -54,7 +54,7 @@ def tune(given, workdir, *more, config="alpaca", rate="1e-3"):
 def adapted(given, tmp_path_factory):
   """A LoRA run in one go, of steps that are computed twice, in two parts."""
   folder = tmp_path_factory.mktemp("adapted") / "run"
-  result = tune(given, folder, *ADAPTED, "--config.train.epochs=0.85", rate="0.5")
+  result = tune(given, folder, *ADAPTED, "--config.train.epochs=0.85", rate="2")
   assert result.code == 0, result.err
   return folder, result
 
@@ -120,13 +120,13 @@ def test_resumed_without_the_weights(given, adapted, tmp_path):
   """To the bit, with the best checkpoint of all attempts."""
   parts = tmp_path / "parts"
   copies = shutil.copytree(given[0], tmp_path / "copy"), given[1]
-  assert tune(copies, parts, *ADAPTED, "--config.train.steps=5", rate="0.5").code == 0
+  assert tune(copies, parts, *ADAPTED, "--config.train.steps=5", rate="2").code == 0
   shutil.rmtree(copies[0])
-  other = tune(given, parts, *ADAPTED, "--config.train.steps=8", rate="0.5")
+  other = tune(given, parts, *ADAPTED, "--config.train.steps=8", rate="2")
   assert other.code == 2 and "train.weights" in other.err and "another run" in other.err
-  wider = tune(copies, parts, *ADAPTED[1:], "--config.lora.rank=4", rate="0.5")
+  wider = tune(copies, parts, *ADAPTED[1:], "--config.lora.rank=4", rate="2")
   assert wider.code == 2 and "lora.rank from 2 to 4" in wider.err
-  same = tune(copies, parts, *ADAPTED, "--config.train.steps=8", rate="0.5")
+  same = tune(copies, parts, *ADAPTED, "--config.train.steps=8", rate="2")
   assert same.code == 0, same.err
   assert steps(parts) == list(range(1, 9))
   ours, theirs = state_hash(adapted[0]), state_hash(parts)

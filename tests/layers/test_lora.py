@@ -132,6 +132,18 @@ def test_merging_by_hand():
   np.testing.assert_allclose(merged, w + 2.0 * np.einsum("lnhr,lrd->lnhd", a, b), rtol=1e-5)
 
 
+def test_gradients_by_hand():
+  """y = x (w + a b), with c the gradient of y: dW = x^T c, dA = dW b^T, dB = a^T dW."""
+  rng = np.random.default_rng(1)
+  x, w, a, b, c = (rng.standard_normal(s) for s in ((5, 6), (6, 4), (6, R), (R, 4), (5, 4)))
+  loss = lambda x, a, b: jnp.sum(jnp.float32(c) * dense(x, LowRank(jnp.float32(w), a, b)))
+  found = jax.grad(loss, argnums=(0, 1, 2))(*map(jnp.float32, (x, a, b)))
+  d_w = x.T @ c
+  for got, want in zip(found, (c @ (w + a @ b).T, d_w @ b.T, a.T @ d_w), strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.full
 def test_gradients_are_those_of_the_merged_weight():
   """dA = s dW B^T and dB = s A^T dW, with dW the gradient of the merged weight."""
   model = model_of(LayerSpec(HEADS, MLP))

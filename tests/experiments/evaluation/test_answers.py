@@ -1,11 +1,15 @@
 """Log-likelihoods and answers against float64 numpy, on one device and on eight."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
 from experiments.config import Config, ConfigError, DataConfig, MeshConfig
-from experiments.evaluation.answers import Answers, Subject
+from experiments.evaluation.answers import Answers
+from experiments.evaluation.scoring import Scorer
+from experiments.evaluation.subject import Subject
 from experiments.training.setup import build
 from layers.spec import (
   AttentionSpec,
@@ -60,13 +64,17 @@ def weights():
 
 
 def config(mesh, model=None):
-  return Config(name="tiny", model=model or spec(), data=DataConfig(row_length=16, batch_size=4),
+  return Config(name="tiny", model=model or spec(), data=DataConfig(row_length=16, batch_size=8),
                 mesh=MeshConfig(**MESHES[mesh]))  # fmt: skip
 
 
+@functools.cache
+def setup_on(mesh):
+  return build(config(mesh), jax.devices()[: 8 if mesh == "eight" else 1], batch=False)
+
+
 def subject(mesh, weights, **changes):
-  devices = jax.devices()[: 8 if mesh == "eight" else 1]
-  setup = build(config(mesh), devices, batch=False)
+  setup = setup_on(mesh)
   params = jax.tree.map(
     lambda x, a: jax.device_put(np.asarray(x), a.sharding), weights, setup.abstract.params
   )
@@ -111,8 +119,9 @@ def oracle(weights):
 def test_log_likelihoods(asked, oracle):
   """Of unlike lengths, with the same context, without one, and longer than the model's context."""
   likely = oracle.greedy("The cat", 3)
-  pairs = [("The cat", " sat"), ("The cat", likely), ("", "abc"), ("Two blanks", "x" * 9),
-           ("The cat", likely[:2]), ("a", "b"), ("long " * 8 + "er", "tail"), ("The cat", "?")]  # fmt: skip
+  long = "long " * 8 + "er"
+  pairs = [("The cat", " sat"), ("The cat", likely), ("", "abc"), ("No context of its", "x" * 9),
+           ("The cat", likely[:2]), ("a", "b"), (long, "tail"), ("The cat", "?")]  # fmt: skip
   found = asked.log_likelihoods(pairs)
   ids = [list((a + b).encode("latin-1"))[-CONTEXT - 1 :] for a, b in pairs]
   ids[2] = [EOD, *b"abc"]
@@ -125,7 +134,7 @@ def test_log_likelihoods(asked, oracle):
 
 def test_rolling(asked, oracle):
   """By the rule that each token is predicted once, from as many as the context holds."""
-  texts = ["short", "", "a text of more than two windows of the context: " + "xyz" * 9]
+  texts = ["short", "", "a text of more than six windows of the context: " + "xyz" * 50]
   expected = []
   for text in texts:
     line, total = [EOD, *text.encode("latin-1")], 0.0
@@ -154,8 +163,8 @@ def test_an_answer_ends_with_its_token(weights, oracle):
   text = oracle.greedy("The cat", 8)
   found = subject("one", weights, stops=frozenset([ord(text[3])]))
   with use_mesh(found.setup.mesh, found.setup.rules):
-    answers = Answers(found).generate_until([("The cat", {"max_gen_toks": 8})] * 2)
-  assert answers == [text[: text.index(text[3])]] * 2
+    answers = Answers(found).generate_until([("The cat", {"max_gen_toks": 8})] * 3)
+  assert answers == [text[: text.index(text[3])]] * 3
 
 
 def test_long_prompts_of_answers_lose_their_beginning(weights, oracle):
@@ -163,8 +172,8 @@ def test_long_prompts_of_answers_lose_their_beginning(weights, oracle):
   with use_mesh(found.setup.mesh, found.setup.rules):
     answers = Answers(found)
     text = "word " * 9
-    found = answers.generate_until([(text, {"max_gen_toks": 24}), ("x", {"max_gen_toks": 24})])
-  assert found == [oracle.greedy(text[-8:], 24), oracle.greedy("x", 24)]
+    found = answers.generate_until([(t, {"max_gen_toks": 24}) for t in ("x", text, "x")])
+  assert found == [oracle.greedy(t, 24) for t in ("x", text[-8:], "x")]
   assert (answers.cut_requests, answers.cut_tokens) == (1, 37)
 
 
@@ -185,3 +194,13 @@ def test_what_can_not_be_asked(weights):
   noncausal = build(config("one", spec(router="expert_choice")), jax.devices()[:1], batch=False)
   with pytest.raises(ConfigError, match="tiny reads later tokens"):
     Answers(found._replace(setup=noncausal))
+
+
+def test_shapes_are_few(weights):
+  """Widths are powers of two, and three quarters of large ones; rows as many as devices share."""
+  for mesh, shards in (("one", 1), ("eight", 4)):
+    scorer = Scorer(subject(mesh, weights).setup, None, IDS)
+    assert [scorer.width(n) for n in (0, 1, 16, 17, 300, 385, 1000)] == [16, 16, 16, 32, 384, 512,
+                                                                         1024]  # fmt: skip
+    assert [scorer.rows(16, n) for n in (1, 5, 50)] == ([1, 5, 8] if shards == 1 else [4, 8, 8])
+    assert scorer.rows(1 << 19, 50) == shards  # logits of more rows would be too many

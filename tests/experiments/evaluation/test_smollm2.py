@@ -1,5 +1,5 @@
-"""SmolLM2-135M-Instruct: log-likelihoods as `transformers` computes them from the same file, and the
-loss of a poem."""
+"""SmolLM2-135M-Instruct: log-likelihoods as `transformers` computes them with the same weights, and
+the loss of a poem."""
 
 import importlib.util
 from pathlib import Path
@@ -55,14 +55,47 @@ def subject():
     yield found
 
 
+# What transformers calls the tensors of the file. (It reads such files itself, if it finds a
+# package that it does not come with.)
+NAMES = {
+  "token_embd": "model.embed_tokens", "output_norm": "model.norm", "attn_norm": "input_layernorm",
+  "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
+  "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+  "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+
+
+def load_theirs(torch, transformers, path):
+  gguf = importlib.import_module("gguf")
+  config = transformers.LlamaConfig(
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+    num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192, rms_norm_eps=1e-5,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e5}, tie_word_embeddings=True,
+  )  # fmt: skip
+  tensors = {}
+  for tensor in gguf.GGUFReader(path).tensors:
+    *layer, kind, _ = tensor.name.split(".")
+    x = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(
+      [int(n) for n in tensor.shape[::-1]]
+    )
+    if kind in ("attn_q", "attn_k"):  # pairs that rotate together are neighbours in such files
+      x = x.reshape(-1, 32, 2, 576).swapaxes(1, 2).reshape(x.shape)
+    name = f"model.layers.{layer[1]}.{NAMES[kind]}" if layer else NAMES[kind]
+    tensors[f"{name}.weight"] = torch.tensor(np.ascontiguousarray(x, np.float32))
+  theirs = transformers.LlamaForCausalLM(config)
+  missing, unknown = theirs.load_state_dict(tensors, strict=False)
+  assert missing == ["lm_head.weight"] and not unknown  # tied
+  theirs.tie_weights()
+  return theirs.eval()
+
+
 def test_log_likelihoods_are_those_of_transformers(subject):
   why = "needs the extra `parity`: pip install 'meshyard[parity]'"
   torch = pytest.importorskip("torch", reason=why)
   transformers = pytest.importorskip("transformers", reason=why)
   path = locate(NAME)
-  load = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-  theirs = transformers.AutoModelForCausalLM.from_pretrained(**load, dtype=torch.float32).eval()
-  tokenizer = transformers.AutoTokenizer.from_pretrained(**load)
+  theirs = load_theirs(torch, transformers, path)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
 
   def score(ids, count):
     with torch.no_grad():

@@ -39,8 +39,9 @@ _WORKDIR = flags.DEFINE_string(
   "workdir", "", "Run directory, a folder or gs://BUCKET/FOLDER; default runs/CONFIG."
 )
 _WEIGHTS = flags.DEFINE_string(
-  "weights", "", "For generate, in place of a run: safetensors folder, .gguf file, package:NAME."
-)
+  "weights", "", "For generate and evaluate, in place of a run: a folder of safetensors, a .gguf "
+  "file, package:NAME.",
+)  # fmt: skip
 _TOPOLOGY = flags.DEFINE_string(
   "topology", "", "For plan and --show_mesh, TPUs that are not here: v5p:4x4x4, or v5p-128. "
   "For plan also GPUs, h100:4x8 (4 nodes of 8), or here: the accelerators that are.",

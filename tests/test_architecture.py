@@ -37,6 +37,11 @@ LONG_FUNCTIONS = {}
 # Imports inside functions: file, what is imported, why. A comment at the place says so too.
 LATE_IMPORTS = {
   ("experiments/weights/gguf.py", "gguf"): "an extra",
+  ("experiments/evaluation/harness.py", "lm_eval"): "an extra",
+  ("experiments/evaluation/harness.py", "lm_eval.tasks"): "an extra",
+  ("experiments/evaluation/harness.py", "lm_eval.tasks.TaskManager"): "an extra",
+  ("experiments/evaluation/harness.py", "lm_eval.evaluator"): "an extra",
+  ("experiments/evaluation/harness.py", "lm_eval.api.model"): "an extra",
   ("experiments/training/record.py", "experiments.book.text"): "reads the whole run, now and then",
   ("experiments/training/record.py", "experiments.book.facts"): "the planner's prices, at the end",
   ("experiments/training/report.py", "matplotlib"): "a second to import, only to draw a report",

@@ -58,6 +58,12 @@ def evaluate(trained, tasks, *arguments):
   return result, json.loads(file.read_text())
 
 
+def test_the_page_shows_this_task():
+  page = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text()
+  assert (HERE / "capitals.yaml").read_text() in page
+  assert (HERE / "capitals.jsonl").read_text().splitlines()[0] in page
+
+
 @pytest.mark.parametrize("shots", [0, 1, 3])
 def test_capitals(trained, tasks, asked, shots):
   """Accuracies are those of the likelihoods, and prompts have so many examples."""

@@ -22,7 +22,7 @@ from .data.load import Dataset, load
 from .evaluation import report
 from .evaluation.answers import Answers
 from .evaluation.harness import load_tasks, require_harness, run_tasks, version
-from .evaluation.requests import Begun
+from .evaluation.requests import Documents
 from .evaluation.subject import Subject, of_run, of_weights
 from .restore import load_weights, open_run, restore
 from .training.evaluate import HeldOut, held_out, make_held_out_step
@@ -67,9 +67,7 @@ def _loss_of_weights() -> int:
   config = found.setup.config
   if config.data.source == "pydoc" and not config.data.path:
     raise ConfigError("give the text to read, or shards: --config.data.path=FILE")
-  tokenizer = found.tokenizer
-  if found.begin is not None:
-    tokenizer = Begun(tokenizer, found.begin)
+  tokenizer = Documents(found.tokenizer, found.begin, config.model.vocab_size)
   dataset = load(config.data, config.model.vocab_size, tokenizer)
   result = _held_out(found.setup, dataset, found.params)
   part = "" if config.data.holdout == 1 else "held-out "

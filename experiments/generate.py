@@ -23,7 +23,7 @@ from .inference.prompts import read_prompts
 from .inference.sampling import Decoder, prompt_width
 from .inference.template import ChatTemplate
 from .inference.text import TextStream
-from .restore import Foreign, load_weights, open_run, restore
+from .restore import Loaded, load_weights, open_run, restore
 from .weights.special import chat_template, special_tokens
 
 _PROMPT = flags.DEFINE_multi_string(
@@ -88,12 +88,11 @@ def main() -> int:
 def _check_flags(talking: bool) -> None:
   """Raises ConfigError where flags mean nothing, or nothing together."""
   _drawing(1)
-  greedy = _TEMPERATURE.value == 0
-  for name in ("top_k", "top_p", "min_p"):
-    if (
-      greedy and flags.FLAGS[name].present and flags.FLAGS[name].value != flags.FLAGS[name].default
-    ):
-      raise ConfigError(f"--temperature=0 takes the likeliest token, so --{name} can't do anything")
+  for flag in (_TOP_K, _TOP_P, _MIN_P):
+    if _TEMPERATURE.value == 0 and flag.value != flag.default:
+      raise ConfigError(
+        f"--temperature=0 takes the likeliest token, so --{flag.name}={flag.value} does nothing"
+      )
   if "" in _STOP.value:
     raise ConfigError("--stop is empty: every text would end at once")
   if _SYSTEM.value and not _CHAT.value:
@@ -120,17 +119,17 @@ def _shown(text: str) -> str:
   return cli.harmless(text) if sys.stdout.isatty() else text
 
 
-def _trained() -> Foreign:
+def _trained() -> Loaded:
   """The model of `--workdir`."""
   folder = cli.require_workdir()
   setup = open_run(folder, batch=False)
   if setup.config.data.objective != "next_token":
     raise ConfigError(f"{folder} learned to tell masked tokens: it can't continue a prompt")
   tokenizer = load_tokenizer(setup.config.data.tokenizer)
-  return Foreign(setup, restore(setup, folder).params, tokenizer, frozenset([tokenizer.eod]))
+  return Loaded(setup, restore(setup, folder).params, tokenizer, frozenset([tokenizer.eod]))
 
 
-def _template(model: Foreign) -> ChatTemplate:
+def _template(model: Loaded) -> ChatTemplate:
   source = None if model.source is None else chat_template(model.source)
   if model.source is None or source is None:
     raise ConfigError(
@@ -139,13 +138,14 @@ def _template(model: Foreign) -> ChatTemplate:
   return ChatTemplate(source, special_tokens(model.source))
 
 
-def _request(given: dict[str, Any], model: Foreign, template: ChatTemplate | None) -> _Request:
+def _request(given: dict[str, Any], model: Loaded, template: ChatTemplate | None) -> _Request:
   """Raises ConfigError if the prompt is not text, or leaves no room in the model's context."""
   text, messages = given.get("prompt", ""), given.get("messages")
   said = repr(text if len(text) <= 40 else text[:37] + "...") if messages is None else "messages"
   if messages is None and _CHAT.value:
-    system = [{"role": "system", "content": _SYSTEM.value}] if _SYSTEM.value else []
-    messages = [*system, {"role": "user", "content": text}]
+    messages = [{"role": "user", "content": text}]
+  if messages is not None and _SYSTEM.value and messages[0]["role"] != "system":
+    messages = [{"role": "system", "content": _SYSTEM.value}, *messages]
   try:
     if messages is not None and template is not None:
       ids, text = template.encode(messages, model.tokenizer), ""
@@ -163,7 +163,7 @@ def _request(given: dict[str, Any], model: Foreign, template: ChatTemplate | Non
   return _Request(given, text, ids, min(_most(), context - len(ids)))
 
 
-def _continue(model: Foreign, requests: list[_Request], draw: Draw) -> None:
+def _continue(model: Loaded, requests: list[_Request], draw: Draw) -> None:
   batch = min(_BATCH.value, len(requests))
   longest = max(len(request.ids) for request in requests)
   decoder = Decoder(
@@ -181,7 +181,7 @@ def _continue(model: Foreign, requests: list[_Request], draw: Draw) -> None:
     _run(model, requests[first : first + batch], decoder, first, alone=len(requests) == 1)
 
 
-def _run(model: Foreign, requests: list[_Request], decoder: Decoder, first: int, alone: bool):
+def _run(model: Loaded, requests: list[_Request], decoder: Decoder, first: int, alone: bool):
   """One batch; a prompt alone is printed as it grows."""
   streams = [
     TextStream(
@@ -216,7 +216,7 @@ def _run(model: Foreign, requests: list[_Request], decoder: Decoder, first: int,
     _report(request, stream, numbers, model, alone)
 
 
-def _report(request: _Request, stream: TextStream, logprobs: list[float], model: Foreign, alone):
+def _report(request: _Request, stream: TextStream, logprobs: list[float], model: Loaded, alone):
   """What was not printed yet."""
   if _JSON.value:
     found = {"text": stream.text, "finish_reason": stream.finish_reason}

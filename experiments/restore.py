@@ -11,13 +11,12 @@ from rich.progress import Progress
 
 from . import bucket, cli, paths
 from .config import Config, ConfigError, DataConfig, MeshConfig
-from .data.tokenizer import Tokenizer, check_vocab
-from .training.checkpoint import Checkpoints
-from .training.folder import read_config
+from .data.tokenizer import Tokenizer
+from .training.folder import own_tokenizer, read_config
 from .training.setup import Setup, build
 from .weights.load import load
-from .weights.open import locate, open_weights, read_tokenizer
-from .weights.source import Source
+from .weights.open import Opened, locate, open_weights, read_tokenizer
+from .weights.source import Source, read_json
 from .weights.special import adds_bos, bos, stops
 
 
@@ -25,6 +24,13 @@ class Trained(NamedTuple):
   setup: Setup
   step: int
   params: Any
+
+
+def holds_run(path: Path) -> bool:
+  """Whether it is a run directory, not a checkpoint from elsewhere."""
+  if not (path / "config.json").is_file():
+    return False
+  return (path / "checkpoints").is_dir() or read_json(path / "config.json").get("type") == "Config"
 
 
 def open_run(folder: Path, *, batch: bool) -> Setup:
@@ -42,11 +48,11 @@ def open_run(folder: Path, *, batch: bool) -> Setup:
   if stored is None:
     raise ConfigError(f"{folder} holds no run (no config.json)")
   here = dataclasses.replace(stored, mesh=MeshConfig(rules=stored.mesh.rules))
-  return build(cli.override_config(here), batch=batch)
+  return build(own_tokenizer(cli.override_config(here), folder), batch=batch)
 
 
-class Foreign(NamedTuple):
-  """A model from elsewhere."""
+class Loaded(NamedTuple):
+  """A model that can answer."""
 
   setup: Setup
   params: Any
@@ -56,37 +62,58 @@ class Foreign(NamedTuple):
   source: Source | None = None  # where its chat template is; its tensors are closed
 
 
-def load_weights(name: str, *, batch: bool = False) -> Foreign:
+def load_weights(name: str, *, batch: bool = False) -> Loaded:
   """The model of `--weights`, on the mesh that the devices here suggest, with the command's
   overrides; prints how far it is.
 
   Args:
-    batch: whether batches of data will be run.
+    batch: whether batches of data will be run, to evaluate on.
 
   Raises:
     ConfigError: weights or tokenizer are missing, damaged, or do not suit each other.
   """
   with contextlib.ExitStack() as stack:
     opened = open_weights(locate(name), stack)
-    spec, source = opened.spec, opened.source
-    # Text to evaluate on, all of it: no part of it was trained on here.
-    length = min(1024, spec.max_length)
-    data = DataConfig(row_length=length, tokenizer="", batch_size=8, holdout=1.0)
-    config = cli.override_config(Config(name=source.path.stem, model=spec, data=data))
-    if config.model != spec:
-      raise ConfigError("--config.model: the model is the one that the weights were made for")
-    tokenizer = read_tokenizer(source, config.data.tokenizer)
-    check_vocab(tokenizer, spec.vocab_size)
-    setup = build(config, batch=batch)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-      task = bar.add_task(f"loading {source.path.name}")
-      told = lambda done, count: bar.update(task, completed=done, total=count)
-      params = load(source, opened.table, spec, setup.abstract.params, progress=told)
+    setup, source = setup_of(opened, batch=batch), opened.source
+    tokenizer = read_tokenizer(source, setup.config.data.tokenizer)
+    if tokenizer.byte_lengths_V[opened.spec.vocab_size :].any():  # special tokens may be left out
+      raise ConfigError(
+        f"{source.path}: the tokenizer has {tokenizer.vocab_size:,} ids, but the model only "
+        f"{opened.spec.vocab_size:,}: they do not belong together"
+      )
+    params = fill(opened, setup)
     begin = bos(source)
     if begin is None and adds_bos(source):
       begin = tokenizer.bos
     ends = stops(source) | {tokenizer.eod}
-    return Foreign(setup, params, tokenizer, ends, begin, source)
+    return Loaded(setup, params, tokenizer, ends, begin, source)
+
+
+def setup_of(opened: Opened, *, batch: bool = False) -> Setup:
+  """The setup of weights from elsewhere, as `load_weights` has it.
+
+  Raises:
+    ConfigError: the model does not suit the devices, or an override changes it.
+  """
+  spec, path = opened.spec, opened.source.path
+  data = DataConfig(row_length=min(256, spec.max_length), tokenizer="")
+  if batch:  # all of the text: nothing is trained on it
+    long = min(1024, spec.max_length)
+    data = dataclasses.replace(data, row_length=long, batch_size=8, holdout=1.0)
+  name = path.name if path.is_dir() else path.stem
+  config = cli.override_config(Config(name=name, model=spec, data=data))
+  if config.model != spec:
+    raise ConfigError("--config.model: the model is the one that the weights were made for")
+  return build(config, batch=batch)
+
+
+def fill(opened: Opened, setup: Setup) -> Any:
+  """The parameters; prints how far it is. Raises ConfigError as `load`."""
+  source = opened.source
+  with Progress(console=Console(stderr=True), transient=True) as bar:
+    task = bar.add_task(f"loading {source.path.name}")
+    told = lambda done, count: bar.update(task, completed=done, total=count)
+    return load(source, opened.table, opened.spec, setup.abstract.params, progress=told)
 
 
 def restore(setup: Setup, folder: Path) -> Trained:
@@ -97,6 +124,8 @@ def restore(setup: Setup, folder: Path) -> Trained:
   """
   if not paths.names(bucket.checkpoints(folder)):
     raise ConfigError(f"{folder} has no checkpoint yet")
+  from .training.checkpoint import Checkpoints  # orbax takes a second, and --weights needs it not
+
   with Checkpoints(bucket.checkpoints(folder), read_only=True) as checkpoints:
     step = checkpoints.newest()
     if step is None:

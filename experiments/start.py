@@ -20,7 +20,7 @@ from .data.trigram import ngram_bits_per_byte
 from .exits import restarted
 from .overrides import check_resume
 from .planning.memory import gigabytes, refuse_if_too_large, training_bytes
-from .training.folder import claim, read_config, writing
+from .training.folder import claim, own_tokenizer, read_config, writing
 from .training.loop import Outcome, Resume, train
 from .training.manifest import saved_steps
 from .training.setup import Setup, build
@@ -59,9 +59,11 @@ def resolve(*, reason: str = "", allow: bool = False, check: bool = True) -> Req
     raise ConfigError(
       f"{folder} holds a run of {stored.name!r}, not of {name!r}; choose another --workdir"
     )
-  begun = bool(saved_steps(bucket.checkpoints(folder)))
+  saved = saved_steps(bucket.checkpoints(folder))
+  begun = any(saved)  # step 0 is weights that were converted: data and recipe are still open
   config = cli.requested_config() if given and not begun else cli.override_config(stored)
-  changes = check_resume(stored, config, reason=reason, allow=allow) if begun and check else []
+  same = config if begun else dataclasses.replace(stored, model=config.model)
+  changes = check_resume(stored, same, reason=reason, allow=allow) if saved and check else []
   told = [change for change in changes if change.kind != "free"]
   return Request(config, folder, Resume(told, reason, allow))
 
@@ -99,7 +101,7 @@ def _run(
   setup = build(config)
   refuse_if_too_large(setup)
   twin = _twin_setup(config) if config.eval.twin else None
-  dataset = load(config.data, config.model.vocab_size)
+  dataset = load(own_tokenizer(config, folder).data, config.model.vocab_size)
   if is_primary():
     stack.enter_context(claim(folder, patience=_patience()))
     _introduce(setup, dataset, folder)

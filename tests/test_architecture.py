@@ -37,6 +37,12 @@ LONG_FUNCTIONS = {}
 # Imports inside functions: file, what is imported, why. A comment at the place says so too.
 LATE_IMPORTS = {
   ("experiments/weights/gguf.py", "gguf"): "an extra",
+  ("experiments/inference/template.py", "jinja2"): "an extra",
+  ("experiments/inference/template.py", "jinja2.sandbox"): "an extra",
+  ("experiments/inference/chat.py", "readline"): "not on every system, of use in terminals only",
+  ("experiments/data/sentence_piece.py", "sentencepiece"): "an extra",
+  ("experiments/data/tokenizer.py", "experiments.data.sentence_piece"): "of use with that extra",
+  ("experiments/restore.py", "experiments.training.checkpoint"): "orbax, of no use to --weights",
   ("experiments/evaluation/harness.py", "lm_eval"): "an extra",
   ("experiments/evaluation/harness.py", "lm_eval.tasks"): "an extra",
   ("experiments/evaluation/harness.py", "lm_eval.tasks.TaskManager"): "an extra",

@@ -66,4 +66,4 @@ class SentencePieceTokenizer:
 
   def decode(self, ids) -> str:
     ids = np.asarray(ids, np.int32)
-    return self._model.decode(ids[(0 <= ids) & (ids < self.vocab_size)].tolist())
+    return self._model.decode(ids[(ids >= 0) & (ids < self.vocab_size)].tolist())

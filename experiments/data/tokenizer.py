@@ -70,6 +70,7 @@ class BpeTokenizer:
   Args:
     data: the file.
     path: its name, for messages.
+    end: the token that ends a document, if none has one of the usual names.
 
   Raises:
     ConfigError: it is unusable.
@@ -77,16 +78,18 @@ class BpeTokenizer:
 
   bos = None
 
-  def __init__(self, data: bytes, path: str):
+  def __init__(self, data: bytes, path: str, end: str = ""):
     try:
       self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
     except Exception as error:  # `tokenizers` raises bare Exception
       raise ConfigError(f"{path} is not a tokenizer that `tokenizers` reads: {error}") from error
     self._tokenizer.encode_special_tokens = True
-    ids = [i for name in _END_NAMES if (i := self._tokenizer.token_to_id(name)) is not None]
+    names = (*_END_NAMES, end)
+    ids = [i for name in names if (i := self._tokenizer.token_to_id(name)) is not None]
     if not ids:
       raise ConfigError(f"{path} has no end-of-document token: one of {', '.join(_END_NAMES)}")
     self.eod = ids[0]
+    self.data = data
     vocab = self._tokenizer.get_vocab()
     self.vocab_size = 1 + max(vocab.values())
     self.mask = next((vocab[m] for m in ("[MASK]", "<mask>") if m in vocab), self.vocab_size)
@@ -99,8 +102,8 @@ class BpeTokenizer:
     self.byte_lengths_V = self._byte_lengths()
 
   @classmethod
-  def read(cls, path: str) -> "BpeTokenizer":
-    """A tokenizer.json, or that of a folder.
+  def read(cls, path: str, end: str = "") -> "BpeTokenizer":
+    """A tokenizer.json, or that of a folder; `end` as above.
 
     Raises:
       ConfigError: it is missing or unusable.
@@ -109,7 +112,7 @@ class BpeTokenizer:
     if not files.exists(path):
       commands = HOW_TO_MAKE.format(tokenizer=path.rpartition("/")[0] or ".", shards="SHARDS")
       raise ConfigError(f"there is no tokenizer at {path}: {commands}")
-    return cls(files.read_bytes(path), path)
+    return cls(files.read_bytes(path), path, end)
 
   def _byte_lengths(self) -> np.ndarray:
     byte_level = type(self._tokenizer.decoder) is tokenizers.decoders.ByteLevel

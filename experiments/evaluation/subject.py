@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from ..data.tokenizer import Tokenizer, load_tokenizer
-from ..restore import Foreign, Trained
+from ..restore import Loaded, Trained
 from ..training.setup import Setup
 from ..weights.special import special_tokens
 
@@ -24,7 +24,7 @@ def of_run(trained: Trained) -> Subject:
   return Subject(trained.setup, trained.params, tokenizer, frozenset([end]), None, end)
 
 
-def of_weights(found: Foreign) -> Subject:
+def of_weights(found: Loaded) -> Subject:
   """A text without context goes after the token that begins texts, also where the tokenizer does
   not put it there; if there is none, after the one that ends them."""
   named = special_tokens(found.source)

@@ -54,7 +54,8 @@ class Conversation:
     self._decoder: Decoder | None = None
     self.context = model.spec.max_length
     self.messages: list[Message] = []
-    self.finish_reason = ""  # of the last answer: stop, length (as many as allowed), context
+    # Of the last answer: stop, length (as many as allowed), context; empty if it was not heard out.
+    self.finish_reason = ""
     self.reused = 0  # tokens of the last turn that were not run again
     template.render([*self._system, {"role": "user", "content": "Hello"}])
     self.reset()
@@ -86,8 +87,7 @@ class Conversation:
       while not stream.ended and (left := count - len(stream.tokens)) > 0:
         yield stream.feed(decoder.step(left).tokens_BN[0].tolist())
       yield stream.finish()
-    finally:
-      stream.finish()
+    finally:  # also where nobody listens on
       self.messages = [*asked, {"role": "assistant", "content": stream.text}]
       full = stream.finish_reason == "length" and count == room
       self.finish_reason = "context" if full else stream.finish_reason

@@ -1,6 +1,7 @@
 """The run directory: its config, what a resume changed, and a disk's refusals in words."""
 
 import contextlib
+import dataclasses
 import datetime
 import errno
 import json
@@ -38,6 +39,15 @@ def read_config(folder: Path) -> Config | None:
     raise ConfigError(
       f"{path} is damaged ({e}); put back a good copy, or choose another --workdir"
     ) from e
+
+
+def own_tokenizer(config: Config, folder: Path) -> Config:
+  """`config`, its tokenizer being that of the run directory where it names none."""
+  if config.data.tokenizer or not (folder / "tokenizer.json").is_file():
+    return config
+  return dataclasses.replace(
+    config, data=dataclasses.replace(config.data, tokenizer=str(folder.absolute()))
+  )
 
 
 @contextlib.contextmanager

@@ -170,11 +170,17 @@ class _Run:
     config, setup = self._config, self._setup
     with self._clock.phase("restore"):
       near = self.near.newest(saved_steps(bucket.checkpoints(self._folder)), setup.abstract)
-      self.step = near or self._checkpoints.newest() or 0
+      newest = near or self._checkpoints.newest()
+      self.step = newest or 0
       self._loader.avoid(self._recovery.windows)
       self._kept = {}
       if not self.step:
-        self.state = init_state(setup.model, setup.optimizer, setup.abstract, config.train.seed)
+        params = None
+        if newest is not None:  # weights that were converted; nothing else was saved
+          params = self._checkpoints.restore_params(0, setup.abstract.params)
+        self.state = init_state(
+          setup.model, setup.optimizer, setup.abstract, config.train.seed, params
+        )
       else:
         source = self.near if near else self._checkpoints
         self.state, self._kept = source.restore(self.step, setup.abstract)

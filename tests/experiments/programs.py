@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from absl.testing import flagsaver
 
-from experiments import cli, evaluate, generate, logbook, plan, replay, run
+from experiments import cli, convert, evaluate, generate, logbook, plan, replay, run
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.folder import read_config
 from experiments.training.metrics import read_metrics
@@ -23,7 +23,7 @@ from experiments.training.state import param_layout
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {
   "run": run, "generate": generate, "evaluate": evaluate, "plan": plan, "logbook": logbook,
-  "replay": replay,
+  "replay": replay, "convert": convert,
 }  # fmt: skip
 
 # Config `debug` on one of the eight devices that tests have, its schedule independent of the

@@ -15,7 +15,7 @@ from layers.spec import (
 
 from ...config import ConfigError
 from ..table import Table, rule
-from .common import grouped
+from .common import grouped, norms, parts
 
 TYPES = ("bloom",)
 
@@ -32,14 +32,11 @@ TABLE = Table(
     rule("head", "lm_head.weight", "v d -> d v"),
   ),
   layers=(
-    rule("attention_norm/scale", "input_layernorm.weight"),
-    rule("attention_norm/bias", "input_layernorm.bias"),
+    *norms("input_layernorm", "post_attention_layernorm"),
     rule(_QKV, "self_attention.query_key_value.weight", "(h p k) d -> p d h k"),
     rule(_QKV_BIAS, "self_attention.query_key_value.bias", "(h p k) -> p h k"),
     rule("attention/out", "self_attention.dense.weight", "d (h k) -> h k d"),
     rule("attention/out_bias", "self_attention.dense.bias"),
-    rule("mlp_norm/scale", "post_attention_layernorm.weight"),
-    rule("mlp_norm/bias", "post_attention_layernorm.bias"),
     rule("mlp/up", "mlp.dense_h_to_4h.weight", "f d -> d f"),
     rule("mlp/up_bias", "mlp.dense_h_to_4h.bias"),
     rule("mlp/down", "mlp.dense_4h_to_h.weight", "d f -> f d"),
@@ -68,3 +65,21 @@ def spec(c: dict[str, Any]) -> ModelSpec:
     final_norm=norm,
     head=HeadSpec(tied=bool(c.get("tie_word_embeddings", True))),
   )
+
+
+def config(spec: ModelSpec, kind: str) -> dict[str, Any]:
+  """The config.json of a model like `spec`."""
+  attention, _ = parts(spec, AttentionSpec, MlpSpec)
+  first = spec.layers[0]
+  return {
+    "model_type": kind,
+    "vocab_size": spec.vocab_size,
+    "hidden_size": spec.embed_dim,
+    "n_layer": spec.num_layers,
+    "n_head": attention.num_heads,
+    "layer_norm_epsilon": first.norm.eps,
+    "seq_length": spec.max_length,
+    "tie_word_embeddings": spec.head.tied,
+    "hidden_dropout": first.dropout,
+    "attention_dropout": 0.0,
+  }

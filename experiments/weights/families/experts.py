@@ -1,14 +1,14 @@
-"""Mixtral and Qwen3-MoE have LLaMA's attention; their experts, and those of DeepSeek, lie alike."""
+"""Experts with a gate, which lie alike in the files of Mixtral, Qwen3-MoE and DeepSeek."""
 
 from ..table import Rule, rule
 
 
 def experts(prefix: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
-  """Rules for a layer's gated experts.
+  """Rules for a layer's gated experts: a tensor each, as files of the hub have them, or all experts
+  of a layer in one, as transformers 5 keeps them in memory.
 
   Args:
-    prefix: of an expert's tensors, with `{e}`, as files of the hub have them; else all experts of a
-      layer are in one tensor, as transformers 5 keeps them in memory.
+    prefix: of an expert's tensors, with `{e}`.
     gate, up, down: names behind it.
   """
   return (

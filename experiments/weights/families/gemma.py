@@ -15,7 +15,17 @@ from layers.spec import (
 
 from ..table import rule
 from . import llama
-from .common import activation, grouped, rotary
+from .common import (
+  UnlikeError,
+  activation,
+  activation_name,
+  grouped,
+  kinds_of_layers,
+  parts,
+  rope,
+  rotary,
+  whole,
+)
 
 TYPES = ("gemma2", "gemma3_text")
 
@@ -79,3 +89,41 @@ def _rotary(c: dict[str, Any], kind: str) -> RotarySpec:
     return RotarySpec(float(c.get("rope_local_base_freq", 10_000.0)))
   default = 1e6 if c["model_type"] == "gemma3_text" else 1e4
   return rotary(c, theta=default)
+
+
+def config(spec: ModelSpec, kind: str) -> dict[str, Any]:
+  """The config.json of a model like `spec`."""
+  attention, mlp = parts(spec, AttentionSpec, MlpSpec)
+  types, window = kinds_of_layers(spec)
+  own = [layer.attention.position for layer in spec.layers]
+  local, everywhere = (
+    next((x for x, t in zip(own, types, strict=True) if t == name), own[0])
+    for name in ("sliding_attention", "full_attention")
+  )
+  said = {
+    "model_type": kind,
+    "vocab_size": spec.vocab_size,
+    "hidden_size": spec.embed_dim,
+    "intermediate_size": mlp.hidden,
+    "num_hidden_layers": spec.num_layers,
+    "num_attention_heads": attention.num_heads,
+    "num_key_value_heads": attention.kv_heads,
+    "head_dim": attention.head_dim,
+    "query_pre_attn_scalar": whole((attention.scale or attention.head_dim**-0.5) ** -2),
+    "hidden_activation": activation_name(mlp.activation),
+    "max_position_embeddings": spec.max_length,
+    "layer_types": types,
+    "sliding_window": window or spec.max_length,
+    "rms_norm_eps": spec.layers[0].norm.eps,
+    "attn_logit_softcapping": attention.softcap,
+    "final_logit_softcapping": spec.head.softcap,
+    "tie_word_embeddings": spec.head.tied,
+    "attention_bias": attention.qkv_bias,
+    "attention_dropout": 0.0,
+    **rope(everywhere),
+  }
+  if kind == "gemma3_text":
+    if not isinstance(local, RotarySpec) or local.scaling is not None:
+      raise UnlikeError("local layers have no plain rotary positions")
+    said["rope_local_base_freq"] = local.theta
+  return said

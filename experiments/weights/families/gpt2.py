@@ -14,30 +14,29 @@ from layers.spec import (
 )
 
 from ..table import Table, rule
-from .common import activation, grouped
+from .common import activation, activation_name, grouped, norms, parts
 
 TYPES = ("gpt2",)
+
+TOP = (
+  rule("embedding/table", "transformer.wte.weight"),
+  rule("embedding/position_table", "transformer.wpe.weight"),
+  rule("final_norm/scale", "transformer.ln_f.weight"),
+  rule("final_norm/bias", "transformer.ln_f.bias"),
+  rule("head", "lm_head.weight", "v d -> d v"),
+)
 
 _QKV = ("attention/query", "attention/key", "attention/value")
 _QKV_BIAS = ("attention/query_bias", "attention/key_bias", "attention/value_bias")
 TABLE = Table(
   layer="transformer.h.{n}.",
-  top=(
-    rule("embedding/table", "transformer.wte.weight"),
-    rule("embedding/position_table", "transformer.wpe.weight"),
-    rule("final_norm/scale", "transformer.ln_f.weight"),
-    rule("final_norm/bias", "transformer.ln_f.bias"),
-    rule("head", "lm_head.weight", "v d -> d v"),
-  ),
+  top=TOP,
   layers=(
-    rule("attention_norm/scale", "ln_1.weight"),
-    rule("attention_norm/bias", "ln_1.bias"),
+    *norms("ln_1", "ln_2"),
     rule(_QKV, "attn.c_attn.weight", "d (p h k) -> p d h k"),
     rule(_QKV_BIAS, "attn.c_attn.bias", "(p h k) -> p h k"),
     rule("attention/out", "attn.c_proj.weight", "(h k) d -> h k d"),
     rule("attention/out_bias", "attn.c_proj.bias"),
-    rule("mlp_norm/scale", "ln_2.weight"),
-    rule("mlp_norm/bias", "ln_2.bias"),
     rule("mlp/up", "mlp.c_fc.weight"),
     rule("mlp/up_bias", "mlp.c_fc.bias"),
     rule("mlp/down", "mlp.c_proj.weight"),
@@ -63,3 +62,24 @@ def spec(c: dict[str, Any]) -> ModelSpec:
     final_norm=norm,
     head=HeadSpec(tied=bool(c.get("tie_word_embeddings", True))),
   )
+
+
+def config(spec: ModelSpec, kind: str) -> dict[str, Any]:
+  """The config.json of a model like `spec`."""
+  attention, mlp = parts(spec, AttentionSpec, MlpSpec)
+  first = spec.layers[0]
+  return {
+    "model_type": kind,
+    "vocab_size": spec.vocab_size,
+    "n_embd": spec.embed_dim,
+    "n_layer": spec.num_layers,
+    "n_head": attention.num_heads,
+    "n_positions": spec.max_length,
+    "n_inner": mlp.hidden,
+    "activation_function": activation_name(mlp.activation),
+    "layer_norm_epsilon": first.norm.eps,
+    "tie_word_embeddings": spec.head.tied,
+    "resid_pdrop": first.dropout,
+    "embd_pdrop": spec.embedding.dropout,
+    "attn_pdrop": 0.0,
+  }

@@ -5,26 +5,18 @@ from typing import Any
 from layers.spec import AttentionSpec, HeadSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec, RotarySpec
 
 from ..table import Table, rule
-from .common import activation, grouped
+from .common import UnlikeError, activation, activation_name, grouped, parts, projections
+from .gpt2 import TOP
 
 TYPES = ("gptj",)
 
 TABLE = Table(
   layer="transformer.h.{n}.",
-  top=(
-    rule("embedding/table", "transformer.wte.weight"),
-    rule("final_norm/scale", "transformer.ln_f.weight"),
-    rule("final_norm/bias", "transformer.ln_f.bias"),
-    rule("head", "lm_head.weight", "v d -> d v"),
-    rule("head_bias", "lm_head.bias"),
-  ),
+  top=(*TOP, rule("head_bias", "lm_head.bias")),
   layers=(
     rule("norm/scale", "ln_1.weight"),
     rule("norm/bias", "ln_1.bias"),
-    rule("attention/query", "attn.q_proj.weight", "(h k) d -> d h k"),
-    rule("attention/key", "attn.k_proj.weight", "(h k) d -> d h k"),
-    rule("attention/value", "attn.v_proj.weight", "(h k) d -> d h k"),
-    rule("attention/out", "attn.out_proj.weight", "d (h k) -> h k d"),
+    *projections("attn.", "out_proj", biases=False),
     rule("mlp/up", "mlp.fc_in.weight", "f d -> d f"),
     rule("mlp/up_bias", "mlp.fc_in.bias"),
     rule("mlp/down", "mlp.fc_out.weight", "d f -> f d"),
@@ -50,3 +42,27 @@ def spec(c: dict[str, Any]) -> ModelSpec:
     final_norm=norm,
     head=HeadSpec(bias=True),
   )
+
+
+def config(spec: ModelSpec, kind: str) -> dict[str, Any]:
+  """The config.json of a model like `spec`."""
+  attention, mlp = parts(spec, AttentionSpec, MlpSpec)
+  first = spec.layers[0]
+  if not isinstance(attention.position, RotarySpec):
+    raise UnlikeError("attention.position is not rotary")
+  return {
+    "model_type": kind,
+    "vocab_size": spec.vocab_size,
+    "n_embd": spec.embed_dim,
+    "n_layer": spec.num_layers,
+    "n_head": attention.num_heads,
+    "n_positions": spec.max_length,
+    "n_inner": mlp.hidden,
+    "rotary_dim": attention.position.dims or attention.head_dim,
+    "activation_function": activation_name(mlp.activation),
+    "layer_norm_epsilon": first.norm.eps,
+    "tie_word_embeddings": False,
+    "resid_pdrop": first.dropout,
+    "embd_pdrop": spec.embedding.dropout,
+    "attn_pdrop": 0.0,
+  }

@@ -15,29 +15,25 @@ from layers.spec import (
 )
 
 from ..table import Table, rule
-from .common import activation, grouped
+from .common import (
+  activation,
+  activation_name,
+  grouped,
+  kinds_of_layers,
+  norms,
+  parts,
+  projections,
+)
+from .gpt2 import TOP
 
 TYPES = ("gpt_neo",)
 
 TABLE = Table(
   layer="transformer.h.{n}.",
-  top=(
-    rule("embedding/table", "transformer.wte.weight"),
-    rule("embedding/position_table", "transformer.wpe.weight"),
-    rule("final_norm/scale", "transformer.ln_f.weight"),
-    rule("final_norm/bias", "transformer.ln_f.bias"),
-    rule("head", "lm_head.weight", "v d -> d v"),
-  ),
+  top=TOP,
   layers=(
-    rule("attention_norm/scale", "ln_1.weight"),
-    rule("attention_norm/bias", "ln_1.bias"),
-    rule("attention/query", "attn.attention.q_proj.weight", "(h k) d -> d h k"),
-    rule("attention/key", "attn.attention.k_proj.weight", "(h k) d -> d h k"),
-    rule("attention/value", "attn.attention.v_proj.weight", "(h k) d -> d h k"),
-    rule("attention/out", "attn.attention.out_proj.weight", "d (h k) -> h k d"),
-    rule("attention/out_bias", "attn.attention.out_proj.bias"),
-    rule("mlp_norm/scale", "ln_2.weight"),
-    rule("mlp_norm/bias", "ln_2.bias"),
+    *norms("ln_1", "ln_2"),
+    *projections("attn.attention.", "out_proj"),
     rule("mlp/up", "mlp.c_fc.weight", "f d -> d f"),
     rule("mlp/up_bias", "mlp.c_fc.bias"),
     rule("mlp/down", "mlp.c_proj.weight", "d f -> f d"),
@@ -66,3 +62,28 @@ def spec(c: dict[str, Any]) -> ModelSpec:
     final_norm=norm,
     head=HeadSpec(tied=bool(c.get("tie_word_embeddings", True))),
   )
+
+
+def config(spec: ModelSpec, kind: str) -> dict[str, Any]:
+  """The config.json of a model like `spec`."""
+  attention, mlp = parts(spec, AttentionSpec, MlpSpec)
+  first = spec.layers[0]
+  types, window = kinds_of_layers(spec)
+  named = {"full_attention": "global", "sliding_attention": "local"}
+  return {
+    "model_type": kind,
+    "vocab_size": spec.vocab_size,
+    "hidden_size": spec.embed_dim,
+    "num_layers": spec.num_layers,
+    "num_heads": attention.num_heads,
+    "intermediate_size": mlp.hidden,
+    "activation_function": activation_name(mlp.activation),
+    "max_position_embeddings": spec.max_length,
+    "attention_types": [[[named[t] for t in types], 1]],
+    "window_size": window or spec.max_length,
+    "layer_norm_epsilon": first.norm.eps,
+    "tie_word_embeddings": spec.head.tied,
+    "resid_dropout": first.dropout,
+    "embed_dropout": spec.embedding.dropout,
+    "attention_dropout": 0.0,
+  }

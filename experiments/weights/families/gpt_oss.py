@@ -6,7 +6,7 @@ from layers.spec import AttentionSpec, HeadSpec, LayerSpec, MlpSpec, ModelSpec, 
 
 from ..table import rule
 from . import llama
-from .common import grouped, rotary
+from .common import UnlikeError, grouped, kinds_of_layers, parts, rope, rotary
 
 TYPES = ("gpt_oss",)
 
@@ -70,3 +70,33 @@ def spec(c: dict[str, Any]) -> ModelSpec:
     final_norm=norm,
     head=HeadSpec(tied=bool(c.get("tie_word_embeddings", False))),
   )
+
+
+def config(spec: ModelSpec, kind: str) -> dict[str, Any]:
+  """The config.json of a model like `spec`."""
+  attention, moe = parts(spec, AttentionSpec, MoeSpec)
+  if moe.expert.clamp is None:
+    raise UnlikeError("experts without a clamp")
+  types, window = kinds_of_layers(spec)
+  return {
+    "model_type": kind,
+    "vocab_size": spec.vocab_size,
+    "hidden_size": spec.embed_dim,
+    "intermediate_size": moe.expert.hidden,
+    "num_hidden_layers": spec.num_layers,
+    "num_attention_heads": attention.num_heads,
+    "num_key_value_heads": attention.kv_heads,
+    "head_dim": attention.head_dim,
+    "num_local_experts": moe.num_experts,
+    "num_experts_per_tok": moe.experts_per_token,
+    "router_aux_loss_coef": moe.balance_loss,
+    "swiglu_limit": moe.expert.clamp,
+    "max_position_embeddings": spec.max_length,
+    "layer_types": types,
+    "sliding_window": window or spec.max_length,
+    "rms_norm_eps": spec.layers[0].norm.eps,
+    "tie_word_embeddings": spec.head.tied,
+    "attention_bias": attention.qkv_bias,
+    "attention_dropout": 0.0,
+    **rope(attention.position),
+  }

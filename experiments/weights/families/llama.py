@@ -2,31 +2,37 @@
 
 from typing import Any
 
-from layers.spec import AttentionSpec, HeadSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec
+from layers.spec import (
+  AttentionSpec,
+  HeadSpec,
+  LayerSpec,
+  MlpSpec,
+  ModelSpec,
+  MoeSpec,
+  NormSpec,
+)
 
 from ..table import Table, rule
-from .common import activation, grouped, rotary
+from .common import (
+  activation,
+  activation_name,
+  gated,
+  grouped,
+  kinds_of_layers,
+  parts,
+  projections,
+  rope,
+  rotary,
+)
 
 TYPES = ("llama", "mistral", "qwen3")
 
 _ATTENTION = (
   rule("attention_norm/scale", "input_layernorm.weight"),
-  rule("attention/query", "self_attn.q_proj.weight", "(h k) d -> d h k"),
-  rule("attention/key", "self_attn.k_proj.weight", "(h k) d -> d h k"),
-  rule("attention/value", "self_attn.v_proj.weight", "(h k) d -> d h k"),
-  rule("attention/out", "self_attn.o_proj.weight", "d (h k) -> h k d"),
-  rule("attention/query_bias", "self_attn.q_proj.bias", "(h k) -> h k"),
-  rule("attention/key_bias", "self_attn.k_proj.bias", "(h k) -> h k"),
-  rule("attention/value_bias", "self_attn.v_proj.bias", "(h k) -> h k"),
-  rule("attention/out_bias", "self_attn.o_proj.bias"),
+  *projections("self_attn.", "o_proj"),
   rule("attention/query_norm/scale", "self_attn.q_norm.weight"),
   rule("attention/key_norm/scale", "self_attn.k_norm.weight"),
   rule("mlp_norm/scale", "post_attention_layernorm.weight"),
-)
-_MLP = (
-  rule("mlp/gate", "mlp.gate_proj.weight", "f d -> d f"),
-  rule("mlp/up", "mlp.up_proj.weight", "f d -> d f"),
-  rule("mlp/down", "mlp.down_proj.weight", "d f -> f d"),
 )
 TABLE = Table(
   layer="model.layers.{n}.",
@@ -35,30 +41,8 @@ TABLE = Table(
     rule("final_norm/scale", "model.norm.weight"),
     rule("head", "lm_head.weight", "v d -> d v"),
   ),
-  layers=_ATTENTION + _MLP,
+  layers=_ATTENTION + gated("mlp."),
   ignored=("rotary_emb.inv_freq",),
-)
-
-# GGUF keeps the pairs of a rotation side by side; ours are halves of a head.
-GGUF = Table(
-  layer="blk.{n}.",
-  top=(
-    rule("embedding/table", "token_embd.weight"),
-    rule("final_norm/scale", "output_norm.weight"),
-    rule("head", "output.weight", "v d -> d v"),
-  ),
-  layers=(
-    rule("attention_norm/scale", "attn_norm.weight"),
-    rule("attention/query", "attn_q.weight", "(h k two) d -> d h (two k)"),
-    rule("attention/key", "attn_k.weight", "(h k two) d -> d h (two k)"),
-    rule("attention/value", "attn_v.weight", "(h k) d -> d h k"),
-    rule("attention/out", "attn_output.weight", "d (h k) -> h k d"),
-    rule("mlp_norm/scale", "ffn_norm.weight"),
-    rule("mlp/gate", "ffn_gate.weight", "f d -> d f"),
-    rule("mlp/up", "ffn_up.weight", "f d -> d f"),
-    rule("mlp/down", "ffn_down.weight", "d f -> f d"),
-  ),
-  ignored=("rope_freqs.weight",),
 )
 
 
@@ -94,3 +78,33 @@ def spec(c: dict[str, Any]) -> ModelSpec:
     final_norm=norm,
     head=HeadSpec(tied=bool(c.get("tie_word_embeddings", False))),
   )
+
+
+def config(spec: ModelSpec, kind: str) -> dict[str, Any]:
+  """The config.json of a model like `spec`; of one with experts, what is not about them."""
+  attention, mlp = parts(spec, AttentionSpec, MlpSpec | MoeSpec)
+  mlp = mlp.expert if isinstance(mlp, MoeSpec) else mlp
+  types, window = kinds_of_layers(spec)
+  said = {
+    "model_type": kind,
+    "vocab_size": spec.vocab_size,
+    "hidden_size": spec.embed_dim,
+    "intermediate_size": mlp.hidden,
+    "num_hidden_layers": spec.num_layers,
+    "num_attention_heads": attention.num_heads,
+    "num_key_value_heads": attention.kv_heads,
+    "head_dim": attention.head_dim,
+    "hidden_act": activation_name(mlp.activation),
+    "max_position_embeddings": spec.max_length,
+    "rms_norm_eps": spec.layers[0].norm.eps,
+    "tie_word_embeddings": spec.head.tied,
+    "attention_bias": attention.qkv_bias,
+    "attention_dropout": 0.0,
+    **rope(attention.position),
+  }
+  if kind == "mistral":
+    del said["attention_bias"]  # it has none, whatever is said
+    said["sliding_window"] = window
+  if kind == "qwen3":
+    said |= {"layer_types": types, "sliding_window": window, "use_sliding_window": bool(window)}
+  return said

@@ -3,11 +3,11 @@
 from dataclasses import replace
 from typing import Any
 
-from layers.spec import MlpSpec, ModelSpec, MoeSpec
+from layers.spec import AttentionSpec, MlpSpec, ModelSpec, MoeSpec
 
 from ..table import rule
 from . import llama
-from .common import activation, grouped
+from .common import activation, grouped, parts
 from .experts import experts
 
 TYPES = ("mixtral",)
@@ -35,3 +35,15 @@ def spec(c: dict[str, Any]) -> ModelSpec:
     balance_loss=float(c.get("router_aux_loss_coef", 0.001)),
   )
   return replace(base, segments=grouped([replace(layer, mlp=moe) for layer in base.layers]))
+
+
+def config(spec: ModelSpec, kind: str) -> dict[str, Any]:
+  """The config.json of a model like `spec`."""
+  _, moe = parts(spec, AttentionSpec, MoeSpec)
+  return llama.config(spec, "mistral") | {
+    "model_type": kind,
+    "num_local_experts": moe.num_experts,
+    "num_experts_per_tok": moe.experts_per_token,
+    "router_aux_loss_coef": moe.balance_loss,
+    "router_jitter_noise": moe.jitter,
+  }

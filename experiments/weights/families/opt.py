@@ -16,7 +16,7 @@ from layers.spec import (
 
 from ...config import ConfigError
 from ..table import Table, rule
-from .common import activation, grouped
+from .common import activation, activation_name, grouped, norms, parts, projections
 
 TYPES = ("opt",)
 
@@ -32,18 +32,8 @@ TABLE = Table(
     rule("head", "lm_head.weight", "v d -> d v"),
   ),
   layers=(
-    rule("attention_norm/scale", "self_attn_layer_norm.weight"),
-    rule("attention_norm/bias", "self_attn_layer_norm.bias"),
-    rule("attention/query", "self_attn.q_proj.weight", "(h k) d -> d h k"),
-    rule("attention/key", "self_attn.k_proj.weight", "(h k) d -> d h k"),
-    rule("attention/value", "self_attn.v_proj.weight", "(h k) d -> d h k"),
-    rule("attention/out", "self_attn.out_proj.weight", "d (h k) -> h k d"),
-    rule("attention/query_bias", "self_attn.q_proj.bias", "(h k) -> h k"),
-    rule("attention/key_bias", "self_attn.k_proj.bias", "(h k) -> h k"),
-    rule("attention/value_bias", "self_attn.v_proj.bias", "(h k) -> h k"),
-    rule("attention/out_bias", "self_attn.out_proj.bias"),
-    rule("mlp_norm/scale", "final_layer_norm.weight"),
-    rule("mlp_norm/bias", "final_layer_norm.bias"),
+    *norms("self_attn_layer_norm", "final_layer_norm"),
+    *projections("self_attn.", "out_proj"),
     rule("mlp/up", "fc1.weight", "f d -> d f"),
     rule("mlp/up_bias", "fc1.bias"),
     rule("mlp/down", "fc2.weight", "d f -> f d"),
@@ -74,3 +64,27 @@ def spec(c: dict[str, Any]) -> ModelSpec:
     final_norm=norm if before and not c.get("_remove_final_layer_norm", False) else None,
     head=HeadSpec(tied=bool(c.get("tie_word_embeddings", True))),
   )
+
+
+def config(spec: ModelSpec, kind: str) -> dict[str, Any]:
+  """The config.json of a model like `spec`."""
+  attention, mlp = parts(spec, AttentionSpec, MlpSpec)
+  first = spec.layers[0]
+  before = first.norm_placement == "pre"
+  bare = {"_remove_final_layer_norm": True} if before and spec.final_norm is None else {}
+  return {
+    "model_type": kind,
+    "vocab_size": spec.vocab_size,
+    "hidden_size": spec.embed_dim,
+    "word_embed_proj_dim": spec.embedding.width or spec.embed_dim,
+    "num_hidden_layers": spec.num_layers,
+    "num_attention_heads": attention.num_heads,
+    "ffn_dim": mlp.hidden,
+    "activation_function": activation_name(mlp.activation),
+    "max_position_embeddings": spec.max_length,
+    "do_layer_norm_before": before,
+    **bare,
+    "tie_word_embeddings": spec.head.tied,
+    "dropout": first.dropout,
+    "attention_dropout": 0.0,
+  }

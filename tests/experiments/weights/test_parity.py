@@ -10,7 +10,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.training.state import param_layout
-from experiments.weights.load import load
+from experiments.weights import hub
+from experiments.weights.express import essence, express
+from experiments.weights.load import by_path, load
 from experiments.weights.open import open_weights
 from experiments.weights.source import open_source
 from experiments.weights.table import pieces, their_shape, to_ours, to_theirs
@@ -203,6 +205,29 @@ def test_a_table_is_as_its_inverse(pair):
       assert their_shape(rule, own) == whole.shape
       for i, value in enumerate(ours):
         np.testing.assert_array_equal(to_ours(rule, i, whole, own), value)
+
+
+def test_written_and_read_by_theirs(pair, tmp_path):
+  """The same tensors to the bit, none missing or left over, and the same logits."""
+  theirs, model, params, _ = pair
+  expressed = express(model.spec)
+  assert expressed.kind == theirs.config.model_type
+  hub.write(
+    tmp_path, expressed, model.spec, by_path(params), ids=hub.Ids(), files={}, dtype="float32",
+    largest=40_000, progress=lambda done, count: None,
+  )  # fmt: skip
+  again, told = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path, output_loading_info=True, attn_implementation="eager"
+  )
+  assert not any(told.values()), told
+  tensors, expected = again.state_dict(), theirs.state_dict()
+  assert tensors.keys() == expected.keys()
+  for name, tensor in expected.items():
+    np.testing.assert_array_equal(tensors[name].numpy(), tensor.numpy(), name)
+  with torch.no_grad():
+    close(*(m(torch.tensor(TOKENS).long()).logits.numpy() for m in (again, theirs)))
+  with contextlib.ExitStack() as stack:
+    assert essence(open_weights(tmp_path, stack).spec) == essence(model.spec)
 
 
 def test_a_config_of_older_words(tmp_path, pair):

@@ -1,6 +1,8 @@
 """SmolLM2-135M-Instruct, from the package that carries it: what others compute of it."""
 
 import importlib.util
+import io
+import sys
 
 import jax
 import numpy as np
@@ -65,6 +67,61 @@ def test_it_knows_the_capital_of_france():
                 "--temperature=0", "--max_tokens=4")  # fmt: skip
   assert result.code == 0, result.err
   assert result.out.startswith("The capital of France is Paris.")
+
+
+CHAT = ("generate", ONE, f"--weights={NAME}", "--chat", "--temperature=0")
+ASKED = ["Hi, who are you?", "What is 2+2?"]
+
+
+def test_a_conversation(monkeypatch):
+  """Turn after turn from a pipe, and the first question alone."""
+  monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(ASKED)))
+  result = call(*CHAT, "--max_tokens=48")
+  assert result.code == 0, result.err
+  first, second = result.out.removeprefix(f"> {ASKED[0]}\n").split(f"\n\n> {ASKED[1]}\n")
+  assert "4" in second
+  alone = call(*CHAT, "--max_tokens=48", f"--prompt={ASKED[0]}")
+  assert alone.out == first + "\n"
+
+
+@pytest.mark.full
+def test_conversations_are_those_of_transformers(smollm2, monkeypatch):
+  """The same file, read by transformers: its template, its tokens, its greedy answers."""
+  transformers = pytest.importorskip("transformers")
+  torch = pytest.importorskip("torch")
+  path = smollm2.source.path
+  load = lambda kind, **more: kind.from_pretrained(path.parent, gguf_file=path.name, **more)
+  model = load(transformers.AutoModelForCausalLM, dtype=torch.float32)
+  tokenizer = load(transformers.AutoTokenizer)
+  said, expected = [], []
+  for text in ASKED:
+    said.append({"role": "user", "content": text})
+    asked = tokenizer.apply_chat_template(
+      said, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    made = model.generate(**asked, do_sample=False, max_new_tokens=64)
+    answer = tokenizer.decode(made[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+    said.append({"role": "assistant", "content": answer})
+    expected.append(f"> {text}\n{answer}\n\n")
+  monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(ASKED)))
+  result = call(*CHAT, "--max_tokens=64")
+  assert result.out == "".join(expected)
+
+
+@pytest.mark.full
+def test_draws_without_choice_are_those_of_transformers(smollm2):
+  """Repetition penalty over prompt and answer; and top_k=1 draws what greedy takes."""
+  transformers = pytest.importorskip("transformers")
+  path = smollm2.source.path
+  load = lambda kind: kind.from_pretrained(path.parent, gguf_file=path.name)
+  model, tokenizer = map(load, (transformers.AutoModelForCausalLM, transformers.AutoTokenizer))
+  text = "One two three one two three one two"
+  asked = tokenizer(text, return_tensors="pt")
+  made = model.float().generate(**asked, do_sample=False, max_new_tokens=24, repetition_penalty=1.3)
+  expected = tokenizer.decode(made[0, asked["input_ids"].shape[1] :])
+  common = ("generate", ONE, f"--weights={NAME}", f"--prompt={text}", "--max_tokens=24")
+  for draw in (("--temperature=0",), ("--top_k=1", "--temperature=1.5")):
+    assert call(*common, "--repetition_penalty=1.3", *draw).out == f"{text}{expected}\n"
 
 
 def test_one_model_at_a_time(tmp_path):

@@ -45,7 +45,6 @@ LATE_IMPORTS = {
   ("experiments/restore.py", "experiments.training.checkpoint"): "orbax, of no use to --weights",
   ("experiments/evaluation/harness.py", "lm_eval"): "an extra",
   ("experiments/evaluation/harness.py", "lm_eval.tasks"): "an extra",
-  ("experiments/evaluation/harness.py", "lm_eval.tasks.TaskManager"): "an extra",
   ("experiments/evaluation/harness.py", "lm_eval.evaluator"): "an extra",
   ("experiments/evaluation/harness.py", "lm_eval.api.model"): "an extra",
   ("experiments/training/record.py", "experiments.book.text"): "reads the whole run, now and then",

@@ -120,12 +120,13 @@ def test_results_lie_in_the_run(trained, tasks, tmp_path):
   folder = tmp_path / "run"
   shutil.copytree(trained, folder)
   result = call("evaluate", f"--workdir={folder}", ONE, f"--include_path={tasks}",
-                "--tasks=capitals", "--limit=2", "--num_fewshot=9")  # fmt: skip
+                "--tasks=capitals", "--num_fewshot=9", "--config.data.batch_size=48")  # fmt: skip
   assert result.code == 0, result.err
   (file,) = (folder / "evaluations").iterdir()
   assert file.name.startswith("step_20_") and str(file) in result.out
   cut = json.loads(file.read_text())["cut"]
-  assert cut["requests"] == 8 and "8 texts were longer than the context of 256 tokens" in result.out
+  assert cut["requests"] == 48 and cut["tokens"] > 48
+  assert "48 texts were longer than the context of 256 tokens" in result.out
 
 
 def test_bad_input(trained, tasks, tmp_path):

@@ -23,7 +23,7 @@ from absl import flags
 from mesh.constrain import use_mesh
 
 from . import cli
-from .config import Config, ConfigError, DataConfig, MeshConfig
+from .config import Config, ConfigError, MeshConfig
 from .data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from .planning.memory import gigabytes
 from .restore import check_tokenizer, fill, holds_run, open_run, progress, restore, setup_of
@@ -166,8 +166,6 @@ def _of_a_run(given: Given) -> Config:
   data = config.data
   if "tokenizer.json" in given.for_a_run:
     data = dataclasses.replace(data, tokenizer="")
-  if data.holdout == 1:  # weights are opened to be evaluated
-    data = dataclasses.replace(data, holdout=DataConfig().holdout)
   return dataclasses.replace(config, data=data, mesh=MeshConfig(rules=config.mesh.rules))
 
 

@@ -19,15 +19,14 @@ from mesh.multihost import is_primary
 from . import cli
 from .config import ConfigError
 from .data.load import Dataset, load
-from .data.tokenizer import load_tokenizer
 from .evaluation import report
-from .evaluation.answers import Answers, Subject
+from .evaluation.answers import Answers
 from .evaluation.harness import load_tasks, require_harness, run_tasks, version
-from .evaluation.requests import Begun
-from .restore import Loaded, load_weights, open_run, restore
+from .evaluation.requests import Documents
+from .evaluation.subject import Subject, of_run, of_weights
+from .restore import load_weights, open_run, restore
 from .training.evaluate import HeldOut, held_out, make_held_out_step
 from .training.setup import Setup, batch_placer
-from .weights.special import special_tokens
 
 _TASKS = flags.DEFINE_list("tasks", [], "Tasks of the lm-evaluation-harness: NAME,NAME.")
 _FEWSHOT = flags.DEFINE_integer(
@@ -68,9 +67,7 @@ def _loss_of_weights() -> int:
   config = found.setup.config
   if config.data.source == "pydoc" and not config.data.path:
     raise ConfigError("give the text to read, or shards: --config.data.path=FILE")
-  tokenizer = found.tokenizer
-  if found.begin is not None:
-    tokenizer = Begun(tokenizer, found.begin)
+  tokenizer = Documents(found.tokenizer, found.begin, config.model.vocab_size)
   dataset = load(config.data, config.model.vocab_size, tokenizer)
   result = _held_out(found.setup, dataset, found.params)
   part = "" if config.data.holdout == 1 else "held-out "
@@ -100,7 +97,11 @@ def _tasks(names: list[str]) -> int:
   cli.refuse_topology()
   require_harness()
   tasks = load_tasks(names, num_fewshot=_FEWSHOT.value, folder=_INCLUDE.value)
-  subject, whose, file = _of_weights() if cli.weights() else _of_run()
+  if cli.weights():
+    subject, whose, file = of_weights(load_weights(cli.weights())), {"weights": cli.weights()}, None
+  else:
+    subject, whose, file = _of_run()
+  file = Path(_RESULTS.value).expanduser() if _RESULTS.value else file
   with use_mesh(subject.setup.mesh, subject.setup.rules):
     answers = Answers(subject)
     found = run_tasks(tasks, answers, limit=_LIMIT.value)
@@ -128,34 +129,9 @@ def _of_run() -> tuple[Subject, dict[str, Any], Path]:
   if setup.config.data.objective != "next_token":
     raise ConfigError(f"{folder} learned to tell masked tokens: it can't do tasks")
   trained = restore(setup, folder)
-  tokenizer = load_tokenizer(setup.config.data.tokenizer)
-  subject = Subject(
-    setup, trained.params, tokenizer, frozenset([tokenizer.eod]), None, tokenizer.eod
-  )
-  now = datetime.datetime.now(datetime.UTC)
-  file = folder / "evaluations" / f"step_{trained.step}_{now:%Y%m%d_%H%M%S}.json"
+  name = f"step_{trained.step}_{datetime.datetime.now(datetime.UTC):%Y%m%d_%H%M%S}.json"
   whose = {"config": setup.config.name, "step": trained.step}
-  return subject, whose, Path(_RESULTS.value).expanduser() if _RESULTS.value else file
-
-
-def _of_weights() -> tuple[Subject, dict[str, Any], Path | None]:
-  """The same of `--weights`."""
-  found = load_weights(cli.weights())
-  subject = Subject(
-    found.setup, found.params, found.tokenizer, found.stops, found.begin, _prefix(found)
-  )
-  file = Path(_RESULTS.value).expanduser() if _RESULTS.value else None
-  return subject, {"weights": cli.weights()}, file
-
-
-def _prefix(found: Loaded) -> int:
-  """What goes before a text without context: the token that begins texts, also where the tokenizer
-  does not put it there; of a tokenizer without one the token that ends them."""
-  if found.begin is not None:
-    return found.begin
-  named = special_tokens(found.source)
-  ids = [found.tokenizer.special.get(named.get(name, "")) for name in ("bos_token", "eos_token")]
-  return next((i for i in ids if i is not None), found.tokenizer.eod)
+  return of_run(trained), whose, folder / "evaluations" / name
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def load_weights(name: str, *, batch: bool = False) -> Loaded:
   overrides; prints how far it is.
 
   Args:
-    batch: whether batches of data will be run.
+    batch: whether batches of data will be run, to evaluate on.
 
   Raises:
     ConfigError: weights or tokenizer are missing, damaged, or do not suit each other.
@@ -108,9 +108,10 @@ def setup_of(opened: Opened, *, batch: bool = False) -> Setup:
     ConfigError: the model does not suit the devices, or an override changes it.
   """
   spec, path = opened.spec, opened.source.path
-  # Text to evaluate on, all of it: no part of it was trained on here.
-  length = min(1024, spec.max_length)
-  data = DataConfig(row_length=length, tokenizer="", batch_size=8, holdout=1.0)
+  data = DataConfig(row_length=min(256, spec.max_length), tokenizer="")
+  if batch:  # all of the text: nothing is trained on it
+    long = min(1024, spec.max_length)
+    data = dataclasses.replace(data, row_length=long, batch_size=8, holdout=1.0)
   name = path.name if path.is_dir() else path.stem
   config = cli.override_config(Config(name=name, model=spec, data=data))
   if config.model != spec:

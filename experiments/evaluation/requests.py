@@ -12,17 +12,21 @@ from ..data.tokenizer import Tokenizer
 from .scoring import Row
 
 
-class Begun:
-  """A tokenizer that begins every text with a token, as rows of documents need it."""
+class Documents:
+  """A tokenizer as rows of documents need it: each text begins with its token, if there is one that
+  begins texts, and special tokens that a model leaves out are not counted."""
 
-  def __init__(self, tokenizer: Tokenizer, begin: int):
-    self._tokenizer, self._begin = tokenizer, begin
+  def __init__(self, tokenizer: Tokenizer, begin: int | None, vocab_size: int):
+    self._tokenizer = tokenizer
+    self._begin = np.array([] if begin is None else [begin], np.int32)
+    self.vocab_size = min(tokenizer.vocab_size, vocab_size)
+    self.byte_lengths_V = tokenizer.byte_lengths_V[: self.vocab_size]
 
   def __getattr__(self, name: str):
     return getattr(self._tokenizer, name)
 
   def encode(self, text: str) -> np.ndarray:
-    return np.append(np.int32(self._begin), self._tokenizer.encode(text)).astype(np.int32)
+    return np.concatenate([self._begin, self._tokenizer.encode(text)])
 
 
 class Encoder(NamedTuple):

@@ -68,10 +68,11 @@ class Scorer:
     self._most = max(1, setup.config.data.batch_size // self._shards)
     self.context = spec.max_length
 
-  def rows(self, width: int) -> int:
-    """Of a batch of this width: as the config says, less where its logits would be too many."""
+  def rows(self, width: int, count: int) -> int:
+    """Of each batch of this width for `count` rows in all: as the config says, less where there are
+    not so many or their logits would be too many."""
     room = _LOGITS // (width * self._model.spec.vocab_size)
-    return self._shards * max(1, min(self._most, room))
+    return self._shards * max(1, min(self._most, room, -(-count // self._shards)))
 
   def width(self, length: int) -> int:
     """To which rows of so many tokens are padded: few widths, so few compilations."""
@@ -91,20 +92,20 @@ class Scorer:
     scores: dict[int, Score] = {}
     while order:
       width = self.width(len(rows[order[0]].tokens) - 1)
-      here, order = order[: self.rows(width)], order[self.rows(width) :]
-      scores |= zip(here, self._batch([rows[i] for i in here], width), strict=True)
+      shape = (self.rows(width, len(rows)), width)
+      here, order = order[: shape[0]], order[shape[0] :]
+      scores |= zip(here, self._batch([rows[i] for i in here], shape), strict=True)
       done(len(here))
     return [scores[i] for i in range(len(rows))]
 
-  def _batch(self, rows: list[Row], width: int) -> list[Score]:
-    shape = (self.rows(width), width)
+  def _batch(self, rows: list[Row], shape: tuple[int, int]) -> list[Score]:
     batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segments")}
     for b, row in enumerate(rows):
       n = len(row.tokens) - 1
       batch["tokens"][b, :n], batch["targets"][b, :n] = row.tokens[:-1], row.tokens[1:]
       batch["segments"][b, :n] = 1
     # Padding may reach beyond the context, where learned positions are not there to be read.
-    positions_T = np.minimum(np.arange(width, dtype=np.int32), self.context - 1)
+    positions_T = np.minimum(np.arange(shape[1], dtype=np.int32), self.context - 1)
     batch["positions"] = np.broadcast_to(positions_T, shape)
     placed = host_batch_to_global(batch, self._mesh, self._placed)
     found = _score(self._params, placed, model=self._model, vocab_size=self._vocab_size)

@@ -1,0 +1,33 @@
+"""The model that is asked, from a run or from weights made elsewhere."""
+
+from typing import Any, NamedTuple
+
+from ..data.tokenizer import Tokenizer, load_tokenizer
+from ..restore import Loaded, Trained
+from ..training.setup import Setup
+from ..weights.special import special_tokens
+
+
+class Subject(NamedTuple):
+  setup: Setup
+  params: Any
+  tokenizer: Tokenizer
+  stops: frozenset[int]  # ids that end an answer
+  begin: int | None  # what the tokenizer puts before every text
+  prefix: int  # what goes before a text without context
+
+
+def of_run(trained: Trained) -> Subject:
+  """Raises ConfigError if the tokenizer is gone."""
+  tokenizer = load_tokenizer(trained.setup.config.data.tokenizer)
+  end = tokenizer.eod
+  return Subject(trained.setup, trained.params, tokenizer, frozenset([end]), None, end)
+
+
+def of_weights(found: Loaded) -> Subject:
+  """A text without context goes after the token that begins texts, also where the tokenizer does
+  not put it there; if there is none, after the one that ends them."""
+  named = special_tokens(found.source)
+  ids = [found.tokenizer.special.get(named.get(name, "")) for name in ("bos_token", "eos_token")]
+  known = [i for i in (found.begin, *ids, found.tokenizer.eod) if i is not None]
+  return Subject(found.setup, found.params, found.tokenizer, found.stops, found.begin, known[0])

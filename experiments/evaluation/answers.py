@@ -177,6 +177,7 @@ class _Settings(NamedTuple):
 
 @contextlib.contextmanager
 def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-  with Progress(console=Console(stderr=True), transient=True) as bar:
+  console = Console(stderr=True)
+  with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
     task = bar.add_task(what, total=total)
     yield lambda count: bar.advance(task, count)

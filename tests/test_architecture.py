@@ -126,8 +126,8 @@ NETWORK = {
   "xmlrpc", "websockets", "huggingface_hub", "urllib.request",
 }  # fmt: skip
 
-MODULES_TO_TRAIN = 120
-LINES_TO_TRAIN = 21_300
+MODULES_TO_TRAIN = 121
+LINES_TO_TRAIN = 21_800
 
 
 class Import(NamedTuple):

@@ -1,5 +1,6 @@
 """Every command in README and docs runs: small, in a temporary directory, with real arguments."""
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.experiments.programs import call
 from tests.experiments.tiny_weights import make_weights
 from tests.object_store import Store
 
@@ -103,7 +105,8 @@ def follow(page: Path, tmp_path: Path, *, show: bool) -> None:
 
 
 def run(command: str, folder: Path, more: dict[str, str], *, show: bool) -> None:
-  piped, _, command = command.rpartition(" | ")
+  piped, _, command = command.rpartition(" | python ")
+  command = f"python {command}" if piped else command
   stdin = subprocess.run(["bash", "-c", piped], capture_output=True, text=True).stdout
   expected = next((code for mark, code in EXPECTED_CODE.items() if mark in command), 0)
   if ".plan " in command:
@@ -115,6 +118,7 @@ def run(command: str, folder: Path, more: dict[str, str], *, show: bool) -> None
     command = command.replace(old, new)
   environment = dict(os.environ, PYTHONPATH=str(ROOT), **more)
   environment.pop("XLA_FLAGS", None)
+  unchanged = dict(environment)
   words = shlex.split(command)
   while re.fullmatch(r"[A-Z_]+=.*", words[0]):
     name, _, value = words.pop(0).partition("=")
@@ -130,8 +134,14 @@ def run(command: str, folder: Path, more: dict[str, str], *, show: bool) -> None
     words.append("--vocab_size=300")
   if show and (read := re.search(r"(?:evaluate|generate) --workdir=(\S+)", command)):
     expected = 0 if (folder / read[1]).exists() else 2  # of a run that was only shown
-  words[0] = sys.executable
-  done = subprocess.run(
-    words, cwd=folder, env=environment, capture_output=True, text=True, input=stdin
-  )
-  assert done.returncode == expected, f"{command}\n{done.stdout}\n{done.stderr}"
+  program = words[2].removeprefix("experiments.")
+  if show and (program == "plan" or "--show" in words) and environment == unchanged and not more:
+    with contextlib.chdir(folder):  # a start of Python less
+      code, *said = call(program, *words[3:])
+  else:
+    words[0] = sys.executable
+    done = subprocess.run(
+      words, cwd=folder, env=environment, capture_output=True, text=True, input=stdin
+    )
+    code, said = done.returncode, [done.stdout, done.stderr]
+  assert code == expected, "\n".join((command, *said))

@@ -61,7 +61,9 @@ def _fill(
   leaf = leaves[piece.leaf]
   if piece.at and piece.leaf not in filled:
     filled[piece.leaf] = _empty(leaf.shape, leaf.dtype, leaf.sharding)
-  write = _write(piece.rule, piece.part, tuple(piece.shapes(leaves)), leaf.dtype, leaf.sharding)
+  write = _write(
+    piece.rule.unnamed, piece.part, tuple(piece.shapes(leaves)), leaf.dtype, leaf.sharding
+  )
   filled[piece.leaf] = write(filled.get(piece.leaf), tensor, np.asarray(piece.at, np.int32))
 
 

@@ -114,7 +114,9 @@ def save(
       for tensor in tensors:
         progress(done, len(planned))
         own = tuple(leaves[path] for path in tensor.paths)
-        value = _gather(tensor.rule, len(tensor.at), kind)(own, np.asarray(tensor.at, np.int32))
+        value = _gather(tensor.rule.unnamed, len(tensor.at), kind)(
+          own, np.asarray(tensor.at, np.int32)
+        )
         for part in _contiguous(np.asarray(value)):
           out.write(part.view(np.uint8))
         del value

@@ -31,6 +31,11 @@ class Rule(NamedTuple):
   join: str = ""
   beside: str = ""
 
+  @property
+  def unnamed(self) -> "Rule":
+    """What it does to axes, by which a compiled program is found again."""
+    return Rule(("",) * len(self.ours), "", self.pattern, self.join)
+
 
 def rule(
   ours: str | tuple[str, ...], theirs: str, pattern: str = "", join: str = "", beside: str = ""

@@ -121,7 +121,7 @@ NETWORK = {
 }  # fmt: skip
 
 MODULES_TO_TRAIN = 120
-LINES_TO_TRAIN = 20_800
+LINES_TO_TRAIN = 21_200
 
 
 class Import(NamedTuple):

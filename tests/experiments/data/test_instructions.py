@@ -1,8 +1,10 @@
 """Examples as rows: the templates, what counts in the loss, packing, bad lines."""
 
 import gzip
+import importlib.util
 import itertools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from layers.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, RotarySpec
 from layers.transformer import TransformerLM
 from tests.experiments.programs import random_params
 
+DOCS = Path(__file__).parents[3] / "docs" / "finetuning"
 END = 256  # the byte tokenizer's
 # As the authors' repository prints them.
 PLAIN = (
@@ -207,3 +210,24 @@ def test_reading_goes_on_where_it_was(tmp_path):
   with pytest.raises(ConfigError, match="packing was True and is False"):
     loader.restore(part.state())
   loader.close()
+
+
+def test_the_set_in_docs():
+  """It is what its script writes; what is held out is asked in other words, about other things."""
+  read = lambda name: [json.loads(line) for line in (DOCS / name).read_text().splitlines()]
+  train, heldout = read("train.jsonl"), read("heldout.jsonl")
+  assert len(train) == 360 and len(heldout) == 60
+  spec = importlib.util.spec_from_file_location("examples", DOCS / "examples.py")
+  script = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(script)
+  made = [json.dumps(example) for _, example in script.examples()]
+  assert sorted(made) == sorted(map(json.dumps, train + heldout))
+  key = lambda example: (example["instruction"], example.get("input"))
+  assert len({key(example) for example in train + heldout}) == 420
+  about = lambda examples: {json.loads(e["output"])["about"] for e in examples}
+  assert about(train) == about(heldout) and len(about(train)) == 10
+  assert not {e["instruction"] for e in train} & {e["instruction"] for e in heldout}
+  given = lambda examples: {
+    (e["input"], json.loads(e["output"])["about"]) for e in examples if "input" in e
+  }
+  assert not given(train) & given(heldout)

@@ -9,6 +9,7 @@ from experiments.config import ConfigError
 from experiments.data.tokenizer import BpeTokenizer
 from experiments.inference.template import ChatTemplate
 
+pytest.importorskip("jinja2", reason="needs the extra chat")
 parity = pytest.mark.skipif(
   not importlib.util.find_spec("transformers"), reason="needs the extra parity"
 )

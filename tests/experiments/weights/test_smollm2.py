@@ -102,6 +102,7 @@ ASKED = ["Hi, who are you?", "What is 2+2?"]
 
 def test_a_conversation(monkeypatch):
   """Turn after turn from a pipe, and the first question alone."""
+  pytest.importorskip("jinja2", reason="needs the extra chat")
   monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(ASKED)))
   result = call(*CHAT, "--max_tokens=48")
   assert result.code == 0, result.err

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from rich.console import Console
 from rich.progress import Progress
 
@@ -16,7 +17,7 @@ from . import bucket, cli, paths
 from .config import Config, ConfigError, DataConfig, LoraConfig, MeshConfig
 from .data.tokenizer import Tokenizer
 from .training.folder import own_tokenizer, read_config
-from .training.setup import Setup, build, build_on
+from .training.setup import Setup, build, build_on, devices_here
 from .weights.load import load
 from .weights.open import Opened, locate, open_weights, read_tokenizer
 from .weights.source import Source, read_json
@@ -111,7 +112,8 @@ def setup_of(opened: Opened, *, batch: bool = False) -> Setup:
   data = DataConfig(row_length=min(256, spec.max_length), tokenizer="")
   if batch:  # all of the text: nothing is trained on it
     long = min(1024, spec.max_length)
-    data = dataclasses.replace(data, row_length=long, batch_size=8, holdout=1.0)
+    rows = len(devices_here()) * (1 if jax.default_backend() == "cpu" else 8)
+    data = dataclasses.replace(data, row_length=long, batch_size=rows, holdout=1.0)
   name = path.name if path.is_dir() else path.stem
   config = cli.override_config(Config(name=name, model=spec, data=data))
   if config.model != spec:

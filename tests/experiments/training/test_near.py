@@ -200,8 +200,8 @@ def test_two_are_kept_and_none_is_half(run):
     near.begin()
     for step in range(2, 12, 2):
       near.save(step, state(n=np.float32(step)), {})
-      there = run.steps()
-      assert len(there) <= 3 and there == list(range(there[0] if there else 2, step, 2))[-3:]
+      there = set(run.steps())  # while the copy of `step` is written, or after
+      assert there <= {step - 4, step - 2, step} and (step == 2 or step - 2 in there)
   assert run.steps() == [8, 10]
   half = run.part(10).with_name("12.tmp")  # of a process that was killed
   shutil.copytree(run.part(10), half)

@@ -47,7 +47,7 @@ def model(size: str) -> ModelSpec:
   norm = NormSpec("layer", eps=1e-5, bias=True)
   dense = LayerSpec(
     AttentionSpec(heads, width // heads, qkv_bias=True, out_bias=True),
-    MlpSpec(4 * width, "gelu", gated=False, bias=True),
+    MlpSpec(4 * width, "gelu_tanh", gated=False, bias=True),
     norm,
   )
   banded = replace(dense, attention=replace(dense.attention, window=BAND))

@@ -9,7 +9,7 @@ from tests.layers import families as f
 
 LLAMA_3 = {"vocab": 128_256, "theta": 5e5}
 DENSE = {
-  "gpt3_175b": (lambda: f.gpt(96, 12288, 96, activation="gelu"), 174_604_259_328),
+  "gpt3_175b": (lambda: f.gpt(96, 12288, 96), 174_604_259_328),
   "opt_175b": (lambda: f.opt(96, 12288, 96), 174_604_468_224),
   "opt_350m": (lambda: f.opt_350m(), 331_196_416),
   "gpt_neo_2.7b": (lambda: f.gpt_neo(32, 2560, 20), 2_651_307_520),

@@ -45,7 +45,7 @@ DENSE = {
     lambda: f.llama(28, 1024, 16, 8, 3072, 151_936, head_dim=128, qk_norm=True, tied=True),
     596_049_920,
   ),
-  # The published rule of these two leaves the norms out.
+  # Without the biases of the configs; the published rule leaves the norms out too.
   "gopher_280b": (lambda: f.gopher(80, 16384, 128, 128), 279_697_162_240 + 161 * 16384),
   "chinchilla_70b": (lambda: f.gopher(80, 8192, 64, 128), 70_055_362_560 + 161 * 8192),
 }  # fmt: skip

@@ -5,8 +5,9 @@ Command: python -m experiments.run --config=gopher:280b --config.data.path=SHARD
 Hardware: 280b: 279,710,317,824 parameters, training state 4.5 TB; from v5p-256 (128 chips) up.
 Theirs were 4,096 TPU v3 chips. The small one trains on one chip.
 The paper does not say which matrices have biases. Here those of the MLP, the last one of attention
-and the logits have, queries and keys have Transformer-XL's two vectors: with these all 50 models of
-Chinchilla's paper (table A9) have the printed count; without biases, 24 of them are off.
+and the logits have, and queries have Transformer-XL's two vectors: so all 50 models of Chinchilla's
+paper (table A9) have the printed count, where without biases 24 are off. It is not the only such
+reading; this one has queries, keys and values without, as Transformer-XL's code.
 Data: 300e9 tokens of MassiveText, not published. Batches of 280b grew from 3M tokens to 6M; here
 the batch is the last one. The published rule is Adam, without weight decay; the betas are ours.
 Result: not yet run.

@@ -233,7 +233,7 @@ def spreads(family):
   return into | dict.fromkeys(("out", "down"), stddev / (2 * layers) ** 0.5)
 
 
-@pytest.mark.parametrize("family", ["gpt3", "mt_nlg", "palm"])
+@pytest.mark.parametrize("family", [pytest.param("gpt3", marks=pytest.mark.full), "mt_nlg", "palm"])
 def test_weights_start_with_the_published_spread(family):
   model = TransformerLM(shrunk(family, width=WIDE, vocab=500), unroll=1)
   tokens = np.zeros((1, 1), np.int32)

@@ -139,6 +139,7 @@ def show(config: Config, topology: Topology, chip: Chip, options: list[Option], 
     found = fixes(own.setup, chip, available, options)
     tables.print_fixes(found, config, int(ROOM * available))
   tables.print_time(own, chip)
+  tables.print_flops(own, chip)
   machines.print_bill(own, chip, topology.num_chips, run)
   if not options:
     print("No other mesh of these chips divides the model and its batch.")

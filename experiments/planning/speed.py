@@ -18,7 +18,7 @@ from mesh.hardware import Chip
 from ..training.setup import Setup
 from . import conventions
 from .estimate import host_bytes, kept_names, local_bytes
-from .shapes import expert_rows, layer_input, named
+from .shapes import expert_rows, in_runs, layer_input, named
 
 
 class Rates(NamedTuple):
@@ -172,7 +172,7 @@ def count_work(setup: Setup) -> Work:
 
   for i, segment in enumerate(spec.segments):
     for j, layer in enumerate(segment.layers):
-      for name, flop in _products(setup, i, j, layer).items():
+      for name, flop in product_flops(setup, i, j, layer).items():
         kind = "experts" if name.startswith("expert") else "products"
         add(kind, passes * segment.repeats * flop)
         again = name not in (*names, "mlp_branch", "expert_down")  # a layer's end is not repeated
@@ -184,7 +184,7 @@ def count_work(setup: Setup) -> Work:
   return Work(**found)
 
 
-def _products(setup: Setup, i: int, j: int, layer: LayerSpec) -> dict[str, float]:
+def product_flops(setup: Setup, i: int, j: int, layer: LayerSpec) -> dict[str, float]:
   """FLOP of a layer's products with weights in a forward pass, by the tensor they make."""
   config, segment = setup.config, setup.config.model.segments[i]
   B, T = config.data.batch_size, config.data.row_length
@@ -199,7 +199,8 @@ def _products(setup: Setup, i: int, j: int, layer: LayerSpec) -> dict[str, float
     rows, size = B * T, leaf.size / segment.repeats
     if "expert" in logical:
       assert isinstance(layer.mlp, MoeSpec)
-      rows, size = expert_rows(layer.mlp, B, T), size / layer.mlp.num_experts
+      rows = expert_rows(layer.mlp, B, T, in_runs=in_runs(setup))
+      size = size / layer.mlp.num_experts
     made = _made_by(path[-1].key, "expert" in logical, path[0].key)
     found[made] = found.get(made, 0.0) + 2.0 * rows * size
   return found
@@ -234,7 +235,7 @@ def _element_wise(setup: Setup) -> float:
   total, size = 0.0, local_bytes(setup)
   for segment in config.model.segments:
     for layer in segment.layers:
-      tensors = [layer_input(B, T, D), *named(layer, B, T, D)]
+      tensors = [layer_input(B, T, D), *named(layer, B, T, D, in_runs=in_runs(setup))]
       total += segment.repeats * PASSES * sum(map(size, tensors))
   return total / setup.mesh.shape["stage"]
 

@@ -14,6 +14,7 @@ from ..training.setup import Setup
 from . import serving
 from .estimate import Memory, held, memory_rows
 from .fixes import Fix, no_fix
+from .flops import flop_rows, per_device, step_flops
 from .memory import gigabytes
 from .placement import mesh_axes
 from .search import Option, loses_by
@@ -86,6 +87,19 @@ def print_time(option: Option, chip: Chip) -> None:
   console.print(made)
   axes = ", ".join(f"{axis} {seconds:.3f} s" for axis, seconds in step.traffic.items())
   console.print(f"on the network: {axes or 'nothing'}\n")
+
+
+def print_flops(option: Option, chip: Chip) -> None:
+  """FLOP of a device in a step, by what they are for."""
+  flops = per_device(step_flops(option.setup, chip), option.setup)
+  made = table("work of a device", "FLOP", "share")
+  for name, n in flop_rows(flops):
+    made.add_row(name, f"{n:.3g}", f"{n / flops.total:.1%}")
+  assert chip.flops_per_device
+  hfu = flops.total / option.step.total / chip.flops_per_device
+  made.add_row("all done", f"{flops.total:.3g}", f"HFU {hfu:.1%}")
+  console.print(made)
+  console.print("")
 
 
 def print_options(options: Sequence[Option], chip: Chip, available: int, count: int = 8) -> None:

@@ -17,12 +17,16 @@ from .memory import gigabytes
 from .search import ROOM
 from .serving import cache_bytes, serve, weight_bytes
 from .speed import (
+  DCN,
   Step,
   axis_speeds,
   bytes_received,
   exposed,
+  inside_sizes,
   mfu,
   rates_of,
+  slice_network,
+  slices_along,
   step_time,
 )
 from .tables import console, print_fixes, table
@@ -234,12 +238,23 @@ def compiled_step(setup: Setup, chip: Chip, ops: list[Op], sends: list[Collectiv
   rate = lambda op: rates.attention if "attention" in op.name else rates.experts
   cycles = sum(op.total for op in ops if op.kind == "cycles")
   kernels = sum(op.total / (rate(op) * peak) for op in ops if op.kind == "kernel")
-  speeds: Mapping[str, float] = axis_speeds(setup.mesh.shape, chip)
+  speeds: Mapping[str, float] = axis_speeds(inside_sizes(setup, chip), chip)
+  along, sizes = slices_along(setup, chip), setup.mesh.shape
   traffic: dict[str, float] = {}
   for one in sends:
+    inside, between = one.total, 0.0
+    if across := math.prod(along.get(axis, 1) for axis in one.axes) - 1:
+      # In and between slices as in `bytes_by_network`.
+      n = math.prod(sizes[axis] for axis in one.axes)
+      between = one.total * across / (n - 1)
+      inside = one.total - between
+      if one.kind == "collective-permute":
+        inside, between = 0.0, one.total
     # Over several axes at once: on the links of all of them.
     name, speed = "+".join(one.axes), sum(speeds[axis] for axis in one.axes)
-    traffic[name] = traffic.get(name, 0.0) + one.total / (rates.network * speed)
+    for key, size, limit in ((name, inside, speed), (DCN + name, between, slice_network(chip))):
+      if size:
+        traffic[key] = traffic.get(key, 0.0) + size / (rates.network * limit)
   nothing = dict.fromkeys(Step._fields, 0.0)
   known = {"products": cycles / CLOCK[chip.name], "attention": kernels, "traffic": traffic}
   step = Step(**{**nothing, **known, "host": step_time(setup, chip).host})

@@ -1,8 +1,8 @@
 """How many rows dropless experts multiply for each row that holds a token.
 
 Each expert's run of rows ends anywhere; products go over tiles or windows of a few heights, the
-last of which sticks out. The figures are the kernels' own (layers/kernels/grouped_matmul), for runs a fifth
-shorter or a third longer than the mean: even ones would end where windows do.
+last of which sticks out. The figures are the kernels' own (layers/kernels/grouped_matmul), for runs
+a fifth shorter or a third longer than the mean: even ones would end where windows do.
 """
 
 import math

@@ -52,6 +52,11 @@ HOST_LINK = 16e9
 # Between nodes of GPUs: bytes/s a GPU, each direction (400 Gb/s).
 NODE_NETWORK = 50e9
 NODE = 8  # GPUs
+# Between TPU slices: bytes/s a chip, each direction. 50, 100 and 100 Gb/s for v5p, v6e and tpu7x,
+# 6.4 Tb/s for 256 chips of v5e (Google Cloud TPU documentation, 2026-11); v4: 25 GB/s for a host of
+# four (jax-ml.github.io/scaling-book/tpus).
+SLICE_NETWORK = {"v4": 6.25e9, "v5e": 3.125e9, "v5p": 6.25e9, "v6e": 12.5e9, "tpu7x": 12.5e9}
+DCN = "dcn_"  # before the name of an axis: its traffic between slices
 # Mesh axes along which weights and gradients travel, which computing hides.
 HIDDEN_AXES = ("fsdp", "data")
 
@@ -64,7 +69,7 @@ class Step(NamedTuple):
   repeated: float  # of both, recomputed
   memory: float  # element-wise work
   optimizer: float
-  traffic: dict[str, float]  # by mesh axis
+  traffic: dict[str, float]  # by mesh axis; between slices by dcn_ and the axis
   exposed: float
   bubble: float  # waiting for other pipeline stages
   host: float  # tensors to the host's memory and back
@@ -126,13 +131,24 @@ def step_time(setup: Setup, chip: Chip) -> Step:
 def exposed(traffic: Mapping[str, float], compute: float, rates: Rates) -> float:
   """Seconds of traffic that nothing hides: that of HIDDEN_AXES lies under part of the computing.
 
+  Links within slices and the network between them are busy at the same time.
+
   Args:
-    traffic: seconds by mesh axis, or by several ("data+fsdp").
+    traffic: seconds by mesh axis, or by several ("data+fsdp"), or between slices ("dcn_data").
     compute: seconds.
   """
-  weights = sum(t for axes, t in traffic.items() if set(axes.split("+")) <= set(HIDDEN_AXES))
-  rest = sum(traffic.values()) - weights
-  return max(0.0, weights - rates.overlap * compute) + rest
+  weights, rest = [0.0, 0.0], 0.0
+  for axes, seconds in traffic.items():
+    if hides(axes):
+      weights[axes.startswith(DCN)] += seconds
+    else:
+      rest += seconds
+  return max(0.0, max(weights) - rates.overlap * compute) + rest
+
+
+def hides(axes: str) -> bool:
+  """Whether computing hides traffic of this name."""
+  return {axis.removeprefix(DCN) for axis in axes.split("+")} <= set(HIDDEN_AXES)
 
 
 def time_rows(step: Step) -> list[tuple[str, float]]:
@@ -249,10 +265,50 @@ def _optimizer(setup: Setup) -> float:
 
 def _traffic(setup: Setup, chip: Chip, rates: Rates) -> dict[str, float]:
   """Seconds each mesh axis is busy."""
-  sizes = setup.mesh.shape
-  received = bytes_received(setup)
-  speed = axis_speeds(sizes, chip)
-  return {axis: n / (rates.network * speed[axis]) for axis, n in received.items() if n}
+  inside, between = bytes_by_network(setup, chip)
+  speed = axis_speeds(inside_sizes(setup, chip), chip)
+  found = {axis: n / (rates.network * speed[axis]) for axis, n in inside.items() if n}
+  for axis, n in between.items():
+    found[DCN + axis] = n / (rates.network * slice_network(chip))
+  return found
+
+
+def slice_network(chip: Chip) -> float:
+  """Bytes/s that a device receives from other slices."""
+  return SLICE_NETWORK[chip.name] / chip.devices_per_chip
+
+
+def slices_along(setup: Setup, chip: Chip) -> dict[str, int]:
+  """TPU slices along each mesh axis that spans several."""
+  mesh = setup.config.mesh
+  across = {"data": mesh.dcn_data, "fsdp": mesh.dcn_fsdp, "stage": mesh.dcn_stage}
+  return {axis: n for axis, n in across.items() if n > 1 and chip.is_tpu}
+
+
+def inside_sizes(setup: Setup, chip: Chip) -> dict[str, int]:
+  """Of the mesh within one slice, by axis."""
+  along = slices_along(setup, chip)
+  return {axis: n // along.get(axis, 1) for axis, n in setup.mesh.shape.items()}
+
+
+def bytes_by_network(setup: Setup, chip: Chip) -> tuple[dict[str, float], dict[str, float]]:
+  """`bytes_received` by axis: on the links of a slice, and between slices.
+
+  Sums and gathers meet inside of each slice first: of what n devices share, w in each of a slices,
+  a device receives 1 - 1/w there and (1 - 1/a) / w from others.
+  """
+  inside, between = bytes_received(setup), {}
+  for axis, a in slices_along(setup, chip).items():
+    n = setup.mesh.shape[axis]
+    w = n // a
+    handed_on = 0.0
+    if axis == "stage":
+      # What goes on at each tick leaves the slice whole where its last stage hands on.
+      handed_on, _ = _stage_bytes(setup)
+    shared = (inside[axis] - handed_on) / (1 - 1 / n)
+    between[axis] = handed_on + shared / w * (1 - 1 / a)
+    inside[axis] = (handed_on if w > 1 else 0.0) + shared * (1 - 1 / w)
+  return inside, between
 
 
 def bytes_received(setup: Setup) -> dict[str, float]:
@@ -292,11 +348,19 @@ def bytes_received(setup: Setup) -> dict[str, float]:
     B = config.data.batch_size
     sent = sum(expert_rows(moe, B, T) for moe in moes) / B * rows / sizes["context"]
     found["expert"] = passes * 2 * 2 * sent * spec.embed_dim * (1 - 1 / e) / sizes["stage"]
-  if (s := sizes["stage"]) > 1:
-    # A microbatch moves on at each tick, both ways; then all of them from the last stage to all.
-    on = 2 * turns(setup) * config.mesh.circular / config.train.microbatches + 2 * 2 * (1 - 1 / s)
-    found["stage"] = on * 2 * tokens * spec.embed_dim
+  if sizes["stage"] > 1:
+    found["stage"] = sum(_stage_bytes(setup))
   return found
+
+
+def _stage_bytes(setup: Setup) -> tuple[float, float]:
+  """A microbatch moves on at each tick, both ways; then all of them from the last stage to all."""
+  config, sizes = setup.config, setup.mesh.shape
+  tokens = config.data.batch_size * config.data.row_length
+  tokens /= sizes["data"] * sizes["fsdp"] * sizes["expert"] * sizes["context"]
+  residual = 2 * tokens * config.model.embed_dim
+  on = 2 * turns(setup) * config.mesh.circular / config.train.microbatches
+  return on * residual, 2 * 2 * (1 - 1 / sizes["stage"]) * residual
 
 
 def turns(setup: Setup) -> float:

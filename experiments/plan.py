@@ -168,12 +168,11 @@ def show(config: Config, topology: Topology, chip: Chip, options: list[Option], 
 def _instead(config: Config, best: Option, error: ConfigError) -> str:
   """Why the config's own mesh is not shown, and what to write to get the one that is."""
   what = (
-    "the quickest that does" if best.fits else "the nearest of those that do, which is too large"
+    "the quickest that does" if best.fits else "the nearest of those that do, too large as well"
   )
-  overrides = " ".join(best.overrides(config))
   return (
     f"{config.name} as it is does not divide over this machine: {str(error).rstrip('.')}. "
-    f"Shown is {what}:\n  {overrides}"
+    f"Shown is {what}, with these in place of its mesh:\n  {' '.join(best.overrides(config))}"
   )
 
 

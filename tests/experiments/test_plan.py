@@ -200,9 +200,9 @@ def test_a_mesh_that_is_none_of_the_machine():
   result = call(*arguments, "--config.mesh.fsdp=3", "--config.mesh.tensor=-1")
   first, second, empty, title = lines(result)[:4]
   assert first == (
-    "dense_1b as it is does not divide over this machine: mesh fsdp=3, tensor=-1: tensor cannot be "
-    "whole, 16 devices do not divide by 3. Shown is the quickest that does, with these in place of its "
-    "mesh:"
+    "dense_1b as it is does not divide over this machine: mesh fsdp=3, tensor=-1: tensor cannot "
+    "be whole, 16 devices do not divide by 3. Shown is the quickest that does, with these in place "
+    "of its mesh:"
   )
   given = second.split()
   assert all(change.startswith("--config.") for change in given) and empty == ""

@@ -14,21 +14,17 @@ from .estimate import Memory
 from .fixes import fixes
 from .flops import WASTE, as_multiplied, compiled_flops, per_device, step_flops
 from .memory import gigabytes
-from .search import ROOM
-from .serving import cache_bytes, serve, weight_bytes
-from .speed import (
+from .network import (
   DCN,
-  Step,
   axis_speeds,
   bytes_received,
-  exposed,
   inside_sizes,
-  mfu,
-  rates_of,
   slice_network,
   slices_along,
-  step_time,
 )
+from .search import ROOM
+from .serving import cache_bytes, serve, weight_bytes
+from .speed import Step, exposed, mfu, rates_of, step_time
 from .tables import console, print_fixes, table
 from .traffic import Collective, collectives
 from .work import Op, work

@@ -8,8 +8,9 @@ import numpy as np
 from mesh.axes import MESH_AXES
 from mesh.hardware import Chip
 
+from .network import DCN, leaving
 from .places import Places
-from .speed import DCN, HIDDEN_AXES, Step, hides, leaving, rates_of, time_rows
+from .speed import HIDDEN_AXES, Step, hides, rates_of, time_rows
 
 COMPUTE, HIDDEN, EXPOSED, WAITING = "#3b6ea5", "#4f8f5b", "#c0392b", "#bbbbbb"
 _WIDTH, _LEFT = 1088, 90  # of a picture, and of the names beside its tracks

@@ -18,9 +18,10 @@ from .fixes import FIX_COLUMNS, Fix, fix_rows, no_fix
 from .flops import flop_rows, per_device, step_flops
 from .machines import where
 from .memory import gigabytes
+from .network import NODE, inside_sizes, slices_along
 from .places import Places, places, run_of
 from .search import ROOM, Option, loses_by
-from .speed import HIDDEN_AXES, NODE, inside_sizes, mfu, slices_along, time_rows
+from .speed import HIDDEN_AXES, mfu, time_rows
 from .tables import LARGEST_COLUMNS, dcn_text, largest_rows
 
 _STYLE = """

@@ -16,9 +16,10 @@ from .estimate import Memory, held, memory_rows
 from .fixes import FIX_COLUMNS, Fix, fix_rows, no_fix
 from .flops import flop_rows, per_device, step_flops
 from .memory import gigabytes
+from .network import DCN, SLICE_NETWORK, bytes_by_network
 from .placement import mesh_axes
 from .search import Option, loses_by
-from .speed import DCN, SLICE_NETWORK, bytes_by_network, mfu, time_rows
+from .speed import mfu, time_rows
 
 console = Console(highlight=False, soft_wrap=True)
 console.width = max(console.width, 160)  # a narrow terminal wraps lines, not columns

@@ -7,7 +7,7 @@ import pytest
 
 from experiments import cli
 from experiments.overrides import apply_overrides
-from experiments.planning import estimate, speed
+from experiments.planning import estimate, network, speed
 from experiments.planning.search import abstract_mesh, loses_by, search, start
 from experiments.training.setup import build_on
 from layers.count import count_params
@@ -149,7 +149,7 @@ def test_a_sparse_encoder_pays_for_what_it_sees():
 
 def test_weights_on_the_network():
   """Of FSDP: all weights twice in bfloat16 and their gradients in float32, less a device's own."""
-  received = speed.bytes_received(planned("dense_1b", {"fsdp": 16}))
+  received = network.bytes_received(planned("dense_1b", {"fsdp": 16}))
   total = count_params(cli.named_config("dense_1b").model).total
   assert received["fsdp"] == (2 + 2 + 4) * total * 15 / 16
   assert sum(received.values()) == received["fsdp"]
@@ -157,7 +157,7 @@ def test_weights_on_the_network():
 
 def test_stages_on_the_network():
   """Two stages gather their half of the layers at five ticks each way, the rest once."""
-  received = speed.bytes_received(
+  received = network.bytes_received(
     planned("dense_1b", {"stage": 2, "fsdp": 8}, train__microbatches=4)
   )
   counts = count_params(cli.named_config("dense_1b").model)

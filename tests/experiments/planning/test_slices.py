@@ -6,7 +6,7 @@ import pytest
 
 from experiments import cli
 from experiments.config import MeshConfig
-from experiments.planning import drawing, speed
+from experiments.planning import drawing, network, speed
 from experiments.planning.fixes import fixes
 from experiments.planning.search import abstract_mesh, move, over_slices, search, start
 from layers.count import count_params
@@ -29,7 +29,7 @@ def spanning(parts=1, **mesh):
 def test_gradients_between_two_slices():
   """All of them in float32, of which each of 64 chips sums its 1/64 with the other slice."""
   setup = spanning(fsdp=64, dcn_data=2)
-  inside, between = speed.bytes_by_network(setup, V5P)
+  inside, between = network.bytes_by_network(setup, V5P)
   assert between == {"data": pytest.approx(2 * 4 * PARAMETERS / 64 / 2)}
   assert inside["data"] == 0
   assert inside["fsdp"] == pytest.approx(8 * PARAMETERS * 63 / 64)
@@ -41,7 +41,7 @@ def test_gradients_between_two_slices():
 def test_gradients_meet_inside_of_slices_first():
   """data=4 on each of 2 slices: 3/4 of a shard twice on links, half of a quarter twice between."""
   shard = 4 * PARAMETERS / 16
-  inside, between = speed.bytes_by_network(spanning(data=4, fsdp=16, dcn_data=2), V5P)
+  inside, between = network.bytes_by_network(spanning(data=4, fsdp=16, dcn_data=2), V5P)
   assert inside["data"] == pytest.approx(2 * shard * 3 / 4)
   assert between["data"] == pytest.approx(2 * shard / 4 / 2)
 
@@ -49,7 +49,7 @@ def test_gradients_meet_inside_of_slices_first():
 def test_weights_between_slices():
   """fsdp over 4 slices of 16: a chip's column of the weights comes from three slices, three times
   (twice in bfloat16, and as gradients in float32), and is gathered from 15 chips."""
-  inside, between = speed.bytes_by_network(spanning(fsdp=16, dcn_fsdp=4), V5P)
+  inside, between = network.bytes_by_network(spanning(fsdp=16, dcn_fsdp=4), V5P)
   assert between["fsdp"] == pytest.approx(8 * PARAMETERS / 16 * 3 / 4)
   assert inside["fsdp"] == pytest.approx(8 * PARAMETERS * 15 / 16)
 
@@ -58,7 +58,7 @@ def test_stages_on_slices():
   """Two stages, a slice each: nothing of them on links. 16 rows a chip in 4 parts: five ticks hand
   on 4 rows both ways, and all rows of the last stage go to both, 2 (1 - 1/2) times each way."""
   setup = spanning(parts=4, fsdp=16, dcn_stage=2)
-  inside, between = speed.bytes_by_network(setup, V5P)
+  inside, between = network.bytes_by_network(setup, V5P)
   row = 4096 * 2048 * 2
   assert between["stage"] == pytest.approx((2 * 5 * 4 + 2 * 16) * row)
   assert inside["stage"] == 0

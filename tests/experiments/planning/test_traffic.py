@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.planning.speed import bytes_received
+from experiments.planning.network import bytes_received
 from experiments.planning.traffic import by_axes, collectives
 from layers.dispatch import expert_capacity
 from mesh.topology import make_mesh

@@ -2,14 +2,15 @@
 slices; and how fast those are."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 
-from layers.spec import AttentionSpec, MoeSpec
+from layers.spec import AttentionSpec, LayerSpec, MoeSpec
 from mesh.hardware import Chip
 
 from ..training.setup import Setup
+from .estimate import kept_names
 from .shapes import expert_rows
 
 # Between nodes of GPUs: bytes/s a GPU, each direction (400 Gb/s).
@@ -78,16 +79,24 @@ def bytes_received(setup: Setup) -> dict[str, float]:
       gathered = (turns(setup) * stacked / sizes["stage"] + parameters(shapes) - stacked) / (
         sizes["tensor"] * sizes["expert"]
       )
+    if (t := sizes["tensor"]) > 1:
+      # The compiler makes whole over `tensor` what a gather or scatter of a region takes: shards
+      # before each gather, sums of gradients before they are scattered. Not the input table.
+      apart = 0.0 if spec.head.tied else spec.vocab_size * spec.embed_dim * setup.accumulate / cut
+      whole = (gathered - apart) * t
+      gathered = whole + apart
+      found["tensor"] = whole * (2 * 2 / sizes["fsdp"] + 4) * (1 - 1 / t)
     found["fsdp"] = (2 * 2 + 4) * gathered * (1 - 1 / sizes["fsdp"])
   if sizes["data"] > 1:
     found["data"] = 2 * 4 * weights / sizes["fsdp"] * (1 - 1 / sizes["data"])
   rows = config.data.batch_size / (sizes["data"] * sizes["fsdp"] * sizes["expert"])
   tokens = rows * T / sizes["context"]
-  layers = spec.num_layers / sizes["stage"]
   passes = 4 if config.train.remat in ("full", "dots") else 3  # forward, backward, again
   if (t := sizes["tensor"]) > 1:
-    # Two gathers and two scatters of the residual stream a pass, half of each in the repeat.
-    found["tensor"] = passes * 2 * 2 * 2 * tokens * spec.embed_dim * layers * (1 - 1 / t) / 2
+    each = sum(_between_blocks(layer, config.train.remat) for layer in spec.layers)
+    # At the ends: the embedding, the last norm and the gradient; that of the head is a sum.
+    ends = 3 * 2 + 4
+    found["tensor"] += (each / sizes["stage"] + ends) * tokens * spec.embed_dim * (1 - 1 / t)
   if (c := sizes["context"]) > 1:
     keys = [layer.attention for layer in spec.layers if isinstance(layer.attention, AttentionSpec)]
     width = sum(2 * a.kv_heads * a.head_dim for a in keys) / sizes["tensor"] / sizes["stage"]
@@ -100,6 +109,21 @@ def bytes_received(setup: Setup) -> dict[str, float]:
   if sizes["stage"] > 1:
     found["stage"] = sum(_stage_bytes(setup))
   return found
+
+
+def _between_blocks(layer: LayerSpec, remat: str | Sequence[str]) -> float:
+  """Bytes over `tensor` for each number of the residual stream, of one layer.
+
+  What blocks read is gathered in bfloat16, so are the gradients of what they add. The products
+  that write to the stream leave sums in float32, and so does each that reads it, going back.
+  """
+  again = remat != "none"
+  gathers = (1 if layer.parallel else 2) * (1 + again) + 2
+  sums = 1 + (again and "attention_branch" not in kept_names(remat))
+  sums += 3 if isinstance(layer.attention, AttentionSpec) else 2  # queries, keys, values; latents
+  if isinstance(layer.mlp, MoeSpec):  # experts: one sum each way, in bfloat16 (`over_tensor`)
+    return 2 * gathers + 4 * sums + 2 + 2 * 2
+  return 2 * gathers + 4 * (sums + 2 + layer.mlp.gated)
 
 
 def _stage_bytes(setup: Setup) -> tuple[float, float]:

@@ -155,6 +155,27 @@ def test_weights_on_the_network():
   assert sum(received.values()) == received["fsdp"]
 
 
+def test_tensor_on_the_network():
+  """Four devices, all recomputed: of a layer's residual stream, in bfloat16, both blocks' inputs
+  forward, again, and the gradients of both results; in float32 both results, that of attention
+  again, and the gradients that q, k, v, up and gate give back. Once the embedding, the last norm
+  and the gradient before it; the head's gradient is a sum."""
+  received = network.bytes_received(
+    planned("dense_1b", {"data": 2, "tensor": 4}, train__remat="full")
+  )
+  residual = 128 * 4096 * 2048 * 3 / 4
+  assert received["tensor"] == residual * (16 * (2 * (2 + 2 + 2) + 4 * (2 + 1 + 5)) + 3 * 2 + 4)
+  kept = network.bytes_received(
+    planned("dense_1b", {"data": 2, "tensor": 4}, train__remat="minimal")
+  )
+  assert received["tensor"] - kept["tensor"] == residual * 16 * 4
+  # With fsdp, weights meet over `tensor` before they are gathered, their gradients after.
+  both = network.bytes_received(planned("dense_1b", {"fsdp": 2, "tensor": 4}, train__remat="full"))
+  total = count_params(cli.named_config("dense_1b").model).total
+  assert both["fsdp"] == (2 + 2 + 4) * total / 2
+  assert both["tensor"] - received["tensor"] == (2 * 2 / 2 + 4) * total * 3 / 4
+
+
 def test_stages_on_the_network():
   """Two stages gather their half of the layers at five ticks each way, the rest once."""
   received = network.bytes_received(

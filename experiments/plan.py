@@ -23,8 +23,8 @@ from .planning.compiled import print_cached, print_compiled, print_decoding, pri
 from .planning.cost import Prices
 from .planning.estimate import memory
 from .planning.fixes import fixes
-from .planning.machines import Run
-from .planning.search import ROOM, Option, abstract_mesh, move, search, start
+from .planning.machines import Run, where
+from .planning.search import ROOM, Option, abstract_mesh, move, search, slices, start
 from .planning.speed import step_time
 from .training.setup import build, devices_here, mesh_sizes
 
@@ -87,7 +87,7 @@ def main() -> int:
   options = search(start(config), chip, topology.num_chips)
   if _PRINT_OVERRIDES.value:
     if not options or not options[0].fits:
-      raise ConfigError(f"{config.name} fits no mesh of {topology.num_chips} x {chip.name}")
+      raise ConfigError(f"{config.name} fits no mesh of {where(config, topology)}")
     print(" ".join(options[0].overrides(config)))
     return cli.FINISHED
   show(config, topology, chip, options, run)
@@ -128,25 +128,63 @@ def _budget(topology: Topology | None, prices: Prices) -> tuple[float, str] | No
 
 
 def show(config: Config, topology: Topology, chip: Chip, options: list[Option], run: Run) -> None:
-  """The config as it is on the topology, and the options beside it."""
+  """The config as it is on the topology, and the options beside it.
+
+  Raises:
+    ConfigError: its mesh is not one of this machine, and no other is.
+  """
   assert chip.hbm_bytes
   available = chip.hbm_bytes // chip.devices_per_chip
-  own = _as_it_is(config, topology, chip, available)
-  print(f"{config.name} on {topology.num_chips} x {chip.name}, {own.name}\n")
+  note, found = "", []
+  try:
+    own = _as_it_is(config, topology, chip, available)
+    note = _left_over(config, own, topology, chip)
+  except ConfigError as e:
+    if not options:
+      raise
+    own, note = options[0], _instead(config, options[0], e)
+  chips = slices(config) * topology.num_chips
+  if note:
+    print(f"{note}\n")
+  print(f"{config.name} on {where(config, topology)}, {own.name}\n")
   tables.print_memory(own.memory, available)
   if not own.fits:
     tables.print_largest(own.setup)
     found = fixes(own.setup, chip, available, options)
     tables.print_fixes(found, config, int(ROOM * available))
   tables.print_time(own, chip)
-  machines.print_bill(own, chip, topology.num_chips, run)
+  tables.print_flops(own, chip)
+  machines.print_bill(own, chip, chips, run)
   if not options:
     print("No other mesh of these chips divides the model and its batch.")
   else:
     _show_options(config, options, chip, available)
   if _REPORT.value:
-    cost = machines.bill_of(own, chip, topology.num_chips, run)
-    _write(Path(_REPORT.value), page.write_page(topology, own, options, available, cost))
+    cost = machines.bill_of(own, chip, chips, run)
+    written = page.write_page(config, topology, own, options, available, cost, found, note)
+    _write(Path(_REPORT.value), written)
+
+
+def _instead(config: Config, best: Option, error: ConfigError) -> str:
+  """Why the config's own mesh is not shown, and what to write to get the one that is."""
+  what = (
+    "the quickest that does" if best.fits else "the nearest of those that do, too large as well"
+  )
+  return (
+    f"{config.name} as it is does not divide over this machine: {str(error).rstrip('.')}. "
+    f"Shown is {what}, with these in place of its mesh:\n  {' '.join(best.overrides(config))}"
+  )
+
+
+def _left_over(config: Config, own: Option, topology: Topology, chip: Chip) -> str:
+  """That the config's mesh has fewer devices than the machine; empty if it has as many."""
+  devices = slices(config) * topology.num_chips * chip.devices_per_chip
+  if own.setup.mesh.size == devices:
+    return ""
+  return (
+    f"{config.name}'s mesh takes {own.setup.mesh.size} of {devices} devices, and the others are "
+    "idle: give one axis -1 for all that remain, or take one of the options below."
+  )
 
 
 def _show_options(config: Config, options: list[Option], chip: Chip, available: int) -> None:
@@ -167,14 +205,8 @@ def _write(path: Path, text: str) -> None:
 
 def _as_it_is(config: Config, topology: Topology, chip: Chip, available: int) -> Option:
   """The config with its own mesh, policy and microbatches."""
-  slices = config.mesh.dcn_data * config.mesh.dcn_stage * config.mesh.dcn_fsdp
-  if chip.is_tpu and slices > 1:
-    raise ConfigError(
-      f"the config's mesh spans {slices} slices (mesh.dcn_...), and plan estimates one; "
-      "--compile takes several"
-    )
   try:
-    sizes = mesh_sizes(config, topology.num_chips * chip.devices_per_chip)
+    sizes = mesh_sizes(config, slices(config) * topology.num_chips * chip.devices_per_chip)
   except ValueError as e:
     raise ConfigError(str(e)) from e
   setup = move(start(config), config, abstract_mesh(sizes))

@@ -12,19 +12,19 @@ from .buffers import Peak, by_group
 from .compiling import Compiled
 from .estimate import Memory
 from .fixes import fixes
+from .flops import WASTE, as_multiplied, compiled_flops, per_device, step_flops
 from .memory import gigabytes
-from .search import ROOM
-from .serving import cache_bytes, serve, weight_bytes
-from .speed import (
-  Step,
+from .network import (
+  DCN,
   axis_speeds,
   bytes_received,
-  count_work,
-  exposed,
-  mfu,
-  rates_of,
-  step_time,
+  inside_sizes,
+  slice_network,
+  slices_along,
 )
+from .search import ROOM
+from .serving import cache_bytes, serve, weight_bytes
+from .speed import Step, exposed, mfu, rates_of, step_time
 from .tables import console, print_fixes, table
 from .traffic import Collective, collectives
 from .work import Op, work
@@ -116,8 +116,9 @@ def print_compiled(setup: Setup, compiled: Compiled, chip: Chip) -> None:
     print_fixes(fixes(setup, chip, hbm), config, int(ROOM * hbm))
     raise ConfigError(f"{config.name} does not fit; the compiler: {compiled.refused}")
   _print_took(compiled)
-  ops, sends = work(compiled.text), collectives(compiled.text, setup.mesh)
-  print_work(setup, ops, sends)
+  ops = as_multiplied(setup, chip, work(compiled.text))
+  sends = collectives(compiled.text, setup.mesh)
+  print_work(setup, chip, ops, sends)
   print_step(setup, chip, ops, sends)
 
 
@@ -168,22 +169,24 @@ def scope(where: str) -> str:
   return where
 
 
-def print_work(setup: Setup, ops: list[Op], sends: list[Collective]) -> None:
+def print_work(setup: Setup, chip: Chip, ops: list[Op], sends: list[Collective]) -> None:
   """FLOP and bytes received, of a device in a step."""
   devices = math.prod(setup.mesh.shape.values())
-  counted, received = count_work(setup), bytes_received(setup)
-  flop = [op for op in ops if op.kind in ("product", "kernel")]
+  received = bytes_received(setup)
+  mine, theirs = per_device(step_flops(setup, chip), setup), compiled_flops(setup, chip, ops)
   data = setup.config.data
-  useful = conventions.flops_per_token(setup.config.model, data.row_length)
-  useful *= data.batch_size * data.row_length / devices
-  again = sum(op.total for op in flop if op.recomputed)
-  total = sum(op.total for op in flop)
+  palm = conventions.flops_per_token(setup.config.model, data.row_length)
+  palm *= data.batch_size * data.row_length / devices
+  in_kernels = sum(op.total for op in ops if op.kind == "kernel")
+  wasted = [why for why in WASTE if mine.wasted[why] or theirs.wasted[why]]
   made = table("work of a device", "estimate", "compiled")
   for name, estimate, found in (
-    ("FLOP", sum(counted) / devices, total),
-    ("  recomputed", sum(counted[3:]) / devices, again),
-    ("  in kernels", None, sum(op.total for op in flop if op.kind == "kernel")),
-    ("model FLOP (PaLM's convention)", useful, None),
+    ("FLOP", mine.total, theirs.total),
+    ("  useful", mine.useful, theirs.useful),
+    ("  recomputed", mine.recomputed, theirs.recomputed),
+    *((f"  wasted: {why}", mine.wasted[why], theirs.wasted[why]) for why in wasted),
+    ("of them in kernels", None, in_kernels),
+    ("model FLOP (PaLM's convention)", palm, None),
   ):
     made.add_row(name, *("" if n is None else f"{n:.3g}" for n in (estimate, found)))
   for axis, n in setup.mesh.shape.items():
@@ -231,12 +234,23 @@ def compiled_step(setup: Setup, chip: Chip, ops: list[Op], sends: list[Collectiv
   rate = lambda op: rates.attention if "attention" in op.name else rates.experts
   cycles = sum(op.total for op in ops if op.kind == "cycles")
   kernels = sum(op.total / (rate(op) * peak) for op in ops if op.kind == "kernel")
-  speeds: Mapping[str, float] = axis_speeds(setup.mesh.shape, chip)
+  speeds: Mapping[str, float] = axis_speeds(inside_sizes(setup, chip), chip)
+  along, sizes = slices_along(setup, chip), setup.mesh.shape
   traffic: dict[str, float] = {}
   for one in sends:
+    inside, between = one.total, 0.0
+    if across := math.prod(along.get(axis, 1) for axis in one.axes) - 1:
+      # In and between slices as in `bytes_by_network`.
+      n = math.prod(sizes[axis] for axis in one.axes)
+      between = one.total * across / (n - 1)
+      inside = one.total - between
+      if one.kind == "collective-permute":
+        inside, between = 0.0, one.total
     # Over several axes at once: on the links of all of them.
     name, speed = "+".join(one.axes), sum(speeds[axis] for axis in one.axes)
-    traffic[name] = traffic.get(name, 0.0) + one.total / (rates.network * speed)
+    for key, size, limit in ((name, inside, speed), (DCN + name, between, slice_network(chip))):
+      if size:
+        traffic[key] = traffic.get(key, 0.0) + size / (rates.network * limit)
   nothing = dict.fromkeys(Step._fields, 0.0)
   known = {"products": cycles / CLOCK[chip.name], "attention": kernels, "traffic": traffic}
   step = Step(**{**nothing, **known, "host": step_time(setup, chip).host})

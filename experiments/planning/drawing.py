@@ -8,8 +8,9 @@ import numpy as np
 from mesh.axes import MESH_AXES
 from mesh.hardware import Chip
 
+from .network import DCN, leaving
 from .places import Places
-from .speed import HIDDEN_AXES, Step, leaving, time_rows
+from .speed import HIDDEN_AXES, Step, hides, rates_of, time_rows
 
 COMPUTE, HIDDEN, EXPOSED, WAITING = "#3b6ea5", "#4f8f5b", "#c0392b", "#bbbbbb"
 _WIDTH, _LEFT = 1088, 90  # of a picture, and of the names beside its tracks
@@ -22,7 +23,8 @@ def tracks(step: Step, sizes: dict[str, int], chip: Chip) -> dict[str, list[tupl
   """By track, parts of a step as (name, begin, end, color) in seconds.
 
   As the estimate has it: traffic of HIDDEN_AXES runs one after the other from the start, as far as
-  computing hides it; what is left of it and that of other axes follows with nothing beside it.
+  computing hides it, that between slices beside the other; what is left of it follows, then that
+  of other axes with nothing beside it.
   """
   found: dict[str, list[tuple]] = {"compute": []}
   clock = 0.0
@@ -34,15 +36,23 @@ def tracks(step: Step, sizes: dict[str, int], chip: Chip) -> dict[str, list[tupl
   inner, outer = ("ICI", "DCN") if chip.is_tpu else (_inside(chip), "network")
   found |= {inner: [], outer: []}
   outside = {} if chip.is_tpu else leaving(sizes)
-  track = lambda axis: found[outer if axis in outside else inner]
-  hidden, begin = sum(step.traffic.values()) - step.exposed, 0.0
-  for axis in sorted(step.traffic, key=lambda a: HIDDEN_AXES.index(a) if a in HIDDEN_AXES else 9):
-    under = min(step.traffic[axis], hidden - begin) if axis in HIDDEN_AXES else 0.0
+  track = lambda axis: found[outer if axis in outside or axis.startswith(DCN) else inner]
+  place = lambda axis: HIDDEN_AXES.index(axis.removeprefix(DCN))
+  room = rates_of(chip).overlap * step.compute
+  begin, left = [0.0, 0.0], [clock, clock]  # on links within slices, between slices
+  for axis in sorted(filter(hides, step.traffic), key=place):
+    which = axis.startswith(DCN)
+    under = min(step.traffic[axis], room - begin[which])
     rest = step.traffic[axis] - under
     rest = rest if rest > 1e-9 * step.total else 0.0  # what is left of sums
-    track(axis).append((axis, begin, begin + under, HIDDEN))
-    track(axis).append((axis, clock, clock + rest, EXPOSED))
-    begin, clock = begin + under, clock + rest
+    track(axis).append((axis, begin[which], begin[which] + under, HIDDEN))
+    track(axis).append((axis, left[which], left[which] + rest, EXPOSED))
+    begin[which], left[which] = begin[which] + under, left[which] + rest
+  clock = max(left)
+  for axis, seconds in step.traffic.items():
+    if not hides(axis):
+      track(axis).append((axis, clock, clock + seconds, EXPOSED))
+      clock += seconds
   return found
 
 

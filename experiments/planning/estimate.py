@@ -21,7 +21,7 @@ from layers.stack import DOT_NAMES, MINIMAL_NAMES, is_staged
 from mesh.rules import assign
 
 from ..training.setup import Setup
-from .shapes import LANES, Tensor, layer_input, named
+from .shapes import LANES, Tensor, in_runs, layer_input, named
 
 SUBLANES = 8  # of a TPU's tile, whose other side is LANES
 
@@ -174,7 +174,7 @@ def _activations(setup: Setup, weights: Weights) -> tuple[dict[str, int], int]:
   kept: dict[str, int] = {}
   work = 0
   add = lambda kind, amount: kept.update({kind: kept.get(kind, 0) + int(amount)})
-  residual = size(layer_input(B, T, D))
+  residual, runs = size(layer_input(B, T, D)), in_runs(setup)
   if stages > 1:
     add("ends of the pipeline", PIPELINE_WORK * local_bytes(setup)(layer_input(B, T, D)))
   for i, segment in enumerate(config.model.segments):
@@ -184,7 +184,7 @@ def _activations(setup: Setup, weights: Weights) -> tuple[dict[str, int], int]:
     for j, layer in enumerate(segment.layers):
       add("layer inputs", times * residual)
       of = {"attention": 0, "mlp": 0, "experts": 0}
-      for tensor in named(layer, B, T, D):
+      for tensor in named(layer, B, T, D, in_runs=runs):
         local = size(tensor)
         of[_kind(tensor)] += local
         if tensor.name in names and config.train.remat == "offload":

@@ -14,7 +14,7 @@ from ..config import Config, ConfigError
 from ..training.setup import Setup
 from .estimate import memory
 from .memory import gigabytes
-from .search import MAX_PARTS, ROOM, Option, abstract_mesh, changes, move, moves, search
+from .search import MAX_PARTS, ROOM, Option, abstract_mesh, changes, move, moves, search, slices
 from .speed import step_time
 
 _POLICIES = ("none", "minimal", "dots", "full", "offload")
@@ -51,7 +51,7 @@ def fixes(
   Args:
     setup: the config as it is, on its mesh, which may be numbers only.
     available: bytes of a device.
-    options: of `search` on as many chips, if that ran; only looked at where no single change fits.
+    options: of `search` on the same machine, if that ran, for where no single change fits.
 
   Raises:
     ValueError: a chip whose peak rates nobody published.
@@ -99,8 +99,7 @@ def _single(setup: Setup) -> Iterator[list[Setup]]:
   yield [one for found in parts for one in found]
   if config.optimizer.moment_dtype == "float32" and config.optimizer.name != "adafactor":
     yield at(optimizer=replace(config.optimizer, moment_dtype="bfloat16"))
-  if _one_slice(config):
-    yield list(moves(setup, config, mesh.size, quick=True))
+  yield list(moves(setup, config, mesh.size // slices(config), quick=True))
 
 
 def _moved(setup: Setup, config: Config, mesh) -> list[Setup]:
@@ -111,20 +110,14 @@ def _moved(setup: Setup, config: Config, mesh) -> list[Setup]:
     return []
 
 
-def _one_slice(config: Config) -> bool:
-  """Whether sizes of the mesh are sizes within a slice."""
-  return max(config.mesh.dcn_data, config.mesh.dcn_stage, config.mesh.dcn_fsdp) == 1
-
-
 def _combined(
   setup: Setup, chip: Chip, available: int, options: Sequence[Option] | None
 ) -> list[Setup]:
   """The quickest option that fits; without one, the nearest with narrow moments."""
-  if not _one_slice(setup.config):
-    return []
   if options is None:
     here = replace(chip, hbm_bytes=available * chip.devices_per_chip)
-    options = search(setup, here, setup.mesh.size // chip.devices_per_chip, quick=True)
+    chips = setup.mesh.size // chip.devices_per_chip // slices(setup.config)
+    options = search(setup, here, chips, quick=True)
   if options and options[0].fits:
     return [options[0].setup]
   if setup.config.optimizer.name == "adafactor":
@@ -132,6 +125,27 @@ def _combined(
   narrow = replace(setup.config.optimizer, moment_dtype="bfloat16")
   near = [option.setup for option in options[:_NEAREST]]
   return [one for s in near for one in _moved(s, replace(s.config, optimizer=narrow), s.mesh)]
+
+
+def fix_rows(found: Sequence[Fix], room: int) -> list[tuple[str, ...]]:
+  """(overrides, bytes saved, bytes that remain, time of a step, verdict), as text.
+
+  Args:
+    room: bytes of a device that a program can have.
+  """
+  return [
+    (
+      " ".join(fix.overrides),
+      gigabytes(fix.saves),
+      gigabytes(fix.peak),
+      f"{fix.seconds:+.2f} s" if round(fix.seconds, 2) else "nothing",
+      "fits" if fix.fits else f"{gigabytes(fix.peak - room)} too much",
+    )
+    for fix in found
+  ]
+
+
+FIX_COLUMNS = ("fix", "saves", "peak", "adds to a step", "")
 
 
 def fix_lines(setup: Setup, chip: Chip, available: int, count: int = 5) -> list[str]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from ..training.setup import Setup, count_trained
 from . import tables
 from .cost import Bill, Prices, bill
 from .memory import gigabytes
-from .search import ROOM, Option, search, start
+from .search import ROOM, Option, search, slices, start
 from .speed import mfu
 
 # Chips a machine may have, at most; and so many sizes from the first that fits.
@@ -35,7 +36,8 @@ class Machine(NamedTuple):
 
 def fitting(config: Config) -> list[Machine]:
   """For each kind of chip, the smallest machines that hold the config."""
-  setup = start(config)
+  here = dict.fromkeys(("dcn_data", "dcn_stage", "dcn_fsdp"), 1)
+  setup = start(replace(config, mesh=replace(config.mesh, **here)))  # each machine is one slice
   found = []
   for name in ("v4", "v5e", "v5p", "v6e", "tpu7x", *GPU_NODES):
     chip = CHIPS[name]
@@ -74,6 +76,12 @@ def topology_of(devices: Sequence[Any]) -> Topology:
     return Topology(chip.name, (count,), count)
   sides = tuple(len(set(column)) for column in zip(*(d.coords for d in devices), strict=True))
   return Topology(chip.name, sides[:2] if chip.name in ("v5e", "v6e") else sides, count)
+
+
+def where(config: Config, topology: Topology) -> str:
+  """The machine in words: several of the topology where the config's mesh spans several slices."""
+  one, count = f"{topology.num_chips} x {topology.chip}", slices(config)
+  return one if count == 1 else f"{count} slices of {one}"
 
 
 def _sizes(chip: Chip) -> list[tuple[str, int]]:

@@ -9,14 +9,20 @@ from collections.abc import Sequence
 from mesh.hardware import CHIPS, Chip
 from mesh.slices import Topology
 
+from ..config import Config
 from ..markup import bar, escape, table
 from . import drawing
 from .cost import Bill
 from .estimate import memory_rows
+from .fixes import FIX_COLUMNS, Fix, fix_rows, no_fix
+from .flops import flop_rows, per_device, step_flops
+from .machines import where
 from .memory import gigabytes
+from .network import NODE, inside_sizes, slices_along
 from .places import Places, places, run_of
-from .search import Option, loses_by
-from .speed import HIDDEN_AXES, NODE, mfu, time_rows
+from .search import ROOM, Option, loses_by
+from .speed import HIDDEN_AXES, mfu, time_rows
+from .tables import LARGEST_COLUMNS, dcn_text, largest_rows
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 68rem;
@@ -42,26 +48,39 @@ code { background: #f3f3f3; padding: .1rem .3rem; border-radius: 3px; word-break
 
 
 def write_page(
-  topology: Topology, own: Option, options: Sequence[Option], available: int, bill: Bill
+  config: Config,
+  topology: Topology,
+  own: Option,
+  options: Sequence[Option],
+  available: int,
+  bill: Bill,
+  found: Sequence[Fix] = (),
+  note: str = "",
 ) -> str:
   """The whole file.
 
   Args:
-    topology: the machine.
-    own: the config as it is.
+    config: as it was asked for.
+    topology: the machine, or each slice of it.
+    own: the config as it is, or the option in its place that `note` explains.
     options: of `search`.
     available: bytes of a device.
+    found: of `fixes`, where `own` does not fit.
   """
   chip = CHIPS[topology.chip]
-  title = f"{own.setup.config.name} on {topology.num_chips} x {chip.name}"
+  title = f"{config.name} on {where(config, topology)}"
   best = options[0] if options and options[0].fits else None
   parts = [
     f"<h1>{escape(title)}</h1>",
     f"<p class=quiet>{escape(own.name)}. Estimates from shapes and data sheets.</p>",
+    *([f"<p class=bad>{escape(note)}</p>"] if note else []),
     "<h2>Memory of a device</h2>",
     _memory(own, available),
+    *(_changes(own, found, available) if not own.fits else []),
     "<h2>Time of a step</h2>",
     _time(own, chip),
+    "<h2>Work of a device</h2>",
+    _work(own, chip),
     "<h2>Mesh</h2>",
     _mesh(own, topology),
     "<h2>The run</h2>",
@@ -72,9 +91,7 @@ def write_page(
     head = ("mesh, recomputation, parts", "memory", "seconds", "MFU", "why not the first")
     parts += ["<h2>Options</h2>", table(head, rows, words=(4,))]
   if best is not None:
-    parts.append(
-      f"<p>The first: <code>{escape(' '.join(best.overrides(own.setup.config)))}</code></p>"
-    )
+    parts.append(f"<p>The first: <code>{escape(' '.join(best.overrides(config)))}</code></p>")
   body = "\n".join(parts)
   return (
     f"<!doctype html>\n<html lang=en><head><meta charset=utf-8><title>{escape(title)}</title>"
@@ -90,6 +107,28 @@ def _memory(option: Option, available: int) -> str:
     f"<p>{share}: fits</p>" if needed <= available else f"<p class=bad>{share}: too much</p>"
   )
   return bar(amounts, max(available, needed)) + verdict
+
+
+def _changes(option: Option, found: Sequence[Fix], available: int) -> list[str]:
+  """The largest arrays, and what to change, as the terminal has them."""
+  parts = [
+    "<h2>What does not fit</h2>",
+    table(LARGEST_COLUMNS, largest_rows(option.setup)),
+    "<h2>What to change</h2>",
+  ]
+  if found:
+    parts.append(table(FIX_COLUMNS, fix_rows(found, int(ROOM * available))))
+  if not any(fix.fits for fix in found):
+    parts.append(f"<p class=bad>{escape(no_fix(option.setup.config))}</p>")
+  return parts
+
+
+def _work(option: Option, chip: Chip) -> str:
+  flops = per_device(step_flops(option.setup, chip), option.setup)
+  rows = [(name, n, f"{n:.3g}") for name, n in flop_rows(flops)]
+  assert chip.flops_per_device
+  hfu = flops.total / option.step.total / chip.flops_per_device
+  return bar(rows, flops.total) + f"<p>{flops.total:.3g} FLOP, HFU {hfu:.1%}</p>"
 
 
 def _time(option: Option, chip: Chip) -> str:
@@ -117,6 +156,8 @@ def _time(option: Option, chip: Chip) -> str:
   if idle:
     why = ", since this is one slice" if idle == ["DCN"] else ""
     notes.append(f"Nothing goes over {' or '.join(idle).replace('network', 'the network')}{why}.")
+  if between := dcn_text(option.setup, chip):
+    notes.append(f"{between[0].upper()}{between[1:]}.")
   return (
     f"{bar(amounts, step.total)}<p>{share}</p>"
     f"<figure>{drawing.timeline(found, step.total)}</figure><div class=legend>{drawn}</div>"
@@ -126,8 +167,8 @@ def _time(option: Option, chip: Chip) -> str:
 
 def _mesh(option: Option, topology: Topology) -> str:
   """Each axis on the machine."""
-  sizes = option.setup.mesh.shape
-  if option.setup.mesh.size == 1:
+  sizes = inside_sizes(option.setup, CHIPS[topology.chip])
+  if math.prod(sizes.values()) == 1:
     return "<p class=quiet>One device.</p>"
   found = places(topology, sizes)
   figures = []
@@ -138,8 +179,16 @@ def _mesh(option: Option, topology: Topology) -> str:
       name = f"<b>{escape(axis)} {size}</b> {escape(text)}"
       figures.append(f"<figure><figcaption>{name}</figcaption>{picture}</figure>")
   return (
-    f"<p class=quiet>{escape(_where(topology, found))}</p><div class=mesh>{''.join(figures)}</div>"
+    f"<p class=quiet>{escape(_slices(option, topology) + _where(topology, found))}</p>"
+    f"<div class=mesh>{''.join(figures)}</div>"
   )
+
+
+def _slices(option: Option, topology: Topology) -> str:
+  """Which axes span slices, all of which look the same; empty for one."""
+  along = slices_along(option.setup, CHIPS[topology.chip])
+  spans = ", ".join(f"{axis} over {n}" for axis, n in along.items())
+  return f"Each of {math.prod(along.values())} slices, {spans} of them: " if along else ""
 
 
 def _where(topology: Topology, found: Places) -> str:

@@ -13,7 +13,7 @@ from mesh.hardware import CHIPS
 from mesh.slices import Topology
 from mesh.topology import arrange
 
-from .speed import NODE
+from .network import NODE
 
 _ROW = 16  # devices in a row of a drawing where their places are not known
 _KINDS = {

@@ -70,9 +70,23 @@ def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
   return AbstractMesh(shape, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES))
 
 
+def slices(config: Config) -> int:
+  """That its mesh spans."""
+  return config.mesh.dcn_data * config.mesh.dcn_stage * config.mesh.dcn_fsdp
+
+
+def over_slices(config: Config, sizes: dict[str, int]) -> dict[str, int]:
+  """Sizes within a slice times those across slices."""
+  return {axis: n * getattr(config.mesh, f"dcn_{axis}", 1) for axis, n in sizes.items()}
+
+
 def start(config: Config) -> Setup:
-  """A setup to move about, on one device that holds everything."""
-  here = replace(config, mesh=MeshConfig(rules=config.mesh.rules))
+  """A setup to move about, on one device that holds everything.
+
+  The slices that its config's mesh spans remain.
+  """
+  across = {name: getattr(config.mesh, name) for name in ("dcn_data", "dcn_stage", "dcn_fsdp")}
+  here = replace(config, mesh=MeshConfig(rules=config.mesh.rules, **across))
   return build_on(here, abstract_mesh({}), "tpu")
 
 
@@ -104,6 +118,7 @@ def search(setup: Setup, chip: Chip, chips: int, *, quick: bool = False) -> list
 
   Args:
     setup: of `start`.
+    chips: of each slice.
     quick: without the axes that are seldom the best: data, stage and context.
   """
   assert chip.hbm_bytes
@@ -120,12 +135,12 @@ def search(setup: Setup, chip: Chip, chips: int, *, quick: bool = False) -> list
 
 
 def moves(setup: Setup, config: Config, devices: int, *, quick: bool = False) -> Iterator[Setup]:
-  """`config` on every mesh of so many devices that divides it."""
+  """`config` on every mesh of so many devices, in each slice, that divides it."""
   for sizes in meshes(config, devices, quick=quick):
     for rules in _rules(config, sizes["tensor"]):
       try:
         here = replace(config, mesh=replace(config.mesh, **sizes, rules=rules))
-        yield move(setup, here, abstract_mesh(sizes))
+        yield move(setup, here, abstract_mesh(over_slices(here, sizes)))
         break
       except ConfigError:  # sizes that do not divide, or that these rules do not use
         continue

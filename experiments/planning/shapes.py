@@ -19,6 +19,8 @@ from layers.spec import (
   MoeSpec,
 )
 
+from ..training.setup import Setup
+
 LANES = 128  # of a TPU's registers: what an array's last dim is padded to
 
 
@@ -39,7 +41,20 @@ def layer_input(B: int, T: int, D: int) -> Tensor:
   return Tensor("", (B, T, D), ("act_batch", "act_norm_seq", "act_embed"))
 
 
-def named(layer: LayerSpec, B: int, T: int, D: int) -> list[Tensor]:
+def in_runs(setup: Setup) -> bool:
+  """Whether dropless experts get runs of rows of any length, or a slot for every token each.
+
+  The compiler places rows in equal blocks alone: on a mesh with nothing but `tensor`, or with
+  Explicit axes and `tensor` (mesh/region.py, layers/moe.py).
+  """
+  sizes = setup.mesh.shape
+  tensor, others = sizes["tensor"] > 1, any(n > 1 for a, n in sizes.items() if a != "tensor")
+  if setup.config.mesh.axis_types == "explicit":
+    return not tensor
+  return others or not tensor
+
+
+def named(layer: LayerSpec, B: int, T: int, D: int, *, in_runs: bool = True) -> list[Tensor]:
   """Every tensor of a layer that a policy can name, and that its backward pass has a use for."""
   branch = lambda name: Tensor(name, (B, T, D), ("act_batch", "act_norm_seq", "act_embed"))
   mlp = layer.mlp
@@ -52,16 +67,16 @@ def named(layer: LayerSpec, B: int, T: int, D: int) -> list[Tensor]:
     return found + _mlp(mlp, B, T)
   if mlp.shared is not None:
     found += _mlp(mlp.shared, B, T)
-  rows = expert_rows(mlp, B, T)
+  rows = expert_rows(mlp, B, T, in_runs=in_runs)
   hidden = lambda name: Tensor(name, (rows, mlp.expert.hidden), ("act_batch", "expert_mlp"))
   found += [Tensor("router_logits", (B, T, mlp.num_experts), (*ROWS, None), 4), hidden("expert_up")]
   return found + ([hidden("expert_gate")] if mlp.expert.gated else [])
 
 
-def expert_rows(moe: MoeSpec, B: int, T: int) -> int:
+def expert_rows(moe: MoeSpec, B: int, T: int, *, in_runs: bool = True) -> int:
   """Rows that experts compute, padding of slots included."""
   if moe.dispatch == "dropless":
-    return B * T * moe.experts_per_token
+    return B * T * (moe.experts_per_token if in_runs else moe.num_experts)
   S = group_length(T, moe.group_size)
   slots = expert_capacity(
     S, moe.num_experts, moe.experts_per_token, moe.capacity_factor, moe.min_capacity

@@ -12,13 +12,14 @@ from typing import NamedTuple
 import jax
 
 from layers.count import keys_seen
-from layers.spec import AttentionSpec, LatentAttentionSpec, LayerSpec, LinearAttentionSpec, MoeSpec
+from layers.spec import LatentAttentionSpec, LayerSpec, LinearAttentionSpec, MoeSpec
 from mesh.hardware import Chip
 
 from ..training.setup import Setup
 from . import conventions
 from .estimate import host_bytes, kept_names, local_bytes
-from .shapes import expert_rows, layer_input, named
+from .network import DCN, axis_speeds, bytes_by_network, inside_sizes, slice_network
+from .shapes import expert_rows, in_runs, layer_input, named
 
 
 class Rates(NamedTuple):
@@ -49,9 +50,6 @@ PASSES = 8
 # Bytes/s between a chip and its host, each way: of a TPU v4 (jax-ml.github.io/scaling-book/tpus),
 # for every chip, though newer links are faster. Nothing is assumed to hide it.
 HOST_LINK = 16e9
-# Between nodes of GPUs: bytes/s a GPU, each direction (400 Gb/s).
-NODE_NETWORK = 50e9
-NODE = 8  # GPUs
 # Mesh axes along which weights and gradients travel, which computing hides.
 HIDDEN_AXES = ("fsdp", "data")
 
@@ -64,7 +62,7 @@ class Step(NamedTuple):
   repeated: float  # of both, recomputed
   memory: float  # element-wise work
   optimizer: float
-  traffic: dict[str, float]  # by mesh axis
+  traffic: dict[str, float]  # by mesh axis; between slices by dcn_ and the axis
   exposed: float
   bubble: float  # waiting for other pipeline stages
   host: float  # tensors to the host's memory and back
@@ -126,13 +124,24 @@ def step_time(setup: Setup, chip: Chip) -> Step:
 def exposed(traffic: Mapping[str, float], compute: float, rates: Rates) -> float:
   """Seconds of traffic that nothing hides: that of HIDDEN_AXES lies under part of the computing.
 
+  Links within slices and the network between them are busy at the same time.
+
   Args:
-    traffic: seconds by mesh axis, or by several ("data+fsdp").
+    traffic: seconds by mesh axis, or by several ("data+fsdp"), or between slices ("dcn_data").
     compute: seconds.
   """
-  weights = sum(t for axes, t in traffic.items() if set(axes.split("+")) <= set(HIDDEN_AXES))
-  rest = sum(traffic.values()) - weights
-  return max(0.0, weights - rates.overlap * compute) + rest
+  weights, rest = [0.0, 0.0], 0.0
+  for axes, seconds in traffic.items():
+    if hides(axes):
+      weights[axes.startswith(DCN)] += seconds
+    else:
+      rest += seconds
+  return max(0.0, max(weights) - rates.overlap * compute) + rest
+
+
+def hides(axes: str) -> bool:
+  """Whether computing hides traffic of this name."""
+  return {axis.removeprefix(DCN) for axis in axes.split("+")} <= set(HIDDEN_AXES)
 
 
 def time_rows(step: Step) -> list[tuple[str, float]]:
@@ -172,7 +181,7 @@ def count_work(setup: Setup) -> Work:
 
   for i, segment in enumerate(spec.segments):
     for j, layer in enumerate(segment.layers):
-      for name, flop in _products(setup, i, j, layer).items():
+      for name, flop in product_flops(setup, i, j, layer).items():
         kind = "experts" if name.startswith("expert") else "products"
         add(kind, passes * segment.repeats * flop)
         again = name not in (*names, "mlp_branch", "expert_down")  # a layer's end is not repeated
@@ -184,7 +193,7 @@ def count_work(setup: Setup) -> Work:
   return Work(**found)
 
 
-def _products(setup: Setup, i: int, j: int, layer: LayerSpec) -> dict[str, float]:
+def product_flops(setup: Setup, i: int, j: int, layer: LayerSpec) -> dict[str, float]:
   """FLOP of a layer's products with weights in a forward pass, by the tensor they make."""
   config, segment = setup.config, setup.config.model.segments[i]
   B, T = config.data.batch_size, config.data.row_length
@@ -199,7 +208,8 @@ def _products(setup: Setup, i: int, j: int, layer: LayerSpec) -> dict[str, float
     rows, size = B * T, leaf.size / segment.repeats
     if "expert" in logical:
       assert isinstance(layer.mlp, MoeSpec)
-      rows, size = expert_rows(layer.mlp, B, T), size / layer.mlp.num_experts
+      rows = expert_rows(layer.mlp, B, T, in_runs=in_runs(setup))
+      size = size / layer.mlp.num_experts
     made = _made_by(path[-1].key, "expert" in logical, path[0].key)
     found[made] = found.get(made, 0.0) + 2.0 * rows * size
   return found
@@ -234,7 +244,7 @@ def _element_wise(setup: Setup) -> float:
   total, size = 0.0, local_bytes(setup)
   for segment in config.model.segments:
     for layer in segment.layers:
-      tensors = [layer_input(B, T, D), *named(layer, B, T, D)]
+      tensors = [layer_input(B, T, D), *named(layer, B, T, D, in_runs=in_runs(setup))]
       total += segment.repeats * PASSES * sum(map(size, tensors))
   return total / setup.mesh.shape["stage"]
 
@@ -248,89 +258,9 @@ def _optimizer(setup: Setup) -> float:
 
 def _traffic(setup: Setup, chip: Chip, rates: Rates) -> dict[str, float]:
   """Seconds each mesh axis is busy."""
-  sizes = setup.mesh.shape
-  received = bytes_received(setup)
-  speed = axis_speeds(sizes, chip)
-  return {axis: n / (rates.network * speed[axis]) for axis, n in received.items() if n}
-
-
-def bytes_received(setup: Setup) -> dict[str, float]:
-  """By a device in a step, along each mesh axis."""
-  config, sizes = setup.config, setup.mesh.shape
-  spec, T = config.model, config.data.row_length
-  found = dict.fromkeys(sizes, 0.0)
-  parameters = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
-  shapes = setup.layout.shapes
-  stacked = parameters([shapes[f"segment_{i}"] for i in range(len(spec.segments))])
-  cut = sizes["tensor"] * sizes["expert"] * sizes["stage"]
-  weights = parameters(shapes) / cut
-  if sizes["fsdp"] > 1:
-    # Gathered in bfloat16 forward and backward; gradients are summed in float32. Stages gather
-    # their layers each time they run them; else all weights are, for each part of the batch.
-    gathered = setup.accumulate * weights
-    if sizes["stage"] > 1:
-      gathered = (turns(setup) * stacked / sizes["stage"] + parameters(shapes) - stacked) / (
-        sizes["tensor"] * sizes["expert"]
-      )
-    found["fsdp"] = (2 * 2 + 4) * gathered * (1 - 1 / sizes["fsdp"])
-  if sizes["data"] > 1:
-    found["data"] = 2 * 4 * weights / sizes["fsdp"] * (1 - 1 / sizes["data"])
-  rows = config.data.batch_size / (sizes["data"] * sizes["fsdp"] * sizes["expert"])
-  tokens = rows * T / sizes["context"]
-  layers = spec.num_layers / sizes["stage"]
-  passes = 4 if config.train.remat in ("full", "dots") else 3  # forward, backward, again
-  if (t := sizes["tensor"]) > 1:
-    # Two gathers and two scatters of the residual stream a pass, half of each in the repeat.
-    found["tensor"] = passes * 2 * 2 * 2 * tokens * spec.embed_dim * layers * (1 - 1 / t) / 2
-  if (c := sizes["context"]) > 1:
-    keys = [layer.attention for layer in spec.layers if isinstance(layer.attention, AttentionSpec)]
-    width = sum(2 * a.kv_heads * a.head_dim for a in keys) / sizes["tensor"] / sizes["stage"]
-    found["context"] = (passes + 1) * 2 * tokens * width * (c - 1)
-  if (e := sizes["expert"]) > 1:
-    moes = [layer.mlp for layer in spec.layers if isinstance(layer.mlp, MoeSpec)]
-    B = config.data.batch_size
-    sent = sum(expert_rows(moe, B, T) for moe in moes) / B * rows / sizes["context"]
-    found["expert"] = passes * 2 * 2 * sent * spec.embed_dim * (1 - 1 / e) / sizes["stage"]
-  if (s := sizes["stage"]) > 1:
-    # A microbatch moves on at each tick, both ways; then all of them from the last stage to all.
-    on = 2 * turns(setup) * config.mesh.circular / config.train.microbatches + 2 * 2 * (1 - 1 / s)
-    found["stage"] = on * 2 * tokens * spec.embed_dim
-  return found
-
-
-def turns(setup: Setup) -> float:
-  """How often a pipeline stage runs its layers in a forward pass, idle ticks included."""
-  config, stages = setup.config, setup.mesh.shape["stage"]
-  return config.train.microbatches + (stages - 1) / config.mesh.circular
-
-
-def axis_speeds(sizes: Mapping[str, int], chip: Chip) -> dict[str, float]:
-  """Bytes/s a device can receive along each mesh axis of its size.
-
-  TPUs: all axes share the links of the torus, each in proportion to the dims it spans (its part of
-  the logarithm of the devices). GPUs: the inner axes fill nodes; an axis that leaves them meets the
-  network with what a node has not already.
-  """
-  assert chip.interconnect
-  full = chip.interconnect / 2 / chip.devices_per_chip
-  devices = math.prod(sizes.values())
-  speeds = dict.fromkeys(sizes, full)
-  if chip.is_tpu:
-    for axis, size in sizes.items():
-      if size > 1:
-        speeds[axis] = full * math.log(size) / math.log(devices)
-    return speeds
-  for axis, before in leaving(sizes).items():
-    shared = max(1, NODE // before)  # a node's GPUs each fetch a part of what all need
-    speeds[axis] = min(full, NODE_NETWORK * shared)
-  return speeds
-
-
-def leaving(sizes: Mapping[str, int]) -> dict[str, int]:
-  """Mesh axes that leave a node of GPUs, with the devices of the axes inside each."""
-  found, inside = {}, 1
-  for axis in reversed(tuple(sizes)):  # inner axes last
-    before, inside = inside, inside * sizes[axis]
-    if inside > NODE:
-      found[axis] = before
+  inside, between = bytes_by_network(setup, chip)
+  speed = axis_speeds(inside_sizes(setup, chip), chip)
+  found = {axis: n / (rates.network * speed[axis]) for axis, n in inside.items() if n}
+  for axis, n in between.items():
+    found[DCN + axis] = n / (rates.network * slice_network(chip))
   return found

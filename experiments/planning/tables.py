@@ -13,8 +13,10 @@ from ..config import Config, ConfigError
 from ..training.setup import Setup
 from . import serving
 from .estimate import Memory, held, memory_rows
-from .fixes import Fix, no_fix
+from .fixes import FIX_COLUMNS, Fix, fix_rows, no_fix
+from .flops import flop_rows, per_device, step_flops
 from .memory import gigabytes
+from .network import DCN, SLICE_NETWORK, bytes_by_network
 from .placement import mesh_axes
 from .search import Option, loses_by
 from .speed import mfu, time_rows
@@ -41,13 +43,24 @@ def print_memory(memory: Memory, available: int) -> None:
   console.print(f"of {gigabytes(available)}: {verdict}\n")
 
 
-def print_largest(setup: Setup, count: int = 5) -> None:
+LARGEST_COLUMNS = ("largest arrays of the state", "of a device", "bytes", "not cut over")
+
+
+def print_largest(setup: Setup) -> None:
+  made = table(*LARGEST_COLUMNS)
+  for row in largest_rows(setup):
+    made.add_row(*row)
+  console.print(made)
+  console.print("")
+
+
+def largest_rows(setup: Setup, count: int = 5) -> list[tuple[str, ...]]:
   """The largest arrays of a device's state, and the mesh axes that do not cut them."""
   named = jax.tree_util.tree_leaves_with_path(
     {"": setup.abstract.params, "optimizer": setup.abstract.opt_state}
   )
   leaves = sorted(named, key=lambda item: -held(item[1]))[:count]
-  made = table("largest arrays of the state", "of a device", "bytes", "not cut over")
+  rows = []
   for path, leaf in leaves:
     used = {axis for dim in range(len(leaf.shape)) for axis in mesh_axes(leaf.sharding, dim)}
     idle = [f"{axis}={n}" for axis, n in setup.mesh.shape.items() if n > 1 and axis not in used]
@@ -56,19 +69,15 @@ def print_largest(setup: Setup, count: int = 5) -> None:
       name = "optimizer " + name.split("inner_state/")[-1].lstrip("0123456789/")
     local = leaf.sharding.shard_shape(leaf.shape)
     text = f"{leaf.dtype}[{', '.join(map(str, local))}]"
-    made.add_row(name, text, gigabytes(held(leaf)), ", ".join(idle) or "-")
-  console.print(made)
-  console.print("")
+    rows.append((name, text, gigabytes(held(leaf)), ", ".join(idle) or "-"))
+  return rows
 
 
 def print_fixes(fixes: Sequence[Fix], config: Config, available: int) -> None:
   """What to change, those that suffice first."""
-  made = table("fix", "saves", "peak", "adds to a step", "")
-  for fix in fixes:
-    over = gigabytes(fix.peak - available)
-    cost = f"{fix.seconds:+.2f} s" if round(fix.seconds, 2) else "nothing"
-    row = (gigabytes(fix.saves), gigabytes(fix.peak), cost)
-    made.add_row(" ".join(fix.overrides), *row, "fits" if fix.fits else f"{over} too much")
+  made = table(*FIX_COLUMNS)
+  for row in fix_rows(fixes, available):
+    made.add_row(*row)
   if fixes:
     console.print(made)
   if not any(fix.fits for fix in fixes):
@@ -85,7 +94,31 @@ def print_time(option: Option, chip: Chip) -> None:
   made.add_row("step", f"{step.total:.3f}", f"MFU {mfu(option.setup, chip, step.total):.1%}")
   console.print(made)
   axes = ", ".join(f"{axis} {seconds:.3f} s" for axis, seconds in step.traffic.items())
-  console.print(f"on the network: {axes or 'nothing'}\n")
+  console.print(f"on the network: {axes or 'nothing'}")
+  if between := dcn_text(option.setup, chip):
+    console.print(between)
+  console.print("")
+
+
+def dcn_text(setup: Setup, chip: Chip) -> str:
+  """What goes between slices; empty if there is one."""
+  found = bytes_by_network(setup, chip)[1]
+  amounts = ", ".join(f"{DCN}{axis} {gigabytes(round(n))}" for axis, n in found.items())
+  rate = f"{SLICE_NETWORK[chip.name] / 1e9:g} GB/s a chip" if found else ""
+  return f"between slices a device receives {amounts}, over a network of {rate}" if found else ""
+
+
+def print_flops(option: Option, chip: Chip) -> None:
+  """FLOP of a device in a step, by what they are for."""
+  flops = per_device(step_flops(option.setup, chip), option.setup)
+  made = table("work of a device", "FLOP", "share")
+  for name, n in flop_rows(flops):
+    made.add_row(name, f"{n:.3g}", f"{n / flops.total:.1%}")
+  assert chip.flops_per_device
+  hfu = flops.total / option.step.total / chip.flops_per_device
+  made.add_row("all done", f"{flops.total:.3g}", f"HFU {hfu:.1%}")
+  console.print(made)
+  console.print("")
 
 
 def print_options(options: Sequence[Option], chip: Chip, available: int, count: int = 8) -> None:

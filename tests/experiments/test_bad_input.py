@@ -254,8 +254,6 @@ def test_generate_refuses(trained, arguments, pieces):
     (["--topology=v5p:3x5x7", "--compile"], "the nearest are v5p:4x4x4 and v5p:4x4x8"),
     (["--topology=a100:9x7"], "a100:8x8, or a100:63 in all"),
     (["--topology=h100:8", "--compile"], "only TPUs"),
-    (["--topology=v5e:2x2", "--config.mesh.fsdp=3"], "3"),
-    (["--topology=v5e:2x2", "--config.mesh.dcn_data=2"], "spans 2 slices"),
     (["--tokens=-1"], "--tokens=-1: must be positive"),
     (["--tokens=nan", "--topology=v5e:2x2"], "--tokens=nan: must be positive"),
     (["--budget_usd=100"], "--budget_usd needs a --topology"),

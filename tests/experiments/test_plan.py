@@ -131,7 +131,7 @@ def test_devices_that_plan_does_not_know(monkeypatch):
 
 
 def test_parts_add_up():
-  """Memory and time of a device, as printed."""
+  """Memory, time and work of a device, as printed."""
   out = lines(call("plan", "--config=moe_8x1b", "--topology=h100:2x8"))
 
   def rows(title, last):
@@ -144,6 +144,8 @@ def test_parts_add_up():
   assert sum(parts) == pytest.approx(peak, rel=0.01)
   *parts, step = (float(n) for (n,) in rows("time of a step", "step"))
   assert sum(parts) == pytest.approx(step, rel=0.01)
+  *parts, done = (float(n) for (n,) in rows("work of a device", "all done"))
+  assert len(parts) > 2 and sum(parts) == pytest.approx(done, rel=0.01)
 
 
 def lines(result):
@@ -190,6 +192,38 @@ def test_nothing_fits():
   assert "does NOT fit" in out and "Nothing fits; nearest first" in out and "too much" in out
   result = call("plan", "--config=moe_70b", "--topology=v5e:2x2", "--print_overrides")
   assert result.code == 2 and "moe_70b fits no mesh of 4 x v5e" in result.err
+
+
+def test_a_mesh_that_is_none_of_the_machine():
+  """Said in one sentence, with what to add to the command line; that gives what is shown."""
+  arguments = ("plan", "--config=dense_1b", "--topology=v5p-32")
+  result = call(*arguments, "--config.mesh.fsdp=3", "--config.mesh.tensor=-1")
+  first, second, empty, title = lines(result)[:4]
+  assert first == (
+    "dense_1b as it is does not divide over this machine: mesh fsdp=3, tensor=-1: tensor cannot "
+    "be whole, 16 devices do not divide by 3. Shown is the quickest that does, with these in place "
+    "of its mesh:"
+  )
+  given = second.split()
+  assert all(change.startswith("--config.") for change in given) and empty == ""
+  assert f"the first: {' '.join(given)}" in result.out
+  assert lines(call(*arguments, *given))[0] == title
+
+
+def test_devices_that_a_mesh_leaves_idle():
+  """Eight of sixteen chips; with -1 all of them."""
+  arguments = ("plan", "--config=dense_1b", "--topology=v5p-32")
+  out = call(*arguments, "--config.mesh.fsdp=8").out
+  assert out.startswith("dense_1b's mesh takes 8 of 16 devices, and the others are idle: ")
+  assert "idle" not in call(*arguments, "--config.mesh.fsdp=-1").out
+
+
+def test_no_mesh_at_all():
+  """One row of 4096 tokens over 512 chips of 16 GB, and nothing else to cut."""
+  changed = ("--config.data.batch_size=1", "--config.mesh.fsdp=256", "--config.data.row_length=31")
+  result = call("plan", "--config=dense_1b", "--topology=v5e-256", *changed)
+  assert result.code == 2 and result.err.count("\n") == 1
+  assert "a (micro)batch of 1 rows does not divide over mesh fsdp=256" in result.err
 
 
 def test_debug_fits_four_v5e(tmp_path):

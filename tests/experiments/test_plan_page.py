@@ -137,6 +137,25 @@ def test_a_large_machine_stays_readable(tmp_path):
   assert len(page) < 300_000
 
 
+def test_what_to_change_is_on_the_page_too(tmp_path):
+  """Each line of both tables of the terminal, where the config or everything is too large."""
+  for config, topology in (("dense_1b", "v5e-16"), ("moe_70b", "v5e:2x2")):
+    path = tmp_path / "plan.html"
+    out = call("plan", f"--config={config}", f"--topology={topology}", f"--report={path}").out
+    reader = Reader()
+    reader.feed(path.read_text())
+    text = " ".join(" ".join(reader.words).split())
+    begin, end = out.index("largest arrays"), out.index("time of a step")
+    printed = [" ".join(line.split()) for line in out[begin:end].splitlines() if line.strip()]
+    assert len(printed) >= 7
+    for line in printed:
+      assert line in text, line
+    assert text.index("What to change") < text.index("Time of a step")
+  path = tmp_path / "fits.html"
+  call("plan", "--config=dense_1b", "--topology=v5p-32", f"--report={path}")
+  assert "What to change" not in path.read_text()
+
+
 def test_a_folder_that_is_not_there_is_said():
   arguments = ("--config=debug", "--topology=v5e:2x2", "--report=/nowhere/plan.html")
   result = call("plan", *arguments)

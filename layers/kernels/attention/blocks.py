@@ -30,6 +30,13 @@ class Visits(NamedTuple):
   column_V: np.ndarray  # int32
 
 
+def even_blocks(length: int, most: int, multiple: int = 128) -> int:
+  """Positions of a block: a multiple of so many, as few blocks as there can be, and even ones."""
+  tiles = -(-length // multiple)
+  blocks = -(-tiles // (most // multiple))
+  return -(-tiles // blocks) * multiple
+
+
 @lru_cache(maxsize=64)
 def block_kinds(
   mask: Any, num_queries: int, num_keys: int, q_block: int, kv_block: int,

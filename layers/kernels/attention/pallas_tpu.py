@@ -33,6 +33,7 @@ from .blocks import (
   Order,
   block_kinds,
   by_position,
+  even_blocks,
   for_all,
   kinds_at_run_time,
   masks_of,
@@ -103,11 +104,8 @@ def supports(q_BTNH, k_BSKH, v_BSKU, bias, mask, order: Order) -> str | None:
 
 
 def block_size(length: int) -> int:
-  """Positions of a block: a multiple of 128, as few blocks as there can be, and even ones."""
-  most = BLOCK if fast_memory() > 32 * 2**20 else BLOCK // 2
-  tiles = -(-length // LANES)
-  blocks = -(-tiles // (most // LANES))
-  return -(-tiles // blocks) * LANES
+  """Positions of a block, as many as fast memory has room for."""
+  return even_blocks(length, BLOCK if fast_memory() > 32 * 2**20 else BLOCK // 2, LANES)
 
 
 def attention(

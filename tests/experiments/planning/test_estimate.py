@@ -7,7 +7,7 @@ import pytest
 
 from experiments import cli
 from experiments.overrides import apply_overrides
-from experiments.planning import estimate, speed
+from experiments.planning import estimate, network, speed
 from experiments.planning.search import abstract_mesh, loses_by, search, start
 from experiments.training.setup import build_on
 from layers.count import count_params
@@ -149,15 +149,36 @@ def test_a_sparse_encoder_pays_for_what_it_sees():
 
 def test_weights_on_the_network():
   """Of FSDP: all weights twice in bfloat16 and their gradients in float32, less a device's own."""
-  received = speed.bytes_received(planned("dense_1b", {"fsdp": 16}))
+  received = network.bytes_received(planned("dense_1b", {"fsdp": 16}))
   total = count_params(cli.named_config("dense_1b").model).total
   assert received["fsdp"] == (2 + 2 + 4) * total * 15 / 16
   assert sum(received.values()) == received["fsdp"]
 
 
+def test_tensor_on_the_network():
+  """Four devices, all recomputed: of a layer's residual stream, in bfloat16, both blocks' inputs
+  forward, again, and the gradients of both results; in float32 both results, that of attention
+  again, and the gradients that q, k, v, up and gate give back. Once the embedding, the last norm
+  and the gradient before it; the head's gradient is a sum."""
+  received = network.bytes_received(
+    planned("dense_1b", {"data": 2, "tensor": 4}, train__remat="full")
+  )
+  residual = 128 * 4096 * 2048 * 3 / 4
+  assert received["tensor"] == residual * (16 * (2 * (2 + 2 + 2) + 4 * (2 + 1 + 5)) + 3 * 2 + 4)
+  kept = network.bytes_received(
+    planned("dense_1b", {"data": 2, "tensor": 4}, train__remat="minimal")
+  )
+  assert received["tensor"] - kept["tensor"] == residual * 16 * 4
+  # With fsdp, weights meet over `tensor` before they are gathered, their gradients after.
+  both = network.bytes_received(planned("dense_1b", {"fsdp": 2, "tensor": 4}, train__remat="full"))
+  total = count_params(cli.named_config("dense_1b").model).total
+  assert both["fsdp"] == (2 + 2 + 4) * total / 2
+  assert both["tensor"] - received["tensor"] == (2 * 2 / 2 + 4) * total * 3 / 4
+
+
 def test_stages_on_the_network():
   """Two stages gather their half of the layers at five ticks each way, the rest once."""
-  received = speed.bytes_received(
+  received = network.bytes_received(
     planned("dense_1b", {"stage": 2, "fsdp": 8}, train__microbatches=4)
   )
   counts = count_params(cli.named_config("dense_1b").model)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.planning.speed import bytes_received
+from experiments.planning.network import bytes_received
 from experiments.planning.traffic import by_axes, collectives
 from layers.dispatch import expert_capacity
 from mesh.topology import make_mesh
@@ -120,6 +120,11 @@ def test_tensor_parallelism_gathers_and_scatters_between_blocks():
   assert not whole
   assert received(program, SCATTER, axis="tensor") >= 4 * LAYERS * activation * BF16 * part(4)
   assert_sums_in_float32(program)
+  # The estimate of `plan` has every collective of a few bytes or more.
+  estimate = bytes_received(program.setup)
+  for axis in ("tensor", "fsdp"):
+    along = sum(c.total for c in program.found if c.axes == (axis,))
+    assert estimate[axis] == pytest.approx(along, rel=0.05), axis
   # Each device runs the kernels with its own heads.
   for kernel in ("attention_forward", "attention_dq", "attention_dkv"):
     assert kernel in program.text

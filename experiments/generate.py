@@ -16,14 +16,13 @@ from mesh.constrain import use_mesh
 
 from . import cli
 from .config import ConfigError
-from .data.tokenizer import load_tokenizer
 from .inference.chat import Conversation, talk
 from .inference.draw import Draw, problem_with
 from .inference.prompts import read_prompts
 from .inference.sampling import Decoder, prompt_width
 from .inference.template import ChatTemplate
 from .inference.text import TextStream
-from .restore import Loaded, load_weights, open_run, restore
+from .restore import Loaded, load_run, load_weights, open_run, restore
 from .weights.special import chat_template, special_tokens
 
 _PROMPT = flags.DEFINE_multi_string(
@@ -125,8 +124,7 @@ def _trained() -> Loaded:
   setup = open_run(folder, batch=False)
   if setup.config.data.objective != "next_token":
     raise ConfigError(f"{folder} learned to tell masked tokens: it can't continue a prompt")
-  tokenizer = load_tokenizer(setup.config.data.tokenizer)
-  return Loaded(setup, restore(setup, folder).params, tokenizer, frozenset([tokenizer.eod]))
+  return load_run(restore(setup, folder), folder)
 
 
 def _template(model: Loaded) -> ChatTemplate:

@@ -12,7 +12,7 @@ from tokenizers import models, pre_tokenizers, trainers
 from experiments.config import ConfigError
 from experiments.weights.gguf_tokenizer import read_tokenizer
 from experiments.weights.source import Source
-from experiments.weights.special import bos, chat_template, special_tokens, stops
+from experiments.weights.special import chat_template, special_tokens, stops
 
 TEXT = (Path(__file__).parents[3] / "README.md").read_text() * 2
 TEXTS = [
@@ -181,8 +181,11 @@ def test_tokens_that_users_defined(pieces):
 def test_special_tokens(pieces, byte_level):
   said = of_pieces(pieces, chat_template="{{ messages }}", ggml__eos_token_id=2,
                    ggml__eot_token_id=300)  # fmt: skip
+  bos = lambda source: read_tokenizer(source).bos
   assert bos(said) == 1 and stops(said) == {2, 300} and chat_template(said) == "{{ messages }}"
   assert bos(of_pieces(pieces, ggml__add_bos_token=False)) is None
+  with pytest.raises(ConfigError, match="texts begin with token 9999, of"):
+    bos(of_pieces(pieces, ggml__bos_token_id=9999))
   begin = {"ggml__bos_token_id": 5}
   assert bos(of_bytes(byte_level, "gpt-2", **begin)) is None
   assert bos(of_bytes(byte_level, "gpt-2", ggml__add_bos_token=True, **begin)) == 5

@@ -34,8 +34,9 @@ def test_as_transformers_saves_it(tmp_path):
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("adds", [None, False, True])
 def test_the_token_that_begins_a_text(tmp_path, own, adds):
-  """As the file's own template has it, in one of several steps (Llama 3), unless a
-  tokenizer_config.json says otherwise; transformers' class for both is the oracle."""
+  """As the file's own template has it, in one of several steps (Llama 3), as in transformers;
+  unless a tokenizer_config.json says otherwise, which transformers 4 heeded for such models
+  (DeepSeek-V3) and 5 no longer does."""
   transformers = pytest.importorskip("transformers", reason="needs the extra `parity`")
   vocab = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "a"])}
   made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>"))
@@ -49,14 +50,15 @@ def test_the_token_that_begins_a_text(tmp_path, own, adds):
   said = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": {"content": "<s>"}}
   said |= {} if adds is None else {"add_bos_token": adds}
   write(tmp_path, config={}, tokenizer_config=said | {"bos_token": "<s>", "eos_token": "</s>"})
-  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)("aa").input_ids
   ours = load_tokenizer(str(tmp_path))
-  assert theirs == ([] if ours.bos is None else [ours.bos]) + ours.encode("aa").tolist()
+  if adds in (None, own):
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)("aa").input_ids
+    assert theirs == ([] if ours.bos is None else [ours.bos]) + ours.encode("aa").tolist()
   assert (ours.bos == 1) == (own if adds is None else adds)
   write(tmp_path, config={}, tokenizer_config=said)  # a token as an object, as older files have it
   assert load_tokenizer(str(tmp_path)).bos == ours.bos
   (tmp_path / "tokenizer_config.json").write_text("[1]")
-  with pytest.raises(ConfigError, match="tokenizer_config.json can't be read"):
+  with pytest.raises(ConfigError, match=r"tokenizer_config\.json can't be read"):
     load_tokenizer(str(tmp_path))
 
 

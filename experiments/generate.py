@@ -29,7 +29,7 @@ _PROMPT = flags.DEFINE_multi_string(
   "prompt", [], "Text to continue; several times for several. None starts a new document."
 )
 _PROMPTS = flags.DEFINE_string(
-  "prompts", "", "File of prompts: one a line, or .jsonl with fields prompt or messages."
+  "prompts", "", "File of prompts: one a line, or .jsonl with prompt, messages or instruction."
 )
 _CHAT = flags.DEFINE_bool(
   "chat", False, "A conversation, by the model's template; with prompts, one answer to each."
@@ -140,7 +140,7 @@ def _request(given: dict[str, Any], model: Loaded, template: ChatTemplate | None
   """Raises ConfigError if the prompt is not text, or leaves no room in the model's context."""
   text, messages = given.get("prompt", ""), given.get("messages")
   said = repr(text if len(text) <= 40 else text[:37] + "...") if messages is None else "messages"
-  if messages is None and _CHAT.value:
+  if messages is None and _CHAT.value and "instruction" not in given:
     messages = [{"role": "user", "content": text}]
   if messages is not None and _SYSTEM.value and messages[0]["role"] != "system":
     messages = [{"role": "system", "content": _SYSTEM.value}, *messages]

@@ -37,7 +37,6 @@ _PACKAGE = "package:"
 
 
 _COPY = {"gs": "gcloud storage cp -r URL .", "s3": "aws s3 cp --recursive URL FOLDER"}
-_DOWNLOAD = "download it"
 
 # Of the rows of a model's table, what its tokenizer's ids take at least. Tables are padded to
 # multiples of 64 to 512 or to round numbers: of models that are read here, by 1.8 % at most
@@ -63,9 +62,10 @@ def locate(name: str, flag: str = "--weights") -> Path:
     ConfigError: it is not there or in a bucket, or the package holds none or several.
   """
   if paths.is_url(name):
+    how = _COPY.get(name.partition("://")[0], "download it").replace("URL", name)
     raise ConfigError(
-      f"{flag}={name}: weights are read from a disk of this machine: copy the folder to one first "
-      f"({_COPY.get(name.partition('://')[0], _DOWNLOAD)}), and give that"
+      f"{flag}={name}: weights are read from a disk of this machine: copy them to one first "
+      f"({how}), and give that path"
     )
   if not name.startswith(_PACKAGE):
     path = Path(name).expanduser()

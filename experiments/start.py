@@ -16,7 +16,7 @@ from mesh.pipeline import bubble_fraction
 from . import bucket, cli, joining
 from .closing import print_closing, print_sample
 from .config import Config, ConfigError
-from .data.load import Dataset, load
+from .data.load import Dataset, load, require_tokenizer
 from .data.rows import Rows
 from .data.tokenizer import CHAT_TEMPLATE
 from .data.trigram import ngram_bits_per_byte
@@ -142,6 +142,8 @@ def _run(
   if weights is not None:
     stack.enter_context(weights)
   config = request.config
+  if config.data.path and weights is None:  # a forgotten --weights is no question of memory
+    require_tokenizer(own_tokenizer(config, folder).data)
   setup = build(config)
   refuse_if_too_large(setup)
   dataset = _load(request)

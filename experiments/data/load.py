@@ -57,15 +57,21 @@ def load(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None = None
   return dataset._replace(masking=make_masking(dataset.tokenizer, vocab_size, config.seed))
 
 
-def _open(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None) -> Dataset:
-  source = _resolve_source(config)
-  if source == "synthetic":
-    return _synthetic(config, vocab_size)
-  if tokenizer is None and not config.tokenizer:
+def require_tokenizer(config: DataConfig) -> None:
+  """Raises ConfigError if `config` has text and names no tokenizer for it."""
+  if config.source != "synthetic" and not config.tokenizer:
     raise ConfigError(
       "data.tokenizer names none: set --config.data.tokenizer=FOLDER, or start from --weights=..., "
       "which bring theirs"
     )
+
+
+def _open(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None) -> Dataset:
+  source = _resolve_source(config)
+  if source == "synthetic":
+    return _synthetic(config, vocab_size)
+  if tokenizer is None:
+    require_tokenizer(config)
   tokenizer = load_tokenizer(config.tokenizer) if tokenizer is None else tokenizer
   check_vocab(tokenizer, vocab_size)
   if source == "instructions":

@@ -138,6 +138,9 @@ class TransformerLM(nn.Module):
     """All layers: (x, statistics, caches)."""
     stats, new_caches, first_layer = [], [], 0
     for i, segment in enumerate(self.spec.segments):
+      if self.is_initializing():  # only to draw weights
+        self._segment_params(i)
+        continue
       x_BTD, segment_stats, segment_caches = run_segment(
         segment,
         self._blocks(segment),

@@ -25,7 +25,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def compile_cache(tmp_path_factory):
   """One persistent compilation cache a test process: equal programs compile once."""
   jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax_cache")))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
 class _Grouped(LoadScopeScheduling):

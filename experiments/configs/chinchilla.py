@@ -2,7 +2,7 @@
 
 Command: python -m experiments.run --config=chinchilla:70b --config.data.path=SHARDS \
     --config.data.tokenizer=TOKENIZER
-Hardware: 70,057,992,192 parameters (counted as Gopher's), training state 1.1 TB; from v5p-64 (32
+Hardware: 70,061,956,352 parameters, training state 1.1 TB; from v5p-64 (32
 chips) up.
 Data: 1.4e12 tokens of MassiveText, not published. Batches grew from 1.5M tokens to 3M; here the
 batch is the last one. AdamW and the learning rate are the paper's; its weight decay and betas are

@@ -1,10 +1,13 @@
-"""Gopher (arXiv 2112.11446): Transformer-XL's relative positions, RMSNorm.
+"""Gopher (arXiv 2112.11446): GPT-2 with Transformer-XL's relative positions and RMSNorm.
 
 Command: python -m experiments.run --config=gopher:280b --config.data.path=SHARDS \
     --config.data.tokenizer=TOKENIZER
-Hardware: 280b: 279,702,421,504 parameters, training state 4.5 TB; from v5p-256 (128 chips) up.
-Theirs were 4,096 TPU v3 chips. The small one trains on one chip. The paper's count is of matrices
-only; added here are the norms and the two learned vectors a head of Transformer-XL, in each layer.
+Hardware: 280b: 279,710,317,824 parameters, training state 4.5 TB; from v5p-256 (128 chips) up.
+Theirs were 4,096 TPU v3 chips. The small one trains on one chip.
+The paper does not say which matrices have biases. Here those of the MLP, the last one of attention
+and the logits have, and queries have Transformer-XL's two vectors: so all 50 models of Chinchilla's
+paper (table A9) have the printed count, where without biases 24 are off. It is not the only such
+reading; this one has queries, keys and values without, as Transformer-XL's code.
 Data: 300e9 tokens of MassiveText, not published. Batches of 280b grew from 3M tokens to 6M; here
 the batch is the last one. The published rule is Adam, without weight decay; the betas are ours.
 Result: not yet run.
@@ -35,14 +38,14 @@ SIZES = {
 
 def decoder(layers: int, heads: int, head_dim: int, width: int) -> ModelSpec:
   """Gopher's and Chinchilla's."""
-  attention = AttentionSpec(heads, head_dim, position=TransformerXLSpec())
-  layer = LayerSpec(attention, MlpSpec(4 * width, "gelu", gated=False))
+  attention = AttentionSpec(heads, head_dim, position=TransformerXLSpec(), out_bias=True)
+  layer = LayerSpec(attention, MlpSpec(4 * width, "gelu_tanh", gated=False, bias=True))
   return ModelSpec(
     vocab_size=32_000,
     embed_dim=width,
     max_length=LENGTH,
     segments=(Segment((layer,), layers),),
-    head=HeadSpec(tied=True),
+    head=HeadSpec(tied=True, bias=True),
   )
 
 

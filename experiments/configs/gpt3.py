@@ -4,9 +4,10 @@ Command: python -m experiments.run --config=gpt3:175b --config.data.path=SHARDS 
     --config.data.tokenizer=TOKENIZER
 Hardware: 175b: 174,604,259,328 parameters, training state 2.8 TB; from v5p-128 (64 chips) up. The
 small one trains on one chip.
-The width of the band was not published; 256 positions here, as in GPT-Neo. Data: 300e9 tokens, not
-published. Batches grew from 16 rows over the first 4 to 12e9 tokens and the cosine ended at
-260e9; here the batch is the last one and the cosine ends with the run.
+The width of the band and the kind of the first layer were not published; 256 positions and a dense
+one here, as in GPT-Neo. The GELU is GPT-2's, by tanh.
+Data: 300e9 tokens, not published. Batches grew from 16 rows over the first 4 to 12e9 tokens and the
+cosine ended at 260e9; here the batch is the last one and the cosine ends with the run.
 Result: not yet run.
 """
 
@@ -47,7 +48,7 @@ def model(size: str) -> ModelSpec:
   norm = NormSpec("layer", eps=1e-5, bias=True)
   dense = LayerSpec(
     AttentionSpec(heads, width // heads, qkv_bias=True, out_bias=True),
-    MlpSpec(4 * width, "gelu", gated=False, bias=True),
+    MlpSpec(4 * width, "gelu_tanh", gated=False, bias=True),
     norm,
   )
   banded = replace(dense, attention=replace(dense.attention, window=BAND))

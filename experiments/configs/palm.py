@@ -13,6 +13,7 @@ from experiments.config import Config, DataConfig, EvalConfig, OptimizerConfig, 
 from layers.spec import (
   AttentionSpec,
   HeadSpec,
+  InitSpec,
   LayerSpec,
   MlpSpec,
   ModelSpec,
@@ -38,6 +39,7 @@ def model(size: str) -> ModelSpec:
     segments=(Segment((layer,), layers),),
     final_norm=norm,
     head=HeadSpec(tied=True, scale=width**-0.5),
+    init=InitSpec(embed_stddev=1.0, depth_scaled=False),
   )
 
 

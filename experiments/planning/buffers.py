@@ -271,7 +271,7 @@ class _Values:
       return TRAFFIC, where
     if kind := kind_of(where):
       return f"at work: {kind}", where
-    if re.search(r"while/body/(closed_call/)?add(_any)?$|embedding", where) and (
+    if re.search(r"while/body/((closed_call|eval_jaxpr)/)?add(_any)?$|embedding", where) and (
       made.shape.startswith("f32") and back | ("jvp" not in where)
     ):
       return "gradients", where

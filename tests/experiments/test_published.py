@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments import cli
+from experiments.configs.gopher import decoder
 from experiments.planning.search import ROOM, search, start
 from layers.count import count_params
 from layers.spec import MoeSpec, Segment
@@ -18,13 +19,15 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
 def gopher(layers, heads, head_dim, width):
-  """The rule of arXiv 2203.15556, which counts matrices, then what is not one.
+  """Matrices of Gopher and Chinchilla (arXiv 2112.11446, 2203.15556), then what is not one.
 
   Vocabulary; query, key, value, output and relative keys; the two matrices of the MLP. Norms, two
-  a layer and one; Transformer-XL's u and v in each layer.
+  a layer and one; in each layer Transformer-XL's u and v, and biases of the attention's output and
+  of the MLP; a bias of the logits.
   """
   matrices = 32_000 * width + layers * (5 * width * head_dim * heads + 2 * width * 4 * width)
-  return matrices, (2 * layers + 1) * width + 2 * layers * heads * head_dim
+  biases = layers * (2 * heads * head_dim + width + 4 * width + width) + 32_000
+  return matrices, (2 * layers + 1) * width + biases
 
 
 def switch(published, layers, width, heads):
@@ -48,8 +51,8 @@ COUNTS = {
   "gopher:44m": sum(gopher(8, 16, 32, 512)), "gopher:117m": sum(gopher(12, 12, 64, 768)),
   "gopher:417m": sum(gopher(12, 12, 128, 1536)), "gopher:1.4b": sum(gopher(24, 16, 128, 2048)),
   "gopher:7.1b": sum(gopher(32, 32, 128, 4096)),
-  "gopher:280b": 279_697_162_240 + 161 * 16_384 + 2 * 80 * 128 * 128,
-  "chinchilla:70b": 70_055_362_560 + 161 * 8192 + 2 * 80 * 64 * 128,
+  "gopher:280b": 279_697_162_240 + gopher(80, 128, 128, 16_384)[1],
+  "chinchilla:70b": 70_055_362_560 + gopher(80, 64, 128, 8192)[1],
   "mistral:7b": 7_241_732_096,
   # 49,152 d + L (2 d^2 + 2 d 64 kv + 3 d f + 2 d) + d for the two that models of that class give.
   "smollm2:135m": 134_515_008,
@@ -132,6 +135,39 @@ def test_gophers_rule_gives_the_names_of_the_sizes(shape, size):
   matrices, _ = gopher(*shape)
   unit = {"M": 1e6, "B": 1e9}[size[-1]]
   assert matrices / unit == pytest.approx(float(size[:-1]), abs=0.5 if "." not in size else 0.05)
+
+
+# Arguments of `gopher` behind millions of parameters: table A9 of arXiv 2203.15556, whole.
+CHINCHILLAS = [
+  (44, 8, 8, 64, 512), (57, 9, 9, 64, 576), (74, 10, 10, 64, 640), (90, 13, 10, 64, 640),
+  (106, 16, 10, 64, 640), (117, 12, 12, 64, 768), (140, 15, 12, 64, 768), (163, 18, 12, 64, 768),
+  (175, 14, 14, 64, 896), (196, 16, 14, 64, 896), (217, 18, 14, 64, 896), (251, 16, 16, 64, 1024),
+  (278, 18, 16, 64, 1024), (306, 20, 16, 64, 1024), (425, 18, 10, 128, 1280),
+  (489, 21, 10, 128, 1280), (509, 18, 11, 128, 1408), (552, 24, 10, 128, 1280),
+  (587, 21, 11, 128, 1408), (632, 19, 12, 128, 1536), (664, 24, 11, 128, 1408),
+  (724, 22, 12, 128, 1536), (816, 25, 12, 128, 1536), (893, 20, 14, 128, 1792),
+  (1018, 23, 14, 128, 1792), (1143, 26, 14, 128, 1792), (1266, 22, 16, 128, 2048),
+  (1424, 22, 17, 128, 2176), (1429, 25, 16, 128, 2048), (1593, 28, 16, 128, 2048),
+  (1609, 25, 17, 128, 2176), (1731, 24, 18, 128, 2304), (1794, 28, 17, 128, 2176),
+  (2007, 28, 18, 128, 2304), (2283, 32, 18, 128, 2304), (2298, 26, 20, 128, 2560),
+  (2639, 30, 20, 128, 2560), (2980, 34, 20, 128, 2560), (3530, 36, 22, 128, 2688),
+  (3802, 36, 22, 128, 2816), (4084, 36, 22, 128, 2944), (4516, 36, 24, 128, 3072),
+  (6796, 40, 28, 128, 3584), (9293, 42, 32, 128, 4096), (11452, 47, 32, 128, 4352),
+  (12295, 44, 36, 128, 4608), (12569, 47, 32, 128, 4608), (13735, 47, 32, 128, 4864),
+  (14940, 49, 32, 128, 4992), (16183, 47, 40, 128, 5120),
+]  # fmt: skip
+
+
+def test_gophers_rule_gives_the_counts_of_all_chinchillas():
+  assert len(CHINCHILLAS) == 50
+  assert [round(sum(gopher(*shape)) / 1e6) for _, *shape in CHINCHILLAS] == [
+    millions for millions, *_ in CHINCHILLAS
+  ]
+
+
+def test_the_rule_counts_the_configs_shape_where_heads_are_narrower_than_the_model():
+  _, *shape = CHINCHILLAS[48]
+  assert count_params(decoder(*shape)).total == sum(gopher(*shape))
 
 
 # Tokens of the run, tokens of the last batch, peak learning rate, as their papers and logs have it.
@@ -252,14 +288,8 @@ def test_configs_are_the_families_that_oracles_test(name, family):
     layers = tuple(replace(layer, dropout=0.0) for layer in segment.layers)
     model = replace(model, segments=(Segment(layers),))
   family = layers_of(replace(family, max_length=model.max_length))
-  if name.startswith("gpt3"):  # every second layer has a band, and GELU is exact
+  if name.startswith("gpt3"):  # every second layer has a band
     assert [layer.attention.window for layer in model.layers[:4]] == [None, 256, None, 256]
-    plain = lambda layer: replace(
-      layer,
-      attention=replace(layer.attention, window=None),
-      mlp=replace(layer.mlp, activation="gelu"),
-    )
-    model, family = (
-      replace(m, segments=(Segment(tuple(map(plain, m.layers))),)) for m in (model, family)
-    )
+    plain = lambda layer: replace(layer, attention=replace(layer.attention, window=None))
+    model = replace(model, segments=(Segment(tuple(map(plain, model.layers))),))
   assert model == family

@@ -183,10 +183,10 @@ def palm(count, d, heads, *, head_dim=256, vocab=256_000):
 
 
 def gopher(count, d, heads, head_dim, *, vocab=32_000, biases=False):
-  """Transformer-XL positions, RMSNorm (arXiv 2112.11446)."""
-  attention = AttentionSpec(heads, head_dim, position=TransformerXLSpec(biases))
-  layer = LayerSpec(attention, MlpSpec(4 * d, "gelu", gated=False))
-  return ModelSpec(vocab, d, repeated(layer, count=count), head=HeadSpec(tied=True))
+  """Transformer-XL positions, RMSNorm, and with `biases` all of Gopher (arXiv 2112.11446)."""
+  attention = AttentionSpec(heads, head_dim, position=TransformerXLSpec(biases), out_bias=biases)
+  layer = LayerSpec(attention, MlpSpec(4 * d, "gelu_tanh", gated=False, bias=biases))
+  return ModelSpec(vocab, d, repeated(layer, count=count), head=HeadSpec(tied=True, bias=biases))
 
 
 def gemma2(count, d, heads, kv, head_dim, ff, *, scale, vocab=256_000, window=4096, cap=50.0):

@@ -9,7 +9,7 @@ from tests.layers import families as f
 
 LLAMA_3 = {"vocab": 128_256, "theta": 5e5}
 DENSE = {
-  "gpt3_175b": (lambda: f.gpt(96, 12288, 96, activation="gelu"), 174_604_259_328),
+  "gpt3_175b": (lambda: f.gpt(96, 12288, 96), 174_604_259_328),
   "opt_175b": (lambda: f.opt(96, 12288, 96), 174_604_468_224),
   "opt_350m": (lambda: f.opt_350m(), 331_196_416),
   "gpt_neo_2.7b": (lambda: f.gpt_neo(32, 2560, 20), 2_651_307_520),
@@ -45,7 +45,7 @@ DENSE = {
     lambda: f.llama(28, 1024, 16, 8, 3072, 151_936, head_dim=128, qk_norm=True, tied=True),
     596_049_920,
   ),
-  # The published rule of these two leaves the norms out.
+  # Without the biases of the configs; the published rule leaves the norms out too.
   "gopher_280b": (lambda: f.gopher(80, 16384, 128, 128), 279_697_162_240 + 161 * 16384),
   "chinchilla_70b": (lambda: f.gopher(80, 8192, 64, 128), 70_055_362_560 + 161 * 8192),
 }  # fmt: skip

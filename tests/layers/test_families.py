@@ -17,7 +17,7 @@ Z_LOSS = 1e-2
 
 YARN = YarnScaling(4.0, original_length=16)
 FAMILIES = {
-  "gpt3": families.gpt(2, D, 2, vocab=V, length=T, activation="gelu"),
+  "gpt3": families.gpt(2, D, 2, vocab=V, length=T),
   "opt_350m": families.opt_350m(2, D, 2, width=8, vocab=V, length=T),
   "gpt_neo": families.gpt_neo(2, D, 2, vocab=V, length=T, window=3),
   "gpt_sparse": families.gpt_sparse(

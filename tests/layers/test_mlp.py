@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from layers.mlp import Mlp, activate, gated_activation, mlp
 from layers.params import axes, init_params
@@ -54,6 +55,22 @@ def test_activation_values_and_slopes(name):
   np.testing.assert_allclose(got, oracle.activate(name, x), rtol=1e-5, atol=1e-6)
   want = numeric_gradient(lambda v: oracle.activate(name, v).sum(), x)
   np.testing.assert_allclose(slope, want, rtol=1e-4, atol=1e-5)
+
+
+def test_slopes_inside_a_shard_map():
+  mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+  slope = lambda name: jax.shard_map(
+    jax.vmap(jax.grad(lambda v: activate(name, v))),
+    mesh=mesh,
+    in_specs=PartitionSpec("data"),
+    out_specs=PartitionSpec("data"),
+  )
+  x = jnp.linspace(-4, 4, 8, dtype=jnp.float32)
+  found = jax.jit(lambda x: {name: slope(name)(x) for name in NAMES})(x)
+  for name in NAMES:
+    sum_of = lambda v, name=name: oracle.activate(name, v).sum()
+    expected = numeric_gradient(sum_of, np.asarray(x, np.float64))
+    np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)

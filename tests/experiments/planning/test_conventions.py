@@ -45,7 +45,7 @@ def test_opt():
 
 
 def test_gpt3():
-  gpt3 = f.gpt(96, 12288, 96, activation="gelu")
+  gpt3 = f.gpt(96, 12288, 96)
   assert 3e11 * flops_per_token(gpt3, 2048, "6nd") / PF_DAY == pytest.approx(3637, abs=1)
 
 

@@ -23,7 +23,10 @@ from layers.transformer import TransformerLM, init_caches
 WHY = "needs the extra `parity`: pip install 'meshyard[parity]'"
 torch = pytest.importorskip("torch", reason=WHY)
 transformers = pytest.importorskip("transformers", reason=WHY)
-pytestmark = pytest.mark.filterwarnings("ignore")  # of theirs
+pytestmark = [
+  pytest.mark.filterwarnings("ignore"),  # of theirs
+  pytest.mark.xdist_group("parity"),  # each pair is made once
+]
 
 V, T = 97, 64
 LLAMA = {

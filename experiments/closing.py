@@ -10,7 +10,7 @@ from rich.table import Table
 
 from . import bucket
 from .cli import harmless
-from .data.tokenizer import Tokenizer
+from .data.tokenizer import CHAT_TEMPLATE, Tokenizer, begins_with
 from .inference.draw import Draw
 from .inference.sampling import generate
 from .training.loop import Outcome
@@ -49,7 +49,8 @@ def print_closing(outcome: Outcome, folder: Path, baselines: dict[str, float]) -
     ("more samples", f"python -m experiments.generate {here} --prompt='The '"),
   ]
   if config.data.source == "instructions":
-    ask = f"python -m experiments.generate {here} --prompt=..."
+    how = "--chat" if (folder / CHAT_TEMPLATE).is_file() else "--prompt=..."
+    ask = f"python -m experiments.generate {here} {how}"
     commands = [commands[0], ("an answer", ask), ("the best step", f"{ask} --checkpoint=best")]
   for what, command in commands if config.data.objective == "next_token" else commands[:-1]:
     console.print(f"  {what:<15} {command}", markup=False)
@@ -58,7 +59,9 @@ def print_closing(outcome: Outcome, folder: Path, baselines: dict[str, float]) -
 def print_sample(outcome: Outcome, tokenizer: Tokenizer, *, show: bool = True) -> None:
   """A continuation of the config's prompt; all processes draw it, and one is to `show` it."""
   settings, setup = outcome.setup.config.eval, outcome.setup
-  prompt = [int(i) for i in tokenizer.encode(settings.sample_prompt)]
+  begin = begins_with(outcome.setup.config, tokenizer)
+  prompt = [] if begin is None else [begin]
+  prompt += [int(i) for i in tokenizer.encode(settings.sample_prompt)]
   room = setup.config.model.max_length - len(prompt)
   if room < 1:
     return  # the prompt fills the context

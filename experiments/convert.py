@@ -24,18 +24,19 @@ from mesh.constrain import use_mesh
 
 from . import cli
 from .config import Config, ConfigError, MeshConfig
-from .data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from .data.tokenizer import CHAT_TEMPLATE, ByteTokenizer, Tokenizer, load_tokenizer
 from .planning.memory import gigabytes
-from .restore import check_tokenizer, fill, holds_run, open_run, progress, restore, setup_of
+from .restore import fill, holds_run, open_run, progress, restore, setup_of
 from .training.setup import Setup
 from .weights import hub, native
 from .weights.express import express
 from .weights.landing import landing, refuse_filled
 from .weights.load import by_path
-from .weights.open import locate, open_weights, read_tokenizer
+from .weights.open import check_tokenizer, locate, open_weights, read_tokenizer
 from .weights.save import DTYPES, Written
-from .weights.special import stops
-from .weights.tokenizer_files import Said, copied, made, said_by
+from .weights.source import Source
+from .weights.special import chat_template, stops
+from .weights.tokenizer_files import of_named, of_weights
 
 _INPUT = flags.DEFINE_string(
   "input", "", "Run directory, folder or file of safetensors, .gguf file, or package:NAME."
@@ -67,10 +68,10 @@ class Given(NamedTuple):
 
   @property
   def for_a_run(self) -> dict[str, bytes]:
-    """With the ids of special tokens, which a run directory says nowhere else."""
+    """Those that a run directory keeps."""
     if isinstance(self.tokenizer, ByteTokenizer):
       return {}  # which is built in
-    return {"generation_config.json": hub.generation_config(self.ids), **self.files}
+    return hub.beside_a_run(self.files, self.ids)
 
 
 class Before(NamedTuple):
@@ -128,7 +129,9 @@ def _open_run(folder: Path) -> Given:
   name = setup.config.data.tokenizer
   tokenizer, why = _unless_missing(lambda: load_tokenizer(name))
   length = setup.config.model.max_length
-  files = copied(Path(name)) or ({} if tokenizer is None else made(tokenizer, Said(), length))
+  files = {} if tokenizer is None else of_named(name, tokenizer, length)
+  if files and (template := chat_template(Source(folder, {}, {}))) is not None:
+    files |= {CHAT_TEMPLATE: template.encode()}  # also where the tokenizer is kept elsewhere
   ids = hub.read_ids(folder)
   if ids is None:
     ids = hub.Ids() if tokenizer is None else hub.Ids(tokenizer.eod, tokenizer.eod)
@@ -143,10 +146,7 @@ def _open_weights(path: Path, stack: contextlib.ExitStack) -> Given:
   tokenizer, why = (read(), "") if named else _unless_missing(read)
   if tokenizer is not None:
     check_tokenizer(tokenizer, opened)
-  folder = path if path.is_dir() else path.parent
-  files = {} if named or source.gguf is not None else copied(folder)
-  if not files and tokenizer is not None:
-    files = made(tokenizer, Said() if named else said_by(source), length)
+  files = {} if tokenizer is None else of_weights(source, tokenizer, named, length)
   ends = stops(source) | ({tokenizer.eod} if tokenizer is not None else set())
   ids = hub.ids_of(source, tuple(sorted(ends)))
   return Given(setup, lambda: fill(opened, setup), tokenizer, why, ids, files)
@@ -164,7 +164,7 @@ def _of_a_run(given: Given) -> Config:
   """The config to store: of no particular mesh, its tokenizer that of the folder."""
   config = given.setup.config
   data = config.data
-  if "tokenizer.json" in given.for_a_run:
+  if {"tokenizer.json", "tokenizer.model"} & given.for_a_run.keys():
     data = dataclasses.replace(data, tokenizer="")
   return dataclasses.replace(config, data=data, mesh=MeshConfig(rules=config.mesh.rules))
 

@@ -23,8 +23,8 @@ from .evaluation import report
 from .evaluation.answers import Answers
 from .evaluation.harness import load_tasks, require_harness, run_tasks, version
 from .evaluation.requests import Documents
-from .evaluation.subject import Subject, of_run, of_weights
-from .restore import load_weights, open_run, restore
+from .evaluation.subject import subject_of
+from .restore import Loaded, load_run, load_weights, open_run, restore
 from .training.evaluate import HeldOut, held_out, make_held_out_step
 from .training.setup import Setup, batch_placer
 
@@ -98,9 +98,10 @@ def _tasks(names: list[str]) -> int:
   require_harness()
   tasks = load_tasks(names, num_fewshot=_FEWSHOT.value, folder=_INCLUDE.value)
   if cli.weights():
-    subject, whose, file = of_weights(load_weights(cli.weights())), {"weights": cli.weights()}, None
+    loaded, whose, file = load_weights(cli.weights()), {"weights": cli.weights()}, None
   else:
-    subject, whose, file = _of_run()
+    loaded, whose, file = _of_run()
+  subject = subject_of(loaded)
   file = Path(_RESULTS.value).expanduser() if _RESULTS.value else file
   with use_mesh(subject.setup.mesh, subject.setup.rules):
     answers = Answers(subject)
@@ -122,7 +123,7 @@ def _tasks(names: list[str]) -> int:
   return cli.FINISHED
 
 
-def _of_run() -> tuple[Subject, dict[str, Any], Path]:
+def _of_run() -> tuple[Loaded, dict[str, Any], Path]:
   """The model of `--workdir`, what to call it, and where its results go."""
   folder = cli.require_workdir()
   setup = open_run(folder, batch=False)
@@ -131,7 +132,7 @@ def _of_run() -> tuple[Subject, dict[str, Any], Path]:
   trained = restore(setup, folder)
   name = f"step_{trained.step}_{datetime.datetime.now(datetime.UTC):%Y%m%d_%H%M%S}.json"
   whose = {"config": setup.config.name, "step": trained.step}
-  return of_run(trained), whose, folder / "evaluations" / name
+  return load_run(trained, folder), whose, folder / "evaluations" / name
 
 
 if __name__ == "__main__":

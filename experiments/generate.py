@@ -16,21 +16,20 @@ from mesh.constrain import use_mesh
 
 from . import cli
 from .config import ConfigError
-from .data.tokenizer import load_tokenizer
 from .inference.chat import Conversation, talk
 from .inference.draw import Draw, problem_with
 from .inference.prompts import read_prompts
 from .inference.sampling import Decoder, prompt_width
 from .inference.template import ChatTemplate
 from .inference.text import TextStream
-from .restore import Loaded, load_weights, open_run, restore
+from .restore import Loaded, load_run, load_weights, open_run, restore
 from .weights.special import chat_template, special_tokens
 
 _PROMPT = flags.DEFINE_multi_string(
   "prompt", [], "Text to continue; several times for several. None starts a new document."
 )
 _PROMPTS = flags.DEFINE_string(
-  "prompts", "", "File of prompts: one a line, or .jsonl with fields prompt or messages."
+  "prompts", "", "File of prompts: one a line, or .jsonl with prompt, messages or instruction."
 )
 _CHAT = flags.DEFINE_bool(
   "chat", False, "A conversation, by the model's template; with prompts, one answer to each."
@@ -125,8 +124,7 @@ def _trained() -> Loaded:
   setup = open_run(folder, batch=False)
   if setup.config.data.objective != "next_token":
     raise ConfigError(f"{folder} learned to tell masked tokens: it can't continue a prompt")
-  tokenizer = load_tokenizer(setup.config.data.tokenizer)
-  return Loaded(setup, restore(setup, folder).params, tokenizer, frozenset([tokenizer.eod]))
+  return load_run(restore(setup, folder), folder)
 
 
 def _template(model: Loaded) -> ChatTemplate:
@@ -142,7 +140,7 @@ def _request(given: dict[str, Any], model: Loaded, template: ChatTemplate | None
   """Raises ConfigError if the prompt is not text, or leaves no room in the model's context."""
   text, messages = given.get("prompt", ""), given.get("messages")
   said = repr(text if len(text) <= 40 else text[:37] + "...") if messages is None else "messages"
-  if messages is None and _CHAT.value:
+  if messages is None and _CHAT.value and "instruction" not in given:
     messages = [{"role": "user", "content": text}]
   if messages is not None and _SYSTEM.value and messages[0]["role"] != "system":
     messages = [{"role": "system", "content": _SYSTEM.value}, *messages]

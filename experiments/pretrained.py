@@ -1,7 +1,8 @@
 """Training that starts from weights made elsewhere: `run --weights`.
 
-Their model and tokenizer become the run's. The run directory keeps the tokenizer, and in
-`weights.json` which files the weights were, so that a resumed run needs them no more.
+Their model and tokenizer become the run's. The run directory keeps the tokenizer with
+its special tokens and chat template, and in `weights.json` which files the weights were, so that a
+resumed run needs them no more.
 """
 
 import contextlib
@@ -16,11 +17,14 @@ from layers.spec import ModelSpec
 from mesh.multihost import is_primary
 
 from .data import files
-from .data.tokenizer import BpeTokenizer, Tokenizer
+from .data.tokenizer import ByteTokenizer, Tokenizer
 from .training.setup import Setup
 from .training.state import TrainState, given, init_state
+from .weights import hub
 from .weights.load import load
-from .weights.open import locate, open_weights, read_tokenizer
+from .weights.open import check_tokenizer, locate, open_weights, read_tokenizer
+from .weights.special import stops
+from .weights.tokenizer_files import of_weights
 
 _FILE = "weights.json"
 
@@ -36,6 +40,7 @@ class Pretrained(contextlib.AbstractContextManager):
     self.name = name
     self._stack = contextlib.ExitStack()
     self._opened = open_weights(locate(name), self._stack)
+    self._named = ""  # the tokenizer, if it is not its own
 
   def __exit__(self, *_: Any) -> None:
     self._stack.close()
@@ -45,14 +50,25 @@ class Pretrained(contextlib.AbstractContextManager):
     return self._opened.spec
 
   def tokenizer(self, name: str) -> Tokenizer:
-    """Its own, or the one called `name`. Raises ConfigError if it is missing or unusable."""
-    return read_tokenizer(self._opened.source, name)
+    """Its own, or the one called `name`.
+
+    Raises:
+      ConfigError: it is missing, unusable or of another model.
+    """
+    found = read_tokenizer(self._opened.source, name)
+    check_tokenizer(found, self._opened)
+    self._named = name
+    return found
 
   def keep(self, folder: Path, tokenizer: Tokenizer) -> None:
     """Leave in the run directory what a resumed run needs; says how far it is."""
-    if isinstance(tokenizer, BpeTokenizer):
-      (folder / "tokenizer.json").write_bytes(tokenizer.data)
-    path = self._opened.source.path
+    source = self._opened.source
+    if not isinstance(tokenizer, ByteTokenizer):  # which is built in
+      kept = of_weights(source, tokenizer, self._named, self.spec.max_length)
+      ends = tuple(sorted(stops(source) | {tokenizer.eod}))
+      for name, data in hub.beside_a_run(kept, hub.ids_of(source, ends)).items():
+        (folder / name).write_bytes(data)
+    path = source.path
     found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     listed = {}
     with _bar() as bar:

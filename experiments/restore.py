@@ -15,13 +15,13 @@ from layers.lora import merge
 
 from . import bucket, cli, paths
 from .config import Config, ConfigError, DataConfig, LoraConfig, MeshConfig
-from .data.tokenizer import Tokenizer
+from .data.tokenizer import Tokenizer, begins_with, load_tokenizer
 from .training.folder import own_tokenizer, read_config
 from .training.setup import Setup, build, build_on, devices_here
 from .weights.load import load
-from .weights.open import Opened, locate, open_weights, read_tokenizer
+from .weights.open import Opened, check_tokenizer, locate, open_weights, read_tokenizer
 from .weights.source import Source, read_json
-from .weights.special import adds_bos, bos, stops
+from .weights.special import stops
 
 
 class Trained(NamedTuple):
@@ -65,7 +65,7 @@ class Loaded(NamedTuple):
   tokenizer: Tokenizer
   stops: frozenset[int]  # ids that end an answer
   begin: int | None = None  # id that begins every text
-  source: Source | None = None  # where its chat template is; its tensors are closed
+  source: Source | None = None  # whose files its chat template is in; its tensors are closed
 
 
 def load_weights(name: str, *, batch: bool = False) -> Loaded:
@@ -84,22 +84,22 @@ def load_weights(name: str, *, batch: bool = False) -> Loaded:
     tokenizer = read_tokenizer(source, setup.config.data.tokenizer)
     check_tokenizer(tokenizer, opened)
     params = fill(opened, setup)
-    begin = bos(source)
-    if begin is None and adds_bos(source):
-      begin = tokenizer.bos
     ends = stops(source) | {tokenizer.eod}
-    return Loaded(setup, params, tokenizer, ends, begin, source)
+    return Loaded(setup, params, tokenizer, ends, tokenizer.bos, source)
 
 
-def check_tokenizer(tokenizer: Tokenizer, opened: Opened) -> None:
-  """Raises ConfigError if it has text that the model has no id for; special tokens may be left out,
-  as some checkpoints do."""
-  known = opened.spec.vocab_size
-  if tokenizer.byte_lengths_V[known:].any():
-    raise ConfigError(
-      f"{opened.source.path}: the tokenizer has {tokenizer.vocab_size:,} ids, but the model only "
-      f"{known:,}: they do not belong together"
-    )
+def load_run(trained: Trained, folder: Path) -> Loaded:
+  """The model of a run with its tokenizer, and what the directory says of both.
+
+  Raises:
+    ConfigError: the tokenizer is gone, or a file beside it is damaged.
+  """
+  stored = read_config(folder)
+  tokenizer = load_tokenizer(trained.setup.config.data.tokenizer)
+  begin = begins_with(stored, tokenizer) if stored else None
+  source = Source(folder, {}, {})
+  ends = stops(source) | {tokenizer.eod}
+  return Loaded(trained.setup, trained.params, tokenizer, ends, begin, source)
 
 
 def setup_of(opened: Opened, *, batch: bool = False) -> Setup:

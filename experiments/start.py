@@ -18,6 +18,7 @@ from .closing import print_closing, print_sample
 from .config import Config, ConfigError
 from .data.load import Dataset, load, require_tokenizer
 from .data.rows import Rows
+from .data.tokenizer import CHAT_TEMPLATE
 from .data.trigram import ngram_bits_per_byte
 from .exits import restarted
 from .overrides import check_resume
@@ -57,9 +58,7 @@ def resolve(*, reason: str = "", allow: bool = False, check: bool = True) -> Req
   folder = cli.workdir(name)
   stored = read_config(folder)
   if stored is not None and given and stored.name != name:
-    raise ConfigError(
-      f"{folder} holds a run of {stored.name!r}, not of {name!r}; choose another --workdir"
-    )
+    raise ConfigError(_other_run(folder, stored.name, name))
   saved = saved_steps(bucket.checkpoints(folder)) if stored is not None else ()
   begun = any(saved)  # step 0 is weights that were converted: data and recipe are still open
   if saved and not begun and cli.start_weights():
@@ -72,6 +71,16 @@ def resolve(*, reason: str = "", allow: bool = False, check: bool = True) -> Req
   changes = check_resume(stored, same, reason=reason, allow=allow) if check else []
   told = [change for change in changes if change.kind != "free"]
   return Request(config, folder, Resume(told, reason, allow))
+
+
+def _other_run(folder: Path, stored: str, name: str) -> str:
+  if saved_steps(bucket.checkpoints(folder)) == [0]:
+    return (
+      f"{folder} begins with weights that were converted as {stored!r}, which bring their model: "
+      "leave out --config and set data and recipe by --config.SECTION.FIELD=VALUE, or start "
+      f"--config={name} from the weights themselves, by --weights=PATH and another --workdir"
+    )
+  return f"{folder} holds a run of {stored!r}, not of {name!r}; choose another --workdir"
 
 
 def _with_weights(base: Config, begun: bool) -> tuple[Config, Any]:
@@ -147,6 +156,8 @@ def _run(
     _introduce(setup, dataset, folder)
     if weights is not None and dataset.tokenizer is not None:
       weights.keep(folder, dataset.tokenizer)
+    if dataset.template:  # in place of the one that the weights came with
+      (folder / CHAT_TEMPLATE).write_text(dataset.template, encoding="utf-8")
   first = None if weights is None else lambda: weights.state(setup)
   lines: dict[str, float] = {}
   resume = request.resume

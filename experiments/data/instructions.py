@@ -1,6 +1,7 @@
 """Instructions with their answers, for fine-tuning: prompts by template, rows packed of examples.
 
-An example is a prompt, its response and the end-of-document token; the loss is of the last two.
+An example is the token that begins texts, if the tokenizer has one for that, a prompt, its response
+and the end-of-document token; the loss is of the last two.
 Prompt and response are encoded each by itself, as they are when the prompt is given to be answered.
 A row holds whole examples, each a segment with positions from 0, so none sees another.
 
@@ -8,6 +9,7 @@ Dimension letters: T positions of a row.
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -37,12 +39,30 @@ appropriately completes the request.
 
 ### Response:"""
 
+_PREAMBLE = WITHOUT_INPUT.partition("\n\n")[0]
+# A conversation by the template without an input. Only its first turn is what a model learns here;
+# later ones go on below the same preamble.
+_CHAT = """\
+{{- BEGIN }}
+{%- for message in messages %}
+{%- if message['role'] == 'user' %}
+{{- '\\n\\n### Instruction:\\n' + message['content'] }}
+{%- elif message['role'] == 'assistant' %}
+{{- '\\n\\n### Response:' + message['content'] }}
+{%- else %}
+{{- raise_exception("Alpaca's template has no place for a system prompt") }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '\\n\\n### Response:' }}
+{%- endif %}"""
+
 
 class Example(NamedTuple):
   """Token ids."""
 
-  ids: np.ndarray  # int32: prompt, response, end
-  prompt: int  # how many are the prompt's
+  ids: np.ndarray  # int32: perhaps a begin, prompt, response, end
+  prompt: int  # how many are the prompt's, with the begin
 
 
 def prompt_of(instruction: str, context: str = "") -> str:
@@ -51,6 +71,24 @@ def prompt_of(instruction: str, context: str = "") -> str:
     return WITHOUT_INPUT.replace("{instruction}", instruction)
   before, after = WITH_INPUT.split("{input}")
   return before.replace("{instruction}", instruction) + context + after
+
+
+def chat_template(tokenizer: Tokenizer) -> str:
+  """The prompt of an instruction as a chat template in Jinja, with the ids that examples have."""
+  words = {i: text for text, i in tokenizer.special.items()}
+  begin = "" if tokenizer.bos is None else words.get(tokenizer.bos, "")
+  expected = _begun(_PREAMBLE, tokenizer)
+  same = lambda text: np.array_equal(tokenizer.encode_special(text), expected)
+  # Some tokenizers put a blank before a text, but not behind a special token.
+  texts = (begin + _PREAMBLE, f"{begin} {_PREAMBLE}")
+  first = next((text for text in texts if same(text)), texts[0])
+  return _CHAT.replace("BEGIN", json.dumps(first, ensure_ascii=False))
+
+
+def _begun(text: str, tokenizer: Tokenizer) -> np.ndarray:
+  """Ids of what begins an example."""
+  begin = [] if tokenizer.bos is None else [tokenizer.bos]
+  return np.concatenate([begin, tokenizer.encode(text)]).astype(np.int32)
 
 
 def read_examples(pattern: str, skipped: Skipped | None = None) -> Iterator[tuple[str, str]]:
@@ -149,21 +187,23 @@ def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
 
 class _Encoded(NamedTuple):
   examples: list[Example]
+  asked: int  # examples that the templates made
   cut: int  # examples that lost the end of their response
   dropped: int  # that had no room for any of it
 
 
 def _encode(pairs: Iterator[tuple[str, str]], tokenizer: Tokenizer, row_length: int) -> _Encoded:
-  examples, cut, dropped = [], 0, 0
+  examples, asked, cut, dropped = [], 0, 0, 0
   for prompt, response in pairs:
-    before, after = tokenizer.encode(prompt), tokenizer.encode(response)
+    before, after = _begun(prompt, tokenizer), tokenizer.encode(response)
     whole = np.concatenate([before, after, [tokenizer.eod]]).astype(np.int32)
     if len(before) > row_length:
       dropped += 1
       continue
+    asked += prompt.endswith("\n\n### Response:")
     cut += len(whole) > row_length + 1
     examples.append(Example(whole[: row_length + 1], max(len(before), 1)))
-  return _Encoded(examples, cut, dropped)
+  return _Encoded(examples, asked, cut, dropped)
 
 
 class Instructions(NamedTuple):
@@ -174,6 +214,7 @@ class Instructions(NamedTuple):
   fingerprint: dict[str, Any]
   skipped: tuple[str, ...]
   note: str
+  template: str  # how to ask a model that learned them, as a chat template; empty: in no one way
 
 
 def load_instructions(config: DataConfig, tokenizer: Tokenizer) -> Instructions:
@@ -188,6 +229,7 @@ def load_instructions(config: DataConfig, tokenizer: Tokenizer) -> Instructions:
   length = config.row_length
   read = lambda path: _encode(read_examples(path, told), tokenizer, length)
   train = read(config.path)
+  template = chat_template(tokenizer) if 2 * train.asked > len(train.examples) else ""
   if config.holdout_path:
     heldout = read(config.holdout_path)
   else:
@@ -210,7 +252,7 @@ def load_instructions(config: DataConfig, tokenizer: Tokenizer) -> Instructions:
     "heldout": len(heldout.examples), "seed": config.seed,
   }  # fmt: skip
   note = _describe(train, heldout, len(packed[0]), length)
-  return Instructions(packed[0], packed[1], fingerprint, tuple(skipped), note)
+  return Instructions(packed[0], packed[1], fingerprint, tuple(skipped), note, template)
 
 
 def _split(found: _Encoded, share: float, seed: int) -> tuple[_Encoded, _Encoded]:
@@ -220,7 +262,7 @@ def _split(found: _Encoded, share: float, seed: int) -> tuple[_Encoded, _Encoded
   out = set(order[: max(1, round(share * count))].tolist())
   kept = [example for i, example in enumerate(found.examples) if i not in out]
   held = [example for i, example in enumerate(found.examples) if i in out]
-  return _Encoded(kept, found.cut, found.dropped), _Encoded(held, 0, 0)
+  return found._replace(examples=kept), _Encoded(held, 0, 0, 0)
 
 
 def _rows(examples: list[Example], config: DataConfig) -> InstructionRows:

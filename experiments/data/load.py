@@ -33,6 +33,7 @@ class Dataset(NamedTuple):
   masking: Callable[..., dict[str, np.ndarray]] | None = None  # (split, index, row), see `masking`
   skipped: tuple[str, ...] = ()  # what data.on_error=skip left out, and why
   note: str = ""  # of the examples, if rows are made of such
+  template: str = ""  # and how to ask as they do, as a chat template
 
 
 def load(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None = None) -> Dataset:
@@ -80,7 +81,7 @@ def _open(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None) -> D
     found = load_instructions(config, tokenizer)
     return Dataset(
       found.train, found.heldout, tokenizer, found.fingerprint, skipped=found.skipped,
-      note=found.note,
+      note=found.note, template=found.template,
     )  # fmt: skip
   skip, skipped = config.on_error == "skip", []
   if source == "shards":

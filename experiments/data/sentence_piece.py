@@ -16,12 +16,13 @@ class SentencePieceTokenizer:
   Args:
     data: the file.
     path: its name, for messages.
+    begins: whether texts begin with its `<s>`, if it has one.
 
   Raises:
     ConfigError: it is unusable, or the package is missing.
   """
 
-  def __init__(self, data: bytes, path: str):
+  def __init__(self, data: bytes, path: str, begins: bool = True):
     try:
       import sentencepiece  # an extra
     except ImportError as e:
@@ -30,7 +31,8 @@ class SentencePieceTokenizer:
       self._model = model = sentencepiece.SentencePieceProcessor(model_proto=data)
     except RuntimeError as e:
       raise ConfigError(f"{path} is no SentencePiece model: {e}") from e
-    self.eod, self.bos = model.eos_id(), (model.bos_id() if model.bos_id() >= 0 else None)
+    self.data, self.eod = data, model.eos_id()
+    self.bos = model.bos_id() if begins and model.bos_id() >= 0 else None
     if self.eod < 0:
       raise ConfigError(f"{path} has no end-of-document token: its model was trained without </s>")
     self.vocab_size = model.get_piece_size()

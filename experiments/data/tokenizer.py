@@ -4,17 +4,19 @@ Dimension letters: V vocabulary.
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import tokenizers
 
-from ..config import ConfigError
+from ..config import Config, ConfigError
 from . import files
 
 END_OF_DOCUMENT = "<|endoftext|>"
+CHAT_TEMPLATE = "chat_template.jinja"  # beside a tokenizer: how a conversation is written
 _END_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>")  # of tokenizers made elsewhere
 _PIECE = 1 << 20  # characters encoded at once
 
@@ -33,7 +35,7 @@ class Tokenizer(Protocol):
   fingerprint: str  # equal fingerprints, equal ids
   byte_lengths_V: np.ndarray  # int32: UTF-8 bytes of text each id stands for; eod counts 0
   special: dict[str, int]  # tokens that are no text, by how they are written
-  bos: int | None  # begins every text, as far as the tokenizer alone says so
+  bos: int | None  # id that the tokenizer's files put before every text; None if they put none
 
   def encode(self, text: str) -> np.ndarray: ...  # int32, without eod
 
@@ -71,14 +73,13 @@ class BpeTokenizer:
     data: the file.
     path: its name, for messages.
     end: the token that ends a document, if none has one of the usual names.
+    said: what a tokenizer_config.json beside it says: `add_bos_token`, `bos_token`.
 
   Raises:
     ConfigError: it is unusable.
   """
 
-  bos = None
-
-  def __init__(self, data: bytes, path: str, end: str = ""):
+  def __init__(self, data: bytes, path: str, end: str = "", said: dict[str, Any] | None = None):
     try:
       self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
     except Exception as error:  # `tokenizers` raises bare Exception
@@ -96,6 +97,7 @@ class BpeTokenizer:
     added = self._tokenizer.get_added_tokens_decoder()
     self.special = {token.content: i for i, token in added.items() if token.special}
     self.fingerprint = hashlib.sha256(data).hexdigest()
+    self.bos = self._begin(said or {})
     # Some tokenizers put a space before every text: theirs can't be encoded in pieces.
     cut = np.concatenate([self._ids("a"), self._ids("\na")])
     self._divisible = np.array_equal(self._ids("a\na"), cut)
@@ -112,7 +114,16 @@ class BpeTokenizer:
     if not files.exists(path):
       commands = HOW_TO_MAKE.format(tokenizer=path.rpartition("/")[0] or ".", shards="SHARDS")
       raise ConfigError(f"there is no tokenizer at {path}: {commands}")
-    return cls(files.read_bytes(path), path, end)
+    return cls(files.read_bytes(path), path, end, said_beside(path))
+
+  def _begin(self, said: dict[str, Any]) -> int | None:
+    """What the file puts before a text, unless `said` has a word on it."""
+    adds, token = said.get("add_bos_token"), said.get("bos_token")
+    if adds is None:
+      plain, whole = (self._tokenizer.encode("a", add_special_tokens=x).ids for x in (False, True))
+      return whole[0] if whole[:1] != plain[:1] else None
+    text = token.get("content") if isinstance(token, dict) else token
+    return self._tokenizer.token_to_id(text) if adds and isinstance(text, str) else None
 
   def _byte_lengths(self) -> np.ndarray:
     byte_level = type(self._tokenizer.decoder) is tokenizers.decoders.ByteLevel
@@ -164,6 +175,24 @@ def pieces(text: str, size: int = _PIECE) -> Iterator[str]:
   yield text[start:]
 
 
+def said_beside(path: str) -> dict[str, Any]:
+  """What the files beside a tokenizer say of it; empty without them.
+
+  Raises:
+    ConfigError: one is no JSON object.
+  """
+  said: dict[str, Any] = {}
+  for name in ("special_tokens_map.json", "tokenizer_config.json"):
+    beside = files.join(path.rpartition("/")[0] or ".", name)
+    if not files.exists(beside):
+      continue
+    try:
+      said |= json.loads(files.read_bytes(beside))
+    except (ValueError, TypeError, RecursionError) as e:
+      raise ConfigError(f"{beside} can't be read: {e}") from e
+  return said
+
+
 def load_tokenizer(name: str) -> Tokenizer:
   """`byte`, a tokenizer.json, a SentencePiece `.model`, or a folder with either.
 
@@ -182,7 +211,18 @@ def load_tokenizer(name: str) -> Tokenizer:
     raise ConfigError(f"there is no tokenizer at {name}")
   from .sentence_piece import SentencePieceTokenizer  # needs an extra, and most need it not
 
-  return SentencePieceTokenizer(files.read_bytes(name), name)
+  adds = said_beside(name).get("add_bos_token", True)
+  return SentencePieceTokenizer(files.read_bytes(name), name, begins=bool(adds))
+
+
+def begins_with(stored: Config, tokenizer: Tokenizer) -> int | None:
+  """Id that begins prompts of a run: that of its tokenizer where the model learned with it.
+
+  Weights from elsewhere did, and examples do. Texts that a model of its own was trained on follow
+  each other with the token that ends them alone.
+  """
+  given = stored.train.weights or not stored.data.tokenizer  # which converted weights don't name
+  return tokenizer.bos if given or stored.data.source == "instructions" else None
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -2,8 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from ..data.tokenizer import Tokenizer, load_tokenizer
-from ..restore import Loaded, Trained
+from ..data.tokenizer import Tokenizer
+from ..restore import Loaded
 from ..training.setup import Setup
 from ..weights.special import special_tokens
 
@@ -17,14 +17,7 @@ class Subject(NamedTuple):
   prefix: int  # what goes before a text without context
 
 
-def of_run(trained: Trained) -> Subject:
-  """Raises ConfigError if the tokenizer is gone."""
-  tokenizer = load_tokenizer(trained.setup.config.data.tokenizer)
-  end = tokenizer.eod
-  return Subject(trained.setup, trained.params, tokenizer, frozenset([end]), None, end)
-
-
-def of_weights(found: Loaded) -> Subject:
+def subject_of(found: Loaded) -> Subject:
   """A text without context goes after the token that begins texts, also where the tokenizer does
   not put it there; if there is none, after the one that ends them."""
   named = special_tokens(found.source)

@@ -1,10 +1,11 @@
-"""Prompts from a file: lines of text, or JSON lines with `prompt` or `messages`."""
+"""Prompts from a file: lines of text, or JSON lines with `prompt`, `messages` or `instruction`."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
+from ..data.instructions import prompt_of
 
 _ROLES = ("system", "user", "assistant")
 
@@ -12,7 +13,8 @@ _ROLES = ("system", "user", "assistant")
 def read_prompts(name: str) -> list[dict[str, Any]]:
   """One dictionary a prompt, with `prompt` or `messages` and what else its line says.
 
-  Of a text file each line that is not blank is a prompt.
+  Of a text file each line that is not blank is a prompt. An `instruction`, perhaps with an `input`,
+  is put into the template that examples have.
 
   Raises:
     ConfigError: the file can't be read, has no prompt, or a line is none.
@@ -34,8 +36,16 @@ def _prompt(line: str, where: str) -> dict[str, Any]:
     found = json.loads(line)
   except ValueError as e:
     raise ConfigError(f"{where} is no JSON: {e}") from e
-  if not isinstance(found, dict) or ("prompt" in found) == ("messages" in found):
-    raise ConfigError(f'{where}: give {{"prompt": TEXT}} or {{"messages": [...]}}')
+  kinds = ("prompt", "messages", "instruction")
+  if not isinstance(found, dict) or sum(kind in found for kind in kinds) != 1:
+    raise ConfigError(
+      f'{where}: give {{"prompt": TEXT}}, {{"messages": [...]}} or {{"instruction": TEXT}}'
+    )
+  if "instruction" in found:
+    asked = found["instruction"], found.get("input", "")
+    if not all(isinstance(text, str) for text in asked):
+      raise ConfigError(f"{where}: its instruction or input is no text")
+    return found | {"prompt": prompt_of(*asked)}
   if "prompt" in found:
     if not isinstance(found["prompt"], str):
       raise ConfigError(f"{where}: its prompt is no text")

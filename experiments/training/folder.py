@@ -43,7 +43,8 @@ def read_config(folder: Path) -> Config | None:
 
 def own_tokenizer(config: Config, folder: Path) -> Config:
   """`config`, its tokenizer being that of the run directory where it names none."""
-  if config.data.tokenizer or not (folder / "tokenizer.json").is_file():
+  kept = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+  if config.data.tokenizer or not kept:
     return config
   return dataclasses.replace(
     config, data=dataclasses.replace(config.data, tokenizer=str(folder.absolute()))

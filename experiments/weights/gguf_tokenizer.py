@@ -4,6 +4,8 @@ GGUF has its words and merges, or scores, and the name of what cuts a text befor
 are those that the models' own tokenizer.json have.
 """
 
+import json
+
 import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
@@ -12,6 +14,7 @@ from ..config import ConfigError
 from ..data.tokenizer import BpeTokenizer
 from .gguf import metadata
 from .source import Source
+from .special import gguf_bos
 
 _UNKNOWN, _CONTROL, _USER = 2, 3, 4  # types of tokens that are no parts of words
 
@@ -66,7 +69,28 @@ def read_tokenizer(source: Source) -> BpeTokenizer:
   made.add_tokens([AddedToken(w, special=False, normalized=False) for w in users])
   end = metadata(source, "tokenizer.ggml.eos_token_id")
   named = words[end] if isinstance(end, int) and 0 <= end < len(words) else ""
-  return BpeTokenizer(made.to_str().encode(), str(source.path), end=named)
+  data = made.to_str().encode()
+  if (first := gguf_bos(source)) is not None:
+    data = _beginning_with(data, first, words, str(source.path))
+  return BpeTokenizer(data, str(source.path), end=named)
+
+
+def _beginning_with(data: bytes, first: int, words: list[str], path: str) -> bytes:
+  """The tokenizer.json with a token put before every text."""
+  if not 0 <= first < len(words):
+    raise ConfigError(f"{path}: texts begin with token {first}, of {len(words):,}")
+  token = {"SpecialToken": {"id": words[first], "type_id": 0}}
+  one, two = ({"Sequence": {"id": x, "type_id": 0}} for x in "AB")
+  parsed = json.loads(data)
+  parsed["post_processor"] = {
+    "type": "TemplateProcessing",
+    "single": [token, one],
+    "pair": [token, one, two],
+    "special_tokens": {
+      words[first]: {"id": words[first], "ids": [first], "tokens": [words[first]]}
+    },
+  }
+  return json.dumps(parsed, ensure_ascii=False).encode()
 
 
 _ELSE = "put a tokenizer.json beside it and give its path as --config.data.tokenizer"

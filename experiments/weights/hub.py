@@ -77,6 +77,15 @@ def generation_config(ids: Ids) -> bytes:
   return _json(ids.words() | stops)
 
 
+def beside_a_run(files: dict[str, bytes], ids: Ids) -> dict[str, bytes]:
+  """The files of a tokenizer, as a run directory keeps them: with a generation_config.json that has
+  all tokens that end an answer, which is said there nowhere else."""
+  said = json.loads(files.get("generation_config.json") or generation_config(ids))
+  stops = list(ids.stops)
+  said |= {"eos_token_id": stops if len(stops) > 1 else stops[0]} if stops else {}
+  return files | {"generation_config.json": _json(said)}
+
+
 def ids_of(source: Source, stops: tuple[int, ...]) -> Ids:
   """What a checkpoint says, and the tokens that end an answer."""
   pad = source.config.get("pad_token_id")

@@ -1,10 +1,11 @@
-"""What a checkpoint says of its tokenizer beside the tokenizer: the token that begins a text, those
-that end an answer, and the template of a conversation."""
+"""What a checkpoint says of its tokenizer beside the tokenizer: the tokens that end an answer, the
+template of a conversation, and of a GGUF the token that begins a text."""
 
 from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
+from ..data.tokenizer import CHAT_TEMPLATE
 from .gguf import metadata
 from .source import Source, read_json
 
@@ -14,41 +15,15 @@ _BEGINS = {"llama": 1}
 _BEGINS_BPE = ("llama-bpe", "llama3", "llama-v3", "tekken")
 
 
-def bos(source: Source) -> int | None:
-  """Id of the token that the tokenizer puts before every text; None if it puts none.
-
-  Raises:
-    ConfigError: the model has no such id.
-  """
-  found, count = _bos(source), source.config.get("vocab_size")
-  if found is not None and isinstance(count, int) and not 0 <= found < count:
-    raise ConfigError(f"{source.path}: texts begin with token {found}, of a model with {count:,}")
-  return found
-
-
-def _bos(source: Source) -> int | None:
-  if source.gguf is not None:
-    kind = metadata(source, "tokenizer.ggml.model")
-    adds = metadata(source, "tokenizer.ggml.add_bos_token")
-    if adds is None:
-      adds = kind in _BEGINS or metadata(source, "tokenizer.ggml.pre") in _BEGINS_BPE
-    found = metadata(source, "tokenizer.ggml.bos_token_id")
-    found = _BEGINS.get(kind) if found is None else found
-    return found if adds and isinstance(found, int) else None
-  made = _optional(source, "tokenizer.json")
-  adds = _optional(source, "tokenizer_config.json").get("add_bos_token")
-  if adds is False:
-    return None
-  if adds:
-    return _id(made, special_tokens(source).get("bos_token"))
-  return _first(made)
-
-
-def adds_bos(source: Source) -> bool:
-  """Whether nothing says that the tokenizer's own first token is left out."""
-  return source.gguf is None and _optional(source, "tokenizer_config.json").get(
-    "add_bos_token", True
-  )
+def gguf_bos(source: Source) -> int | None:
+  """Id of the token that a GGUF's tokenizer puts before every text; None if it puts none."""
+  kind = metadata(source, "tokenizer.ggml.model")
+  adds = metadata(source, "tokenizer.ggml.add_bos_token")
+  if adds is None:
+    adds = kind in _BEGINS or metadata(source, "tokenizer.ggml.pre") in _BEGINS_BPE
+  found = metadata(source, "tokenizer.ggml.bos_token_id")
+  found = _BEGINS.get(kind) if found is None else found
+  return found if adds and isinstance(found, int) else None
 
 
 def special_tokens(source: Source) -> dict[str, str]:
@@ -90,7 +65,7 @@ def chat_template(source: Source) -> str | None:
   if source.gguf is not None:
     found = metadata(source, "tokenizer.chat_template")
     return found if isinstance(found, str) else None
-  alone = _folder(source) / "chat_template.jinja"
+  alone = _folder(source) / CHAT_TEMPLATE
   if alone.is_file():
     try:
       return alone.read_text(encoding="utf-8")
@@ -115,22 +90,3 @@ def _folder(source: Source) -> Path:
 def _optional(source: Source, name: str) -> dict[str, Any]:
   path = _folder(source) / name
   return read_json(path) if path.is_file() else {}
-
-
-def _id(made: dict[str, Any], text: str | None) -> int | None:
-  """Of a token's text, by a tokenizer.json."""
-  for token in made.get("added_tokens") or []:
-    if token.get("content") == text:
-      return token.get("id")
-  vocab = (made.get("model") or {}).get("vocab")
-  return vocab.get(text) if isinstance(vocab, dict) else None
-
-
-def _first(made: dict[str, Any]) -> int | None:
-  """The token that the post-processor of a tokenizer.json puts before a single text."""
-  processor = made.get("post_processor") or {}
-  for step in [processor, *(processor.get("processors") or [])]:
-    parts = step.get("single") or []
-    if parts and "SpecialToken" in parts[0]:
-      return _id(made, parts[0]["SpecialToken"]["id"])
-  return None

@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
-from ..data.tokenizer import END_OF_DOCUMENT, BpeTokenizer, ByteTokenizer, Tokenizer
+from ..data.sentence_piece import SentencePieceTokenizer
+from ..data.tokenizer import CHAT_TEMPLATE, END_OF_DOCUMENT, BpeTokenizer, ByteTokenizer, Tokenizer
 from .source import Source
-from .special import bos, chat_template, special_tokens
+from .special import chat_template, special_tokens
 
 # What a folder of the hub may have.
 NAMES = (
   "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-  "vocab.json", "merges.txt", "tokenizer.model", "vocab.txt", "chat_template.jinja",
+  "vocab.json", "merges.txt", "tokenizer.model", "vocab.txt", CHAT_TEMPLATE,
   "chat_template.json", "generation_config.json",
 )  # fmt: skip
 
@@ -23,13 +24,12 @@ NAMES = (
 class Said(NamedTuple):
   """What is known of a tokenizer beside itself."""
 
-  first: int | None = None  # id put before every text
   texts: Mapping[str, str] = MappingProxyType({})  # special tokens: bos_token, ...
   template: str | None = None  # of a conversation
 
 
 def said_by(source: Source) -> Said:
-  return Said(bos(source), special_tokens(source), chat_template(source))
+  return Said(special_tokens(source), chat_template(source))
 
 
 def copied(folder: Path) -> dict[str, bytes]:
@@ -39,24 +39,42 @@ def copied(folder: Path) -> dict[str, bytes]:
   return {name: (folder / name).read_bytes() for name in NAMES if (folder / name).is_file()}
 
 
+def of_weights(source: Source, tokenizer: Tokenizer, named: str, length: int) -> dict[str, bytes]:
+  """The files of a checkpoint's tokenizer, or of the one called `named`, if that is not empty."""
+  if named:
+    return of_named(named, tokenizer, length)
+  folder = source.path if source.path.is_dir() else source.path.parent
+  files = {} if source.gguf is not None else copied(folder)
+  return files or made(tokenizer, said_by(source), length)
+
+
+def of_named(name: str, tokenizer: Tokenizer, length: int) -> dict[str, bytes]:
+  """The files of the tokenizer that `load_tokenizer` found by a name."""
+  path = Path(name)
+  folder = path.parent if path.suffix in (".json", ".model") else path
+  return copied(folder) or made(tokenizer, Said(), length)
+
+
 def made(tokenizer: Tokenizer, said: Said, length: int) -> dict[str, bytes]:
-  """Files of a tokenizer that has none; empty if it is of a kind that can't have any.
+  """Files of a tokenizer that has none.
 
   Args:
     length: the model's context.
   """
+  name, words = "tokenizer.json", {i: text for text, i in tokenizer.special.items()}
   if isinstance(tokenizer, ByteTokenizer):
     data, ends = _bytes_as_json(), END_OF_DOCUMENT
   elif isinstance(tokenizer, BpeTokenizer):
     data = tokenizer.data
     ends = tokenizers.Tokenizer.from_str(data.decode()).id_to_token(tokenizer.eod)
+  elif isinstance(tokenizer, SentencePieceTokenizer):
+    name, data, ends = "tokenizer.model", tokenizer.data, words[tokenizer.eod]
   else:
     return {}
-  texts = {"bos_token": ends, "eos_token": ends, **said.texts}
-  if said.first is not None:
-    data = _beginning_with(data, said.first, texts["bos_token"])
+  first = ends if tokenizer.bos is None else words.get(tokenizer.bos, ends)
+  texts = {"bos_token": first, "eos_token": ends, **said.texts}
   config: dict[str, Any] = {
-    "tokenizer_class": "PreTrainedTokenizerFast",
+    **({"tokenizer_class": "PreTrainedTokenizerFast"} if name == "tokenizer.json" else {}),
     "model_max_length": length,
     "clean_up_tokenization_spaces": False,
     **texts,
@@ -64,7 +82,7 @@ def made(tokenizer: Tokenizer, said: Said, length: int) -> dict[str, bytes]:
   if said.template is not None:
     config["chat_template"] = said.template
   return {
-    "tokenizer.json": data,
+    name: data,
     "tokenizer_config.json": (json.dumps(config, indent=1, ensure_ascii=False) + "\n").encode(),
   }
 
@@ -85,19 +103,3 @@ def _letters() -> list[str]:
   shown = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)}
   others = [b for b in range(256) if b not in shown]
   return [chr(b) if b in shown else chr(256 + others.index(b)) for b in range(256)]
-
-
-def _beginning_with(data: bytes, first: int, text: str) -> bytes:
-  """The tokenizer.json with a token put before every text, unless it puts something there."""
-  parsed = json.loads(data)
-  if parsed.get("post_processor"):
-    return data
-  token = {"SpecialToken": {"id": text, "type_id": 0}}
-  one, two = ({"Sequence": {"id": x, "type_id": 0}} for x in "AB")
-  parsed["post_processor"] = {
-    "type": "TemplateProcessing",
-    "single": [token, one],
-    "pair": [token, one, two],
-    "special_tokens": {text: {"id": text, "ids": [first], "tokens": [text]}},
-  }
-  return json.dumps(parsed, ensure_ascii=False).encode()

@@ -9,10 +9,16 @@ from safetensors.numpy import save_file
 
 WIDTH, HIDDEN, LAYERS, HEADS, LENGTH = 32, 48, 2, 2, 256
 VOCAB = 257  # bytes and the end
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
 
 
-def make_weights(folder: Path) -> Path:
-  """Random, of the shapes that LLaMA's checkpoints have."""
+def make_weights(folder: Path, *, begin: bool = False) -> Path:
+  """Random, of the shapes that LLaMA's checkpoints have.
+
+  Args:
+    begin: texts begin with a token, as LLaMA's do, which takes the place of the byte 0; and there
+      is a chat template.
+  """
   folder.mkdir()
   rng = np.random.default_rng(0)
   d, f = WIDTH, HIDDEN
@@ -30,15 +36,30 @@ def make_weights(folder: Path) -> Path:
     "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "max_position_embeddings": LENGTH,
   }  # fmt: skip
   (folder / "config.json").write_text(json.dumps(config))
+  make_tokenizer(folder, begin)
+  return folder
+
+
+def make_tokenizer(folder: Path, begin: bool) -> None:
+  """As above."""
   letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  if begin:
+    letters[letters.index("Ā")] = "<s>"
   made = tokenizers.Tokenizer(
     tokenizers.models.BPE({letter: i for i, letter in enumerate(letters)}, [])
   )
   made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   made.decoder = tokenizers.decoders.ByteLevel()
-  made.add_special_tokens(["<|endoftext|>"])
+  made.add_special_tokens(["<|endoftext|>", *(["<s>"] if begin else [])])
+  if begin:
+    first = ("<s>", letters.index("<s>"))
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+      single="<s> $A", special_tokens=[first]
+    )
+    said = {"bos_token": "<s>", "eos_token": "<|endoftext|>", "chat_template": TEMPLATE}
+    said["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
   made.save(str(folder / "tokenizer.json"))
-  return folder
 
 
 def make_examples(path: Path, count: int = 40) -> Path:

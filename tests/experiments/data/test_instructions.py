@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from experiments.config import ConfigError, DataConfig
 from experiments.data.instructions import pack, prompt_of, read_examples
 from experiments.data.load import load
 from experiments.data.loader import make_loader
+from experiments.data.tokenizer import load_tokenizer
+from experiments.inference.template import ChatTemplate
 from experiments.training.state import TrainState
 from experiments.training.step import make_train_step
 from layers.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, RotarySpec, Segment
@@ -138,6 +141,89 @@ def test_a_packed_row_is_its_examples_alone(tmp_path):
   np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)
   for a, b in zip(jax.tree.leaves(after.opt_state), jax.tree.leaves(gradients), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+TALK = [
+  {"role": "user", "content": "Name a colour."},
+  {"role": "assistant", "content": " Red."},
+  {"role": "user", "content": "Another."},
+]
+
+
+def beginning(folder, kind):
+  """A tokenizer that begins texts by a token, or does not, as `transformers` saves it."""
+  transformers = pytest.importorskip("transformers", reason="needs the extra `parity`")
+  words = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+  if kind.startswith("LLaMA"):  # a blank goes before a text; in newer ones not behind <s>
+    words += ["▁", *(chr(i) for i in range(33, 127)), "▁B", "▁Re", "▁R"]
+    vocab, pairs = {word: i for i, word in enumerate(words)}, [("▁", "B"), ("▁", "R"), ("▁R", "e")]
+    made = transformers.LlamaTokenizer(
+      vocab=vocab, merges=pairs, add_bos_token=kind != "LLaMA without", legacy=kind == "LLaMA 1"
+    )
+  else:
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    letters = ["<s>", "</s>", *sorted(byte_level.alphabet())]
+    model = tokenizers.models.BPE({word: i for i, word in enumerate(letters)}, [])
+    whole = tokenizers.Tokenizer(model)
+    whole.add_special_tokens(["<s>", "</s>"])
+    whole.pre_tokenizer = byte_level(add_prefix_space=False)
+    whole.post_processor = tokenizers.processors.TemplateProcessing(
+      single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    made = transformers.PreTrainedTokenizerFast(
+      tokenizer_object=whole, bos_token="<s>", eos_token="</s>"
+    )
+  made.save_pretrained(folder)
+  theirs = transformers.PreTrainedTokenizerFast(
+    tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>", eos_token="</s>"
+  )
+  return theirs, load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("kind", ["LLaMA 1", "LLaMA", "LLaMA without", "Llama 3"])
+def test_examples_begin_as_texts_do(tmp_path, kind):
+  """Each in its row, and what is asked by the chat template, have the ids of transformers."""
+  theirs, ours = beginning(tmp_path, kind)
+  assert (ours.bos is None) == (kind == "LLaMA without")
+  records = [{"instruction": "Name a colour.", "output": "Red"}, {"prompt": "Be", "response": "Re"}]
+  path = write(tmp_path / "a.jsonl", [records[0], *records])
+  dataset = load(config(path, row_length=512), len(theirs), ours)
+  row, ids, first = dataset.train[0], [], []
+  for prompt, response in ((PLAIN, "Red"), (PLAIN, "Red"), ("Be", "Re")):
+    asked = theirs(prompt).input_ids
+    answer = theirs(response, add_special_tokens=False).input_ids
+    first.append(len(ids))
+    ids += [*asked, *answer, theirs.eos_token_id]
+    ids[-1:] = []  # the end is only foretold
+    assert row["targets"][len(ids) - 1] == theirs.eos_token_id
+    scored = row["weights"][first[-1] : len(ids)]
+    assert scored.tolist() == [0] * (len(asked) - 1) + [1] * (len(answer) + 1)
+  assert row["tokens"][: len(ids)].tolist() == ids and not row["segments"][len(ids) :].any()
+  assert [row["positions"][i] for i in first] == [0, 0, 0]
+  pytest.importorskip("jinja2", reason="needs the extra chat")
+  found = ChatTemplate(dataset.template, {}).encode(TALK[:1], ours)
+  assert found == theirs(PLAIN).input_ids
+  rendered = theirs.apply_chat_template(
+    TALK[:1], chat_template=dataset.template, add_generation_prompt=True
+  )
+  assert rendered["input_ids"] == found
+
+
+def test_asking_again(tmp_path):
+  """Later turns stand below the same preamble; a system prompt has no place."""
+  pytest.importorskip("jinja2", reason="needs the extra chat")
+  records = [{"instruction": "Name a colour.", "output": "Red"}, EXAMPLES[0]]
+  path = write(tmp_path / "a.jsonl", [records[0], *records])
+  template = ChatTemplate(load(config(path, row_length=400), 257).template, {})
+  again = f"{PLAIN} Red.\n\n### Instruction:\nAnother.\n\n### Response:"
+  assert template.render(TALK) == again
+  assert template.render(TALK[:2], answer=False) == f"{PLAIN} Red."
+  assert bytes(template.encode(TALK, load_tokenizer("byte"))).decode() == again
+  with pytest.raises(ConfigError, match="no place for a system prompt"):
+    template.render([{"role": "system", "content": "x"}, *TALK])
+  # Where most examples are taken as they are there is no one way to ask.
+  path = write(tmp_path / "b.jsonl", [records[0], EXAMPLES[0], EXAMPLES[0]])
+  assert load(config(path, row_length=400), 257).template == ""
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,20 @@
 """SentencePiece models: ids and text are those of the package itself."""
 
+import dataclasses
 import io
+import json
+import shutil
 
 import numpy as np
 import pytest
 
+from experiments.cli import named_config
 from experiments.config import ConfigError
 from experiments.data.tokenizer import load_tokenizer
 from experiments.inference.text import TextStream
+from experiments.training.folder import own_tokenizer
+from experiments.weights.source import Source
+from experiments.weights.tokenizer_files import of_weights
 
 sentencepiece = pytest.importorskip("sentencepiece", reason="needs the extra sentencepiece")
 
@@ -113,3 +120,23 @@ def test_without_the_package_it_is_named(folder, monkeypatch):
   monkeypatch.setitem(__import__("sys").modules, "sentencepiece", None)
   with pytest.raises(ConfigError, match=r"needs sentencepiece: pip install 'meshyard\[sent"):
     load_tokenizer(str(folder))
+
+
+def test_what_a_run_directory_keeps(folder, theirs, tmp_path):
+  """The model itself, and whether texts begin with its first token."""
+  weights, run = shutil.copytree(folder, tmp_path / "weights"), tmp_path / "run"
+  source = Source(weights, {}, {})
+  for adds, begin in ((None, theirs.bos_id()), (False, None), (True, theirs.bos_id())):
+    if adds is not None:
+      (weights / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": adds}))
+    tokenizer = load_tokenizer(str(weights))
+    assert tokenizer.bos == begin
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir()
+    for name, data in of_weights(source, tokenizer, "", 64).items():
+      (run / name).write_bytes(data)
+    debug = named_config("debug")
+    unnamed = dataclasses.replace(debug, data=dataclasses.replace(debug.data, tokenizer=""))
+    config = own_tokenizer(unnamed, run)
+    again = load_tokenizer(config.data.tokenizer)
+    assert again.fingerprint == tokenizer.fingerprint and again.bos == begin

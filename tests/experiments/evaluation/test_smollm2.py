@@ -10,7 +10,7 @@ import pytest
 from experiments import cli
 from experiments.evaluation.answers import Answers
 from experiments.evaluation.scoring import Row, Scorer
-from experiments.evaluation.subject import of_weights
+from experiments.evaluation.subject import subject_of
 from experiments.restore import load_weights
 from experiments.weights.open import locate
 from mesh.constrain import use_mesh
@@ -49,7 +49,7 @@ TEXT = (
 @pytest.fixture(scope="module")
 def subject():
   cli._overrides[:] = [("mesh.data", "1")]
-  found = of_weights(load_weights(NAME))
+  found = subject_of(load_weights(NAME))
   cli._overrides.clear()
   with use_mesh(found.setup.mesh, found.setup.rules):
     yield found

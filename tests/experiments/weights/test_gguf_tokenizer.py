@@ -10,9 +10,11 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from experiments.config import ConfigError
+from experiments.data.tokenizer import load_tokenizer
 from experiments.weights.gguf_tokenizer import read_tokenizer
 from experiments.weights.source import Source
-from experiments.weights.special import bos, chat_template, special_tokens, stops
+from experiments.weights.special import chat_template, special_tokens, stops
+from experiments.weights.tokenizer_files import of_weights
 
 TEXT = (Path(__file__).parents[3] / "README.md").read_text() * 2
 TEXTS = [
@@ -181,8 +183,11 @@ def test_tokens_that_users_defined(pieces):
 def test_special_tokens(pieces, byte_level):
   said = of_pieces(pieces, chat_template="{{ messages }}", ggml__eos_token_id=2,
                    ggml__eot_token_id=300)  # fmt: skip
+  bos = lambda source: read_tokenizer(source).bos
   assert bos(said) == 1 and stops(said) == {2, 300} and chat_template(said) == "{{ messages }}"
   assert bos(of_pieces(pieces, ggml__add_bos_token=False)) is None
+  with pytest.raises(ConfigError, match="texts begin with token 9999, of"):
+    bos(of_pieces(pieces, ggml__bos_token_id=9999))
   begin = {"ggml__bos_token_id": 5}
   assert bos(of_bytes(byte_level, "gpt-2", **begin)) is None
   assert bos(of_bytes(byte_level, "gpt-2", ggml__add_bos_token=True, **begin)) == 5
@@ -192,6 +197,21 @@ def test_special_tokens(pieces, byte_level):
   }
   # Text that spells a control token is text.
   assert 2 not in read_tokenizer(said).encode("</s>")
+
+
+def test_as_files_of_transformers(pieces, tmp_path):
+  """Its ids, what begins a text among them, its special tokens and template; and again ours."""
+  transformers = pytest.importorskip("transformers", reason="needs the extra `parity`")
+  said = of_pieces(pieces, chat_template="{{ bos_token }}", ggml__bos_token_id=1)
+  ours = read_tokenizer(said)
+  for name, data in of_weights(said, ours, "", 64).items():
+    (tmp_path / name).write_bytes(data)
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  for text in TEXTS:
+    assert theirs(text)["input_ids"] == [1, *ours.encode(text)]
+  assert (theirs.bos_token, theirs.chat_template) == ("<s>", "{{ bos_token }}")
+  again = load_tokenizer(str(tmp_path))
+  assert again.fingerprint == ours.fingerprint and again.bos == ours.bos == 1
 
 
 def test_an_end_of_another_name(byte_level):

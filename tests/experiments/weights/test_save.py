@@ -185,8 +185,13 @@ def test_a_tokenizer_of_ours_as_theirs(tmp_path):
   assert plain.eos_token_id == ours.eod == 0
   begins = tmp_path / "begins"
   begins.mkdir()
-  said = Said(1, {"bos_token": "<s>"}, "{% for m in messages %}[{{ m.content }}]{% endfor %}")
+  said = Said({}, "{% for m in messages %}[{{ m.content }}]{% endfor %}")
+  trained.post_processor = tokenizers.processors.TemplateProcessing(
+    single="<s> $A", special_tokens=[("<s>", 1)]
+  )
+  ours = BpeTokenizer(trained.to_str().encode(), "x")
   found = theirs(begins, made(ours, said, 64))
+  assert found.bos_token_id == ours.bos == 1
   for text in TEXTS:
     assert found(text)["input_ids"] == [1, *ours.encode(text)]
   talk = [{"role": "user", "content": "the"}]

@@ -199,8 +199,7 @@ def test_mistakes(given, tmp_path):
   absent = tune((tmp_path / "absent", given[1]), tmp_path / "run")
   assert absent.code == 2 and "there is no such file or folder" in absent.err
   path = f"--config.data.path={given[1]}"
-  examples = ("--config.data.source=instructions", "--config.data.tokenizer=")
-  alone = call("run", "--config=debug", ONE, path, *examples, f"--workdir={tmp_path}/a")
+  alone = call("run", "--config=alpaca", path, f"--workdir={tmp_path}/a")
   assert alone.code == 2 and "data.tokenizer" in alone.err and "--weights" in alone.err
   assert not (tmp_path / "a").exists()
   wrong = tune(given, tmp_path, "--config.lora.rank=2", "--config.lora.targets=q_proj")

@@ -9,9 +9,8 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-from mesh.collectives import gather_weight
 from mesh.constrain import constrain
-from mesh.region import Region
+from mesh.region import Region, make_whole
 
 from .kernels.cross_entropy import CrossEntropy, cross_entropy
 
@@ -47,11 +46,9 @@ def token_loss(
     positions += ("stage",) * (targets_BT.shape[1] % shares == 0)
   tokens = region.rows + positions
   by_token = PartitionSpec(region.rows or None, positions or None)
-  dims = region.gathered(w_axes)
 
   def local(x_BTD, w, bias_V, targets_BT, weights_BT):
-    if dims:
-      w = gather_weight(w, dims, x_BTD.dtype, tokens)
+    w = make_whole(region._replace(positions=positions), w, w_axes, x_BTD.dtype)
     loss = cross_entropy(x_BTD, w, targets_BT, weights_BT, bias_V=bias_V, **options)
     return jax.lax.psum(loss.total, tokens), loss.nll_BT, loss.log_z_BT
 

@@ -72,6 +72,25 @@ def region_for(num_rows: int, length: int) -> Region | None:
   return Region(rules, sizes, rows, positions)
 
 
+def make_whole(region: Region, w: jax.Array, logical: tuple[str | None, ...], dtype: Any) -> Any:
+  """The whole weight from this device's shard, see `gather_weight`; cut over `tensor` as it was.
+
+  Left to the compiler, `tensor` is no axis of a gather: each device would first get what the others
+  along `tensor` have, and then gather as many times as much.
+  """
+  dims = region.gathered(logical)
+  if not dims:
+    return w
+  mesh = jax.sharding.get_abstract_mesh()
+  n = mesh.shape.get("tensor", 1)
+  cut = assign(logical, region.rules, {"tensor": n}) if n > 1 else []
+  gather = lambda w: gather_weight(w, dims, dtype, region.tokens)
+  if not any(cut) or any(cut[dim] for dim, _ in dims):
+    return gather(w)
+  spec = PartitionSpec(*map(spec_entry, cut))
+  return jax.shard_map(gather, in_specs=spec, out_specs=spec, axis_names={"tensor"})(w)
+
+
 def gather(region: Region, weights: Any, axes: Any, exact: Any, dtype: Any) -> Any:
   """A tree of whole weights from this device's shards, see `gather_weight`.
 
@@ -81,8 +100,5 @@ def gather(region: Region, weights: Any, axes: Any, exact: Any, dtype: Any) -> A
     exact: at each leaf, whether it must not be rounded to `dtype`.
   """
 
-  def one(w, logical, exact):
-    dims = region.gathered(logical)
-    return gather_weight(w, dims, w.dtype if exact else dtype, region.tokens) if dims else w
-
-  return jax.tree.map(one, weights, axes, exact)
+  whole = lambda w, names, exact: make_whole(region, w, names, w.dtype if exact else dtype)
+  return jax.tree.map(whole, weights, axes, exact)

@@ -117,7 +117,8 @@ def run(command: str, folder: Path, more: dict[str, str], *, show: bool) -> None
   if ".plan " in command and "--compile" in command:
     command = command.replace("moe_70b", "debug").replace("v5p-128", "v5e:2x2")
     command += "" if "batch_size" in command else " --config.data.batch_size=16"
-  for old, new in {**STAND_INS, **SMALL}.items():
+  estimates = ".plan " in command and "--compile" not in command
+  for old, new in {**STAND_INS, **({} if estimates else SMALL)}.items():
     command = command.replace(old, new)
   cache = jax.config.jax_compilation_cache_dir
   environment = dict(os.environ, PYTHONPATH=str(ROOT), JAX_COMPILATION_CACHE_DIR=cache, **more)

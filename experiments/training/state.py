@@ -49,6 +49,9 @@ def param_layout(
   tokens_BT = jax.ShapeDtypeStruct((1, row_length), jnp.int32)
   draw = lambda tokens_BT: model.init(jax.random.key(0), tokens_BT)
   boxed = jax.eval_shape(draw, tokens_BT)["params"]  # the key as well: nothing is compiled
+  if row_length > 1:
+    apply = lambda params, tokens_BT: model.apply({"params": params}, tokens_BT)
+    jax.eval_shape(apply, unbox(boxed), tokens_BT)
   if adapters is not None and adapters.rank:
     boxed = lora.attach(boxed, adapters.rank, adapters.targets)
   return Layout(axes(boxed), trainable(boxed), unbox(boxed))

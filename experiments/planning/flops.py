@@ -201,7 +201,7 @@ def _kernel(spec: AttentionSpec | LatentAttentionSpec, length: int, chip: Chip) 
   else:
     H = U = spec.head_dim
   forward, backward, again = 2 * (H + U), 4 * (H + U), 2 * H
-  side = _GPU
+  side = min(_GPU, length)
   if chip.is_tpu:
     own = max(H, U) <= 256 and not isinstance(
       getattr(spec, "position", None), BucketedSpec | TransformerXLSpec
@@ -209,9 +209,11 @@ def _kernel(spec: AttentionSpec | LatentAttentionSpec, length: int, chip: Chip) 
     side = (_SMALL_KERNEL if chip.name == "v4" else _KERNEL) if own else _BLOCKWISE
     if own:  # gradients by queries and by keys are two kernels, each with its own probabilities
       again = 2 * (2 * H + U)
-      side = even_blocks(length, side)
+      side = even_blocks(length, side)  # whole tiles, also of a shorter row
+    else:
+      side = min(side, length)
   seen = keys_seen(spec, length) * length
-  visited = max(seen, _visited(layer_mask(spec), length, min(side, length)))
+  visited = max(seen, _visited(layer_mask(spec), length, side))
   return _Kernel(forward, backward, again, seen, visited)
 
 

@@ -72,21 +72,15 @@ def bytes_received(setup: Setup) -> dict[str, float]:
   cut = sizes["tensor"] * sizes["expert"] * sizes["stage"]
   weights = parameters(shapes) / cut
   if sizes["fsdp"] > 1:
-    # Gathered in bfloat16 forward and backward; gradients are summed in float32. Stages gather
-    # their layers each time they run them; else all weights are, for each part of the batch.
-    gathered = setup.accumulate * weights
+    # Gathered in bfloat16 forward and backward, table and head once; gradients are summed in
+    # float32. Stages gather their layers each time they run them; else all weights are, for each
+    # part of the batch.
+    layers, ends = setup.accumulate * stacked / cut, setup.accumulate * (weights - stacked / cut)
     if sizes["stage"] > 1:
-      gathered = (turns(setup) * stacked / sizes["stage"] + parameters(shapes) - stacked) / (
-        sizes["tensor"] * sizes["expert"]
-      )
-    if (t := sizes["tensor"]) > 1:
-      # The compiler makes whole over `tensor` what a gather or scatter of a region takes: shards
-      # before each gather, sums of gradients before they are scattered. Not the input table.
-      apart = 0.0 if spec.head.tied else spec.vocab_size * spec.embed_dim * setup.accumulate / cut
-      whole = (gathered - apart) * t
-      gathered = whole + apart
-      found["tensor"] = whole * (2 * 2 / sizes["fsdp"] + 4) * (1 - 1 / t)
-    found["fsdp"] = (2 * 2 + 4) * gathered * (1 - 1 / sizes["fsdp"])
+      within = sizes["tensor"] * sizes["expert"]
+      layers = turns(setup) * stacked / sizes["stage"] / within
+      ends = (parameters(shapes) - stacked) / within
+    found["fsdp"] = ((2 * 2 + 4) * layers + (2 + 4) * ends) * (1 - 1 / sizes["fsdp"])
   if sizes["data"] > 1:
     found["data"] = 2 * 4 * weights / sizes["fsdp"] * (1 - 1 / sizes["data"])
   rows = config.data.batch_size / (sizes["data"] * sizes["fsdp"] * sizes["expert"])
@@ -96,7 +90,7 @@ def bytes_received(setup: Setup) -> dict[str, float]:
     each = sum(_between_blocks(layer, config.train.remat) for layer in spec.layers)
     # At the ends: the embedding, the last norm and the gradient; that of the head is a sum.
     ends = 3 * 2 + 4
-    found["tensor"] += (each / sizes["stage"] + ends) * tokens * spec.embed_dim * (1 - 1 / t)
+    found["tensor"] = (each / sizes["stage"] + ends) * tokens * spec.embed_dim * (1 - 1 / t)
   if (c := sizes["context"]) > 1:
     keys = [layer.attention for layer in spec.layers if isinstance(layer.attention, AttentionSpec)]
     width = sum(2 * a.kv_heads * a.head_dim for a in keys) / sizes["tensor"] / sizes["stage"]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from mesh.constrain import constrain, shard_counts
+from mesh.constrain import constrain, dim_axes
 
 from .cache import KVCache, roll_cache, slot_positions, take_layer, update_cache
 from .context import Method, row_attention
@@ -139,7 +139,6 @@ def cache_attention(
     v_BSKH = v_BSKH if v_BSKH.size else k_BSKH
     return attention(q_BTNH, k_BSKH, v_BSKH, bias=bias, **ids, **options)
   k, v, layer = cache
-  shards = shard_counts("cache_batch", "cache_seq", "cache_heads", shape=k.shape[-4:-1])
   whole = jnp.full_like(q_positions_BT[:, 0], S)
   return decode_attention(
     q_BTNH,
@@ -150,7 +149,7 @@ def cache_attention(
     kv_positions_BS=kv_positions_BS,
     lengths_B=q_positions_BT[:, 0] + T if kv_positions_BS is None else whole,
     alibi_slopes_N=None if bias is None else bias.slopes_N,
-    seq_sharded=shards[1] > 1,
+    cache_axes=dim_axes("cache_batch", "cache_seq", "cache_heads", shape=(B, S, q_BTNH.shape[2])),
     **options,
   )
 

@@ -93,12 +93,18 @@ def uncut_axes(*logical: str | None) -> list[tuple[str, ...]] | None:
   return None if any(kinds[a] is AxisType.Explicit for a in sizes) else found
 
 
-def shard_counts(*logical: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """How many ways `constrain` splits each dim of an array of this shape; 1 where it does not."""
+def dim_axes(*logical: str, shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
+  """Along which mesh axes `constrain` splits each dim of an array of this shape."""
   rules, mesh = active()
   if rules is None or mesh.empty:
-    return (1,) * len(logical)
+    return ((),) * len(logical)
   kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
   sizes = {a: n for a, n in mesh.shape.items() if kinds[a] is not AxisType.Manual}
-  ways = [math.prod(sizes[a] for a in axes) for axes in assign(logical, rules, sizes)]
-  return tuple(1 if size % n else n for size, n in zip(shape, ways, strict=True))
+  found = zip(shape, assign(logical, rules, sizes), strict=True)
+  return tuple(() if size % math.prod(sizes[a] for a in axes) else axes for size, axes in found)
+
+
+def shard_counts(*logical: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """How many ways `constrain` splits each dim of an array of this shape; 1 where it does not."""
+  sizes = jax.sharding.get_abstract_mesh().shape
+  return tuple(math.prod(sizes[a] for a in axes) for axes in dim_axes(*logical, shape=shape))

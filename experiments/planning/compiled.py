@@ -228,12 +228,15 @@ def print_step(setup: Setup, chip: Chip, ops: list[Op], sends: list[Collective])
 
 
 def compiled_step(setup: Setup, chip: Chip, ops: list[Op], sends: list[Collective]) -> Step:
-  """Products and fusions by the compiler's cycles (`products`), kernels (`attention`) by FLOP."""
+  """Products and fusions by the compiler's cycles (`products`), kernels (`attention`) by FLOP or
+  bytes, whichever take longer."""
   rates, peak = rates_of(chip), chip.flops_per_device
-  assert peak
+  assert peak and chip.hbm_bandwidth
+  memory = rates.memory * chip.hbm_bandwidth / chip.devices_per_chip
   rate = lambda op: rates.attention if "attention" in op.name else rates.experts
   cycles = sum(op.total for op in ops if op.kind == "cycles")
-  kernels = sum(op.total / (rate(op) * peak) for op in ops if op.kind == "kernel")
+  took = lambda op: op.times * max(op.amount / (rate(op) * peak), op.bytes / memory)
+  kernels = sum(took(op) for op in ops if op.kind == "kernel")
   speeds: Mapping[str, float] = axis_speeds(inside_sizes(setup, chip), chip)
   along, sizes = slices_along(setup, chip), setup.mesh.shape
   traffic: dict[str, float] = {}

@@ -14,7 +14,8 @@ _PRODUCT = re.compile(r" convolution\(%([\w.\-]+), %([\w.\-]+)\)(.*)")
 _CYCLES = re.compile(r'window_config":\{.*?"estimated_cycles":"(\d+)"')
 _KERNEL = re.compile(r' custom-call\(.*custom_call_target="tpu_custom_call"')
 _UNKNOWN = 2**62  # the compiler writes 2**63 where it has no estimate
-_FLOPS = re.compile(r'cost_estimate":\{[^}]*"flops":"?(\d+)')
+_COST = r'cost_estimate":\{[^}]*"%s":"?(\d+)'
+_FLOPS, _BYTES = re.compile(_COST % "flops"), re.compile(_COST % "bytes_accessed")
 
 
 class Op(NamedTuple):
@@ -24,6 +25,7 @@ class Op(NamedTuple):
   name: str  # where in the model it comes from
   amount: float  # each time
   times: int  # how often a step runs it
+  bytes: float = 0.0  # a kernel's, in memory, each time
 
   @property
   def total(self) -> float:
@@ -38,8 +40,8 @@ class Op(NamedTuple):
 def work(text: str) -> list[Op]:
   """Every product, kernel and cycle estimate of a program.
 
-  Products and their fusions have estimated cycles too; kernels have none. A kernel's FLOP are what
-  its author states (`pl.CostEstimate`).
+  Products and their fusions have estimated cycles too; kernels have none. A kernel's FLOP and
+  bytes are what its author states (`pl.CostEstimate`).
   """
   listed = list(lines(text))
   shapes = {made[0]: made[2] for line in listed if (made := result(line.text))}
@@ -57,8 +59,8 @@ def _ops(line: Line, shapes: Mapping[str, tuple[int, ...]]) -> Iterable[Op]:
     flops = _flops(made[2], shapes[product[1]], shapes[product[2]], product[3])
     yield Op("product", name, flops, line.times)
   if _KERNEL.search(line.text):
-    stated = _FLOPS.search(line.text)
-    yield Op("kernel", name, int(stated[1]) if stated else 0, line.times)
+    flops, size = (int(s[1]) if (s := p.search(line.text)) else 0 for p in (_FLOPS, _BYTES))
+    yield Op("kernel", name, flops, line.times, size)
   if (cycles := _CYCLES.search(line.text)) and int(cycles[1]) < _UNKNOWN:
     yield Op("cycles", name, int(cycles[1]), line.times)
 

@@ -102,6 +102,17 @@ def free_axes() -> list[str]:
   return [a for a, kind in kinds if kind is not AxisType.Manual and mesh.shape[a] > 1]
 
 
+def cuttable_axes() -> set[str]:
+  """What a `shard_map` can make manual, small axes too, without which no kernel is free of the
+  compiler; empty if no axis is left to be cut, or one of them is Explicit."""
+  mesh = jax.sharding.get_abstract_mesh()
+  kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+  free = free_axes()
+  if not free or any(kinds[a] is AxisType.Explicit for a in free):
+    return set()
+  return {a for a, kind in kinds.items() if kind is not AxisType.Manual}
+
+
 def sharding_like(x: jax.Array) -> NamedSharding:
   return jax.typeof(x).sharding
 

@@ -4,13 +4,15 @@ Letters: B batch, T query tokens, N query heads, K key/value heads, H head size,
 S cached positions, P pages, R positions a page, J pages a row.
 """
 
+import math
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from ..partition import auto_partitioned, free_axes, sharding_like
+from ..partition import auto_partitioned, cuttable_axes, free_axes, sharding_like
 from ..select import GPU, TPU, anywhere, current_platform, kernel_on, select
 from . import reference, xla
 from .inputs import Inputs, Static
@@ -34,7 +36,7 @@ def decode_attention(
   sink_N: jax.Array | None = None,
   alibi_slopes_N: jax.Array | None = None,
   layer: jax.Array | None = None,
-  seq_sharded: bool = False,
+  cache_axes: tuple[tuple[str, ...], ...] | None = None,
   implementation: str | None = None,
 ) -> jax.Array:
   """softmax(softcap(scale * q . k) - slope * distance) v over visible keys, [B, T, N, U], as q.
@@ -59,8 +61,11 @@ def decode_attention(
     sink_N: a logit a head that takes part in the denominator only (gpt-oss, arXiv 2508.10925).
     alibi_slopes_N: arXiv 2108.12409.
     layer: k and v are stacks [L, B, S, K, .] of which this one is read, without a copy of it.
-    seq_sharded: whether the cache is cut along S over devices by a compiler. "xla" then reads all
-      of it, each device its own part, and no part travels.
+    cache_axes: the mesh axes, of those that no `shard_map` has cut, over which the cache's rows,
+      positions and heads are spread (a single head that all query heads read: those of the
+      queries). Each device then runs the kernel on its own rows and heads. None: the compiler
+      spreads the work, for which only "xla" is fit; so it is where positions are spread, and "xla"
+      then reads all of the cache, each device its own part, or an axis is Explicit.
     implementation: "pallas_tpu", "xla" (a loop over blocks), "pallas_gpu" (Triton, never timed so
       far) or "reference"; None is the TPU kernel where it can run, else "xla".
 
@@ -70,27 +75,44 @@ def decode_attention(
     ValueError: shapes that do not fit, or an unknown implementation.
     NotImplementedError: a named implementation that cannot run here.
   """
-  B, row_B = q_BTNH.shape[0], None
-  if layer is not None and (free_axes() or implementation == "reference"):
-    at = lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
-    k_BSKH, v_BSKU = jax.tree.map(at, (k_BSKH, v_BSKU))
-  elif layer is not None:
-    row_B = layer * B + jnp.arange(B, dtype=i32)
-    flat = lambda x: x.reshape(-1, *x.shape[2:])
-    k_BSKH, v_BSKU = jax.tree.map(flat, (k_BSKH, v_BSKU))
   values = k_BSKH if v_BSKU is None else v_BSKU
-  _check(q_BTNH, k_BSKH, values, q_positions_BT, lengths_B, mask, sink_N, alibi_slopes_N, softcap)
-  S, H = k_BSKH.shape[1], k_BSKH.shape[3]
-  if k_BSKH.shape[0] % B or (row_B is None and k_BSKH.shape[0] != B):
-    raise ValueError(f"{B} rows of queries and {k_BSKH.shape[0]} of keys")
+  one = lambda x: x if layer is None else jax.eval_shape(lambda x: x[0], x)
+  _check(q_BTNH, one(k_BSKH), one(values), q_positions_BT, lengths_B, mask, sink_N,
+    alibi_slopes_N, softcap)  # fmt: skip
+  B, S, H = q_BTNH.shape[0], *one(k_BSKH).shape[1::2]
+  if one(k_BSKH).shape[0] != B:
+    raise ValueError(f"{B} rows of queries and {one(k_BSKH).shape[0]} of keys")
   if kv_positions_BS is not None and kv_positions_BS.shape != (B, S):
     raise ValueError(f"kv_positions_BS needs the shape {(B, S)}, got {kv_positions_BS.shape}")
   lengths_B = jnp.minimum(lengths_B, S)
-  inputs = _inputs(
-    q_positions_BT, lengths_B, kv_positions_BS, None, sink_N, alibi_slopes_N, mask, row_B
-  )
+  inputs = _inputs(q_positions_BT, lengths_B, kv_positions_BS, None, sink_N, alibi_slopes_N, mask)
   static = Static(mask, H**-0.5 if scale is None else scale, softcap)
-  return _run(static, q_BTNH, k_BSKH, v_BSKU, inputs, implementation, seq_sharded)
+  rows, positions, heads = cache_axes or ((), (), ())
+  run = partial(_of_layer, static, implementation=implementation, seq_sharded=bool(positions))
+  arrays, free = (q_BTNH, k_BSKH, v_BSKU, inputs, layer), cuttable_axes()
+  if cache_axes is None or positions or not free:
+    return run(*arrays)
+  K = values.shape[-2]
+  if K > 1 and K % math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in heads):
+    heads = ()
+  of_q = P(rows, None, heads)
+  of_k = P(*[] if layer is None else [None], rows, None, heads if K > 1 else None)
+  of_inputs: Any = (*[P(rows)] * 3, P(), *[P(heads)] * 3)
+  specs = (of_q, of_k, of_k, Inputs(*of_inputs), P())
+  cut = partial(jax.shard_map, axis_names=free, check_vma=False)  # of kernels nothing is tracked
+  return cut(run, in_specs=specs, out_specs=of_q)(*arrays)
+
+
+def _of_layer(static, q_BTNH, k, v, inputs, layer, **how):
+  """k and v are stacks if there is a layer."""
+  if layer is not None and (free_axes() or how["implementation"] == "reference"):
+    at = lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+    k, v = jax.tree.map(at, (k, v))
+  elif layer is not None:
+    B = q_BTNH.shape[0]
+    inputs = inputs._replace(row_B=layer * B + jnp.arange(B, dtype=i32))
+    k, v = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (k, v))
+  return _run(static, q_BTNH, k, v, inputs, **how)
 
 
 def paged_decode_attention(
@@ -129,13 +151,12 @@ def paged_decode_attention(
   return _run(static, q_BTNH, k_pages_PRKH, v_pages_PRKU, inputs, implementation)
 
 
-def _inputs(q_positions, lengths, kv_positions, page_table, sink, slopes, mask, row=None) -> Inputs:
+def _inputs(q_positions, lengths, kv_positions, page_table, sink, slopes, mask) -> Inputs:
   which = None if mask is None else mask.by_head
   to = lambda x, dtype: None if x is None else jnp.asarray(x, dtype)
   return Inputs(
     jnp.asarray(q_positions, i32), jnp.asarray(lengths, i32), to(kv_positions, i32),
     to(page_table, i32), to(sink, f32), to(slopes, f32), to(which, i32),
-    row,
   )  # fmt: skip
 
 

@@ -197,6 +197,8 @@ def _call(static, blocks: _Blocks, scalars, rows: _Rows, columns: _Columns, q, k
   """[B, M, U]."""
   (B, M, H), U = q.shape, v.shape[-1]
   paged = scalars[2].ndim == 2
+  pieces_of_row = scalars[2].shape[1] if paged else 1
+  columns_of_row = pieces_of_row * math.prod(k.shape[1:-1])
 
   def block(b, j, first_B, end_B):
     """What a row reads in step j: when it has all, nothing new."""
@@ -221,6 +223,12 @@ def _call(static, blocks: _Blocks, scalars, rows: _Rows, columns: _Columns, q, k
     columns_specs = columns_specs._replace(position=ids)
   pieces = range(blocks.pieces)
   steps = jnp.max(_need(blocks, *scalars[:2])[1], initial=1)
+  # Of caches that are full and seen whole; those of all rows and no more are read.
+  cost = pl.CostEstimate(
+    flops=2 * B * M * columns_of_row * (H + U),
+    bytes_accessed=B * columns_of_row * (H + U) * k.dtype.itemsize,
+    transcendentals=B * M * columns_of_row,
+  )
   call = pl.pallas_call(
     partial(_kernel, static, blocks),
     name="decode_attention",
@@ -242,6 +250,7 @@ def _call(static, blocks: _Blocks, scalars, rows: _Rows, columns: _Columns, q, k
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=fast_memory()
     ),
+    cost_estimate=cost,
   )
   return call(*scalars, rows, columns, q, [k] * blocks.pieces, [v] * blocks.pieces)
 

@@ -33,6 +33,7 @@ expected = lru_cache(lambda name, dtype: make(name, dtype).expected())
 
 # Probabilities are rounded to the dtype of the values, results to that of the queries.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+POSITIONS = {"cache_axes": ((), ("context",), ())}  # spread, so "xla" takes them in one piece
 FORMS = ("reference", "dense", "loop", "pallas_tpu", "pallas_gpu")
 
 
@@ -74,7 +75,7 @@ def call(name, form, dtype="float32", page=None, layers=None):
     if layers is not None:  # the others hold nothing that may be read
       stack = lambda x: jnp.full((layers, *x.shape), jnp.nan, x.dtype).at[layers - 2].set(x)
       arrays, more["layer"] = tuple(map(stack, arrays)), jnp.array(layers - 2)
-    how["seq_sharded"] = form == "dense"
+    how |= POSITIONS if form == "dense" else {}
     if case.rolling:
       more["kv_positions_BS"] = integers(a["kv_positions_BS"])
   o = quick_jit(partial(function, **how))(array(a["q"]), *arrays, **more)
@@ -131,9 +132,9 @@ def test_unseen_keys_change_nothing(form, small):
   how = {
     "mask": Causal() & Local(30),
     "implementation": "xla" if form in ("dense", "loop") else form,
-  }
+  } | (POSITIONS if form == "dense" else {})
   ids = {"q_positions_BT": jnp.array([[149]]), "lengths_B": jnp.array([150])}
-  f = quick_jit(partial(decode_attention, seq_sharded=form == "dense", **how))
+  f = quick_jit(partial(decode_attention, **how))
   base = f(q, k, v, **ids)
   for hidden, same in ((np.s_[:, :119], True), (np.s_[:, 150:], True), (np.s_[:, 119], False)):
     moved = f(q, k.at[hidden].add(3.0), v.at[hidden].multiply(-2.0), **ids)
@@ -223,9 +224,8 @@ def test_no_part_of_a_cache_travels(spec, kind, small, monkeypatch):
   mesh = jax.make_mesh((2, 2, 2), ("data", "context", "tensor"), axis_types=(kind,) * 3)
   put = lambda x, dtype, *spec: jax.device_put(jnp.asarray(x, dtype), NamedSharding(mesh, P(*spec)))
   batch, positions, heads = spec
-  f = partial(
-    decode_attention, mask=case.mask, seq_sharded=positions is not None, implementation="xla"
-  )
+  how = POSITIONS if positions else {}
+  f = partial(decode_attention, mask=case.mask, implementation="xla", **how)
   with jax.set_mesh(mesh):
     q = put(a["q"], jnp.float32, batch, None, heads)
     k, v = (put(a[n], jnp.float32, *spec) for n in "kv")
@@ -237,6 +237,53 @@ def test_no_part_of_a_cache_travels(spec, kind, small, monkeypatch):
   for exchange in ("all-gather", "all-to-all", "collective-permute"):
     assert f" {exchange}(" not in text and f" {exchange}-start(" not in text
   assert " all-reduce(" in text  # of the number of steps, or of the parts of a row's result
+
+
+SPREAD = {"several tokens": 2, "multi-query, everything": 2, "sink, cap, alibi": 2} | {
+  "a mask a head": 2,
+  "windows a head": 1,  # three heads on two devices: they stay together
+  "around": 2,
+}
+
+
+@pytest.mark.xdist_group("devices")
+@pytest.mark.parametrize("name", SPREAD)
+@pytest.mark.parametrize("form", ["xla", "pallas_tpu"])
+def test_each_device_has_its_rows_and_heads(name, form, small, monkeypatch):
+  """The kernel too, which no compiler can split; of a stack, and on a mesh with an idle axis."""
+  if form == "pallas_tpu":
+    shapes = []
+    run = pallas_tpu.attention
+    monkeypatch.setattr(pallas_tpu, "attention", lambda *a: shapes.append(a[2].shape) or run(*a))
+  made = make(name)
+  a, case = made.arrays, made.case
+  mesh = jax.make_mesh((2, 2, 2), ("data", "idle", "tensor"), axis_types=(AxisType.Auto,) * 3)
+  f = partial(
+    decode_attention, mask=case.mask, softcap=case.softcap, implementation=form,
+    cache_axes=(("data",), (), ("tensor",)),
+  )  # fmt: skip
+  heads = "tensor" if SPREAD[name] == 2 else None
+  put = lambda x, dtype, *spec: (
+    None if x is None else jax.device_put(jnp.asarray(x, dtype), NamedSharding(mesh, P(*spec)))
+  )
+  stack = lambda x: np.stack([np.full_like(x, np.nan), x])
+  of_keys = "tensor" if heads and case.heads[1] > 1 else None
+  with jax.set_mesh(mesh):
+    q = put(a["q"], jnp.float32, "data", None, heads)
+    k, v = (put(stack(a[n]), jnp.float32, None, "data", None, of_keys) for n in "kv")
+    ids = {n: put(a[n], jnp.int32, "data") for n in ("q_positions_BT", "lengths_B")}
+    if case.rolling:
+      ids["kv_positions_BS"] = put(a["kv_positions_BS"], jnp.int32, "data")
+    ids["sink_N"] = put(a["sink"], jnp.float32, heads)
+    ids["alibi_slopes_N"] = put(a["slopes"], jnp.float32, heads)
+    compiled = quick_jit(f).lower(q, k, v, layer=put(1, jnp.int32), **ids).compile()
+    o = compiled(q, k, v, layer=put(1, jnp.int32), **ids)
+  close(np.asarray(o, np.float64), expected(name, "float32"))
+  for exchange in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
+    assert f" {exchange}(" not in compiled.as_text()
+  if form == "pallas_tpu":  # both layers of half of the rows
+    K = case.heads[1]
+    assert shapes == [(4, S, K // 2 if of_keys else K, case.sizes[0])]
 
 
 def test_in_a_manual_region():

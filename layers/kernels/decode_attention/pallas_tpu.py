@@ -5,9 +5,9 @@ when the program runs. Blocks that a row does not need are neither fetched nor c
 maps stay at its last block. Key heads are not taken apart: positions and heads of a block together
 are the rows of one matrix, and all queries meet all of them. Of the products a K-th is kept. Where
 tokens are few this costs nothing, since time is that of reading the cache; from about T * N = 128
-query rows on, the matrix unit is slower. The matrix is the cache as it lies in memory,
-`[B, S * K, H]`, where its tiles allow that. Else heads come first, `[B, K, S, H]`: inside a loop
-over tokens a compiler keeps a cache so, but where a program begins and ends it may be copied.
+query rows on, the matrix unit is slower. The matrix is the cache as compilers lay it in memory, for
+the least padding of tiles: `[B, S * K, H]`; with an odd number of heads they come first,
+`[B, K, S, H]`; with heads that fill no tile positions come last, `[B, K, H, S]`.
 
 Small pages are joined: a step reads several, each by an index map of its own.
 
@@ -46,6 +46,7 @@ class _Blocks(NamedTuple):
 
   heads: int  # K
   ahead: bool  # a piece goes head by head, not position by position
+  across: bool  # and positions come last in it
   pieces: int
   piece: int
   chunk: int
@@ -116,15 +117,18 @@ def _padded_rows(rows: int, x) -> int:
   return -(-rows // _tile(x)) * _tile(x)
 
 
-def _ahead(k, v) -> bool:
-  """Whether tiles of [S, K, H] are not those of [S * K, H]."""
+def _order(k, v, inputs: Inputs) -> tuple[bool, bool]:
+  """(ahead, across) of the caches."""
   K, width = k.shape[2], max(k.shape[3], v.shape[3])
-  return not (K % 8 == 0 or K == 1 or (K in (2, 4) and width <= LANES))
+  if inputs.page_table_BJ is None and (k.shape[3] % LANES or v.shape[3] % LANES):
+    return True, True
+  return not (K % 8 == 0 or K == 1 or (K in (2, 4) and width <= LANES)), False
 
 
 def _blocks(q_BTNH, k, v, inputs: Inputs) -> _Blocks:
-  (T, N, H), K, ahead = q_BTNH.shape[1:], k.shape[2], _ahead(k, v)
-  bytes_of = lambda columns: columns * -(-H // LANES) * LANES * k.dtype.itemsize
+  (T, N, H), K, (ahead, across) = q_BTNH.shape[1:], k.shape[2], _order(k, v, inputs)
+  width = H if across else -(-H // LANES) * LANES
+  bytes_of = lambda columns: columns * width * k.dtype.itemsize
   most = max(min(COLUMNS, LOGITS // (T * N)), LANES)
   divisor = lambda n, limit: max(d for d in range(1, n + 1) if n % d == 0 and d <= max(limit, 1))
   if inputs.page_table_BJ is not None:
@@ -132,26 +136,26 @@ def _blocks(q_BTNH, k, v, inputs: Inputs) -> _Blocks:
     wanted = min(PAGES, -(-STEP_BYTES // bytes_of(piece)))
     pieces = min(max(wanted, -(-128 // k.shape[1])), inputs.page_table_BJ.shape[1])
     if piece <= most or ahead:
-      return _Blocks(K, ahead, pieces, piece, piece * divisor(pieces, most // piece))
+      return _Blocks(K, ahead, across, pieces, piece, piece * divisor(pieces, most // piece))
     unit = math.lcm(LANES, K)
     if piece % unit:
       unit = K * divisor(k.shape[1], most // K)
-    return _Blocks(K, ahead, pieces, piece, unit * divisor(piece // unit, most // unit))
+    return _Blocks(K, ahead, across, pieces, piece, unit * divisor(piece // unit, most // unit))
   if ahead:
     most = min(STEP_BYTES // bytes_of(1), LOGITS // (T * N))  # in one piece
     tiles = min(max(most // (K * LANES), 1), -(-k.shape[1] // LANES))
-    return _Blocks(K, ahead, 1, K * tiles * LANES, K * tiles * LANES)
+    return _Blocks(K, ahead, across, 1, K * tiles * LANES, K * tiles * LANES)
   unit = math.lcm(LANES, K)  # whole tiles of logits, and whole positions
   units = max(min(STEP_BYTES // bytes_of(unit), -(-k.shape[1] * K // unit)), 1)
   chunk = max(min(units, most // unit), 1)
-  return _Blocks(K, ahead, 1, min(units // chunk, CHUNKS) * chunk * unit, chunk * unit)
+  return _Blocks(K, ahead, across, 1, min(units // chunk, CHUNKS) * chunk * unit, chunk * unit)
 
 
 def attention(
   static: Static, q_BTNH: jax.Array, k: jax.Array, v: jax.Array, inputs: Inputs
 ) -> jax.Array:
   """k and v are [B or more, S, K, .], or pages [P, R, K, .] if `inputs` has their table."""
-  arrays = (q_BTNH, k, v, inputs)
+  arrays, one = (q_BTNH, k, v, inputs), k is v
   q_BTNH, k, v, inputs = vary_with(arrays, arrays)
   (B, T, N), K, U = q_BTNH.shape[:3], k.shape[2], v.shape[-1]
   blocks, M = _blocks(q_BTNH, k, v, inputs), T * N
@@ -161,11 +165,7 @@ def attention(
     table_BJ = needed_pages(inputs.page_table_BJ, k.shape[1], *scalars)
     scalars.append(jnp.pad(table_BJ, ((0, 0), (0, -table_BJ.shape[1] % blocks.pieces))))
   else:
-    row_B = jnp.arange(B, dtype=jnp.int32)
-    if inputs.row_B is not None and blocks.ahead:  # what is turned is copied
-      k, v = (jax.lax.dynamic_slice_in_dim(x, inputs.row_B[0], B) for x in (k, v))
-    elif inputs.row_B is not None:
-      row_B = inputs.row_B
+    row_B = jnp.arange(B, dtype=jnp.int32) if inputs.row_B is None else inputs.row_B
     scalars.append(row_B)
   pad = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, padding), (0, 0)])
   by_row = lambda x_N: pad(jnp.tile(x_N, T)[:, None])
@@ -188,17 +188,18 @@ def attention(
   rows = vary_with(q_BTNH, rows)
   flat = lambda x: x.reshape(x.shape[0], -1, x.shape[-1])
   q = pad(flat(q_BTNH.astype(k.dtype)))
-  k, v = (x.swapaxes(1, 2) if blocks.ahead else flat(x) for x in (k, v))
-  arrays = (rows, columns, q, k, v)
+  order = (0, 2, 3, 1) if blocks.across else (0, 2, 1, 3)
+  k, v = (x.transpose(order) if blocks.ahead else flat(x) for x in (k, v))
+  arrays = (rows, columns, q, k, None if one else v, U)
   return _call(static, blocks, scalars, *arrays, q_BTNH.dtype)[:, :M].reshape(B, T, N, U)
 
 
-def _call(static, blocks: _Blocks, scalars, rows: _Rows, columns: _Columns, q, k, v, dtype):
-  """[B, M, U]."""
-  (B, M, H), U = q.shape, v.shape[-1]
+def _call(static, blocks: _Blocks, scalars, rows: _Rows, columns: _Columns, q, k, v, U, dtype):
+  """[B, M, U]; without v, of which U is the width, k serves as that."""
+  B, M, H = q.shape
   paged = scalars[2].ndim == 2
   pieces_of_row = scalars[2].shape[1] if paged else 1
-  columns_of_row = pieces_of_row * math.prod(k.shape[1:-1])
+  columns_of_row = pieces_of_row * (math.prod(k.shape[1:]) // H)
 
   def block(b, j, first_B, end_B):
     """What a row reads in step j: when it has all, nothing new."""
@@ -212,7 +213,11 @@ def _call(static, blocks: _Blocks, scalars, rows: _Rows, columns: _Columns, q, k
       place = lambda b, j, *s: (s[2][b], block(b, j, *s[:2]), 0)
     if not blocks.ahead:
       return pl.BlockSpec((1, blocks.piece, width), place)
-    shape = (1, blocks.heads, blocks.piece // blocks.heads, width)
+    each = blocks.piece // blocks.heads
+    if blocks.across:
+      shape = (1, blocks.heads, width, each)
+      return pl.BlockSpec(shape, lambda *a: (place(*a)[0], 0, 0, place(*a)[1]))
+    shape = (1, blocks.heads, each, width)
     return pl.BlockSpec(shape, lambda *a: (place(*a)[0], 0, *place(*a)[1:]))
 
   of_row = lambda width: pl.BlockSpec((1, M, width), lambda b, *_: (b, 0, 0))
@@ -226,7 +231,7 @@ def _call(static, blocks: _Blocks, scalars, rows: _Rows, columns: _Columns, q, k
   # Of caches that are full and seen whole; those of all rows and no more are read.
   cost = pl.CostEstimate(
     flops=2 * B * M * columns_of_row * (H + U),
-    bytes_accessed=B * columns_of_row * (H + U) * k.dtype.itemsize,
+    bytes_accessed=B * columns_of_row * (H if v is None else H + U) * k.dtype.itemsize,
     transcendentals=B * M * columns_of_row,
   )
   call = pl.pallas_call(
@@ -241,7 +246,7 @@ def _call(static, blocks: _Blocks, scalars, rows: _Rows, columns: _Columns, q, k
         columns_specs,
         of_row(H),
         [keys(H, i) for i in pieces],
-        [keys(U, i) for i in pieces],
+        [] if v is None else [keys(U, i) for i in pieces],
       ),
       out_specs=of_row(U),
       scratch_shapes=[pltpu.VMEM((M, LANES), f32), pltpu.VMEM((M, LANES), f32)]
@@ -252,7 +257,8 @@ def _call(static, blocks: _Blocks, scalars, rows: _Rows, columns: _Columns, q, k
     ),
     cost_estimate=cost,
   )
-  return call(*scalars, rows, columns, q, [k] * blocks.pieces, [v] * blocks.pieces)
+  values = [] if v is None else [v] * blocks.pieces
+  return call(*scalars, rows, columns, q, [k] * blocks.pieces, values)
 
 
 def _need(blocks: _Blocks, first: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -285,7 +291,7 @@ def _kernel(
     q = q_ref[0]
     for start in range(0, blocks.pieces * blocks.piece, blocks.chunk):
       need = (first - here, end - here) if cut else None  # what is not needed may be NaN
-      k, v = _read(blocks, k_refs, start), _read(blocks, v_refs, start, need)
+      k, v = _read(blocks, k_refs, start), _read(blocks, v_refs or k_refs, start, need)
       base = here + start // blocks.heads
       s = _logits(static, blocks, rows, columns, q, k, base, start)
       if cut:
@@ -297,7 +303,7 @@ def _kernel(
       p = jnp.exp2(s - top)
       decay = jnp.exp2(m - top)
       total = total * decay + jnp.sum(p, axis=1, keepdims=True)
-      acc = acc * decay + dot(p.astype(v.dtype), v, ((1,), (0,)))
+      acc = acc * decay + _mixed(blocks, p.astype(v.dtype), v)
       m = m_next
     m_ref[...] = jnp.broadcast_to(m, m_ref.shape)
     total_ref[...] = jnp.broadcast_to(total, total_ref.shape)
@@ -313,8 +319,8 @@ def _kernel(
 
 
 def _read(blocks: _Blocks, refs, start: int, need=None):
-  """Columns from `start` as one array [chunk, width]; with `need` zeros outside these positions of
-  the step."""
+  """Columns from `start` as one array [chunk, width], or [K, width, positions] with positions last;
+  with `need` zeros outside these positions of the step."""
   if blocks.chunk <= blocks.piece:
     places = [divmod(start, blocks.piece)]
   else:
@@ -323,7 +329,8 @@ def _read(blocks: _Blocks, refs, start: int, need=None):
   size, parts = min(blocks.chunk, blocks.piece), []
   for i, within in places:
     if blocks.ahead:
-      x, dim, begin, each = refs[i][0], 1, i * blocks.piece // blocks.heads, 1
+      dim = 2 if blocks.across else 1
+      x, begin, each = refs[i][0], i * blocks.piece // blocks.heads, 1
     else:
       x, dim, begin = refs[i][0, pl.ds(within, size)], 0, i * blocks.piece + within
       each = blocks.heads
@@ -331,13 +338,29 @@ def _read(blocks: _Blocks, refs, start: int, need=None):
       index = begin + jax.lax.broadcasted_iota(jnp.int32, x.shape, dim)
       keep = (index >= need[0] * each) & (index < need[1] * each)
       x = jnp.where(keep, x, jnp.zeros_like(x))
-    parts.append(x.reshape(size, x.shape[-1]))
+    parts.append(x if blocks.across else x.reshape(size, x.shape[-1]))
   return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
+
+
+def _products(blocks: _Blocks, q, k):
+  """[M, chunk] of all queries with all columns."""
+  if not blocks.across:
+    return dot(q, k, ((1,), (1,)))
+  return jnp.concatenate([dot(q, k[h], ((1,), (0,))) for h in range(blocks.heads)], axis=1)
+
+
+def _mixed(blocks: _Blocks, p, v):
+  """Sums of the columns' values, [M, U]."""
+  if not blocks.across:
+    return dot(p, v, ((1,), (0,)))
+  each = p.shape[1] // blocks.heads
+  parts = [dot(p[:, h * each : (h + 1) * each], v[h], ((1,), (1,))) for h in range(blocks.heads)]
+  return sum(parts[1:], parts[0])
 
 
 def _logits(static, blocks, rows, columns, q, k, base, start: int) -> Any:
   """Base-2 logits [M, chunk], MASKED where nothing is to be seen."""
-  s = dot(q, k, ((1,), (1,)))
+  s = _products(blocks, q, k)
   if static.softcap is not None:
     s = jnp.tanh(s * (static.scale / static.softcap)) * (static.softcap * LOG2E)
   else:

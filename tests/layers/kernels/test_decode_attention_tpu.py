@@ -189,7 +189,10 @@ def test_compiles_for_described_tpus(shape, name):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("K", "H"), [(1, 256), (2, 128), (4, 128), (8, 128), (8, 256), (3, 128)])
+@pytest.mark.parametrize(
+  ("K", "H"),
+  [(1, 256), (2, 128), (4, 128), (8, 128), (8, 256), (3, 128), (2, 64), (8, 64), (4, 96), (1, 576)],
+)
 def test_the_cache_is_not_copied(K, H):
   """It is larger than fast memory, where a compiler might put it beforehand."""
   topologies = pytest.importorskip("jax.experimental.topologies")

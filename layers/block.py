@@ -3,9 +3,11 @@
 B batch, T positions, D model width.
 """
 
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
@@ -114,3 +116,16 @@ class Block(nn.Module):
     if rows.key_B is None or self.spec.dropout == 0:
       return x_BTD
     return dropout_BTD(x_BTD, self.spec.dropout, fold(rows.key_B, branch), rows.place_T)
+
+
+@functools.lru_cache(maxsize=256)
+def abstract_block(spec: LayerSpec, embed_dim: int) -> dict[str, Any]:
+  """Parameters of a layer as boxed `ShapeDtypeStruct`s; models share them."""
+  position: Any = getattr(spec.attention, "position", None)
+  shared = getattr(position, "shared", False)  # of a BucketedSpec
+  table_UN = jnp.zeros((position.num_buckets, spec.attention.num_heads)) if shared else None
+  one_11 = jnp.zeros((1, 1), jnp.int32)
+  rows = Rows(one_11, table_UN=table_UN, tokens_BT=one_11)
+  zeros = InitSpec("normal", stddev=0.0)  # the quickest to trace
+  init, x_BTD = Block(spec, embed_dim, zeros, parent=None).init, jnp.zeros((1, 1, embed_dim))
+  return jax.eval_shape(init, jax.random.key(0), x_BTD, rows)["params"]

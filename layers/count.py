@@ -2,13 +2,15 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from .attention import layer_mask
+from .block import abstract_block
 from .masks import Mask
 from .params import is_weight
 from .spec import AttentionSpec, LatentAttentionSpec, LinearAttentionSpec, ModelSpec, MoeSpec
@@ -25,9 +27,21 @@ class Counts(NamedTuple):
 
 def abstract_params(spec: ModelSpec):
   """Parameters as boxed `ShapeDtypeStruct`s (see `layers.params.Weight`)."""
-  model = TransformerLM(spec)
   tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  return jax.eval_shape(model.init, jax.random.key(0), tokens_BT)["params"]
+  params = dict(jax.eval_shape(_Frame(spec).init, jax.random.key(0), tokens_BT)["params"])
+  for i, segment in enumerate(spec.segments):
+    stack = lambda x, L=segment.repeats: jax.ShapeDtypeStruct((L, *x.shape), x.dtype)
+    each = (abstract_block(layer, spec.embed_dim) for layer in segment.layers)
+    group = {f"layer_{j}": jax.tree.map(stack, boxed) for j, boxed in enumerate(each)}
+    params[f"segment_{i}"] = nn.meta.add_axis(group, 0, {nn.PARTITION_NAME: "layers"})
+  return params
+
+
+class _Frame(TransformerLM):
+  """All but the layers."""
+
+  def _segment_params(self, i: int) -> dict[str, Any]:
+    return {}
 
 
 @functools.cache

@@ -108,7 +108,7 @@ def declare_projection(
 def kernel_init(spec: InitSpec, fan_in: int, gain: float = 1.0) -> Initializer:
   """Initialiser of a matrix whose outputs each sum `fan_in` products, times `gain`."""
   if spec.kind == "normal":
-    return nn.initializers.normal(spec.stddev * gain)
+    return nn.initializers.normal(spec.stddev * gain) if spec.stddev else nn.initializers.zeros
   stddev = (spec.scale / fan_in) ** 0.5 * gain / _TRUNCATED_STDDEV
   return nn.initializers.truncated_normal(stddev)
 

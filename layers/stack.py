@@ -16,14 +16,14 @@ from mesh.pipeline import pipeline, stage_order
 from mesh.region import Region, gather
 
 from .attention import Rows
-from .block import Block
+from .block import Block, abstract_block
 from .cache import KVCache, LinearState, into_stack, of_layer, place_stack
 from .linear import take
 from .lora import beside
 from .moe import MoeStats
 from .noise import fold
 from .params import axes, exact
-from .spec import BucketedSpec, Segment
+from .spec import Segment
 
 # Full unrolling of short stacks is a third faster on CPU and compiles once a repeat.
 _CPU_UNROLL = 8
@@ -194,7 +194,7 @@ def run_segment(
     return run(params, x_BTD, rows, layers_L=layers_L, caches=caches)
   stages = region.sizes.get("stage", 1)
   staged = is_staged(segment.repeats, stages, circular)
-  logical, whole = _axes_and_exact(tuple(blocks), rows.table_UN is not None)
+  logical, whole = _axes_and_exact(tuple(blocks))
   logical = beside(logical, params, _adapter_axes)
   whole = beside(whole, params, lambda *_: {"a": False, "b": False})
   placed = jax.tree.map(
@@ -284,17 +284,7 @@ def _is_names(x: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _axes_and_exact(blocks: tuple[Block, ...], with_table: bool) -> tuple[Any, Any]:
+def _axes_and_exact(blocks: tuple[Block, ...]) -> tuple[Any, Any]:
   """For each weight of a group its logical axes, and whether it must stay exact."""
-  D = blocks[0].embed_dim
-  found = ({}, {})
-  for j, block in enumerate(blocks):
-    position = block.spec.attention.position
-    table_UN = None
-    if with_table and isinstance(position, BucketedSpec):
-      table_UN = jnp.zeros((position.num_buckets, block.spec.attention.num_heads))
-    one_11 = jnp.zeros((1, 1), jnp.int32)
-    rows = Rows(one_11, table_UN=table_UN, tokens_BT=one_11)
-    boxed = jax.eval_shape(block.init, jax.random.key(0), jnp.zeros((1, 1, D)), rows)["params"]
-    found[0][f"layer_{j}"], found[1][f"layer_{j}"] = axes(boxed), exact(boxed)
-  return found
+  boxed = {f"layer_{j}": abstract_block(b.spec, b.embed_dim) for j, b in enumerate(blocks)}
+  return axes(boxed), exact(boxed)

@@ -51,6 +51,8 @@ SMALL = {
 # Tens of seconds each, and the same elsewhere in the default suite: test_show, test_processes,
 # test_bucket.
 ELSEWHERE = re.compile(r" --list| --processes=|gs://.* --supervise")
+# Trained by the default suite elsewhere: test_golden, test_encoder.
+TRAINED = ("--config=hybrid_tiny", "--config=encoder_tiny")
 EXPECTED_CODE = {"--config=moe_70b": 2}
 
 
@@ -135,6 +137,8 @@ def run(command: str, folder: Path, more: dict[str, str], *, show: bool) -> None
       words.append("--config.train.steps=6")
     if show and "--show" not in command:
       words.append("--show")
+  elif show and any(name in command for name in TRAINED):
+    words.append("--show")
   if "train_tokenizer" in command:
     words.append("--vocab_size=300")
   if show and (read := re.search(r"(?:evaluate|generate) --workdir=(\S+)", command)):

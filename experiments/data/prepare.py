@@ -152,8 +152,8 @@ def _collect(
     if now - last > 1 or len(found) == num_units:
       last = now
       report(
-        f"{len(found)}/{num_units} units ({kept} found finished), {new_tokens} new tokens, "
-        f"{new_tokens / max(now - start, 1e-3):.3g} tokens/s"
+        f"{len(found)}/{num_units} units ({kept} found finished), {new_tokens:,} new tokens, "
+        f"{new_tokens / max(now - start, 1e-3):,.0f} tokens/s"
       )
   return found
 
@@ -214,8 +214,8 @@ def _program(values: flags.FlagValues) -> None:
     shard_tokens=values.shard_tokens,
   )
   print(
-    f"{values.output}: {manifest['documents']} documents, {manifest['tokens']} tokens, "
-    f"{manifest['bytes']} bytes of text in {len(manifest['shards'])} shards"
+    f"{values.output}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens, "
+    f"{manifest['bytes']:,} bytes of text; shards: {len(manifest['shards']):,}"
   )
   print(f"digest {manifest['digest']}")
 

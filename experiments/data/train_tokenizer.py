@@ -54,7 +54,7 @@ def _program(values: flags.FlagValues) -> None:
     values.input, values.output, vocab_size=values.vocab_size, text_field=values.text_field
   )
   print(
-    f"wrote {tokenizer.get_vocab_size()} tokens to {files.join(values.output, 'tokenizer.json')}"
+    f"wrote {tokenizer.get_vocab_size():,} tokens to {files.join(values.output, 'tokenizer.json')}"
   )
   print(
     "next: python -m experiments.data.prepare "

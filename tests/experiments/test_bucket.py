@@ -194,6 +194,7 @@ def test_a_bucket_that_is_out_of_reach_for_a_while(store, tmp_path):
   assert sealed(store, "away", rows[-1])
 
 
+@pytest.mark.full
 def test_supervised(store, tmp_path):
   """A supervisor mirrors for the run it starts again, its own files too."""
   arguments = (

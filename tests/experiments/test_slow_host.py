@@ -41,6 +41,7 @@ def anomalies(folder):
   return [e for e in book.events if e["kind"] == "anomaly" and e["class"] == "K"]
 
 
+@pytest.mark.full
 def test_a_host_that_reads_slowly_is_named_until_it_recovers(tmp_path):
   flags = (*FOUR, LONG, "--processes=2")
   with running(tmp_path, *flags, PYTHONPATH=patched(tmp_path, SLOW), **devices(2)) as run:

@@ -125,8 +125,10 @@ def test_ends_are_added_to_those_of_the_weights(tmp_path):
   assert kept == {"eos_token_id": [7, 256], "temperature": 0.2}
 
 
-# Ids and rows of GPT-2 padded, Phi-3, Qwen2.5, gpt-oss, Phi-2.
-PADDED = [(50257, 50304), (32011, 32064), (151665, 151936), (200019, 201088), (50295, 51200)]
+# Ids and rows of our small configs, GPT-2 padded, Phi-3, Qwen2.5, gpt-oss, Phi-2.
+PADDED = [
+  (257, 320), (50257, 50304), (32011, 32064), (151665, 151936), (200019, 201088), (50295, 51200),
+]  # fmt: skip
 
 
 def test_a_tokenizer_of_another_model(weights, tmp_path):

@@ -1,11 +1,15 @@
 """Counts of full-size decoders are the published ones, to the parameter; nothing is allocated."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments.configs import deepseek, mixtral, moe_70b
-from layers.count import count_params, train_flops_per_token
+from layers.count import abstract_params, count_params, train_flops_per_token
 from layers.spec import AttentionSpec, HeadSpec, LayerSpec, MlpSpec, ModelSpec, Segment
+from layers.transformer import TransformerLM
 from tests.layers import families as f
+from tests.layers.stacks import POSITIONS, SWITCH
 
 LLAMA_3 = {"vocab": 128_256, "theta": 5e5}
 DENSE = {
@@ -157,3 +161,22 @@ def test_flops_of_attention():
   assert extra == with_conv.total - without.total == 3 * 2 * (8 + 8 + 10)
   latent = f.deepseek_v3(2, 16, 2, 8, 8, 4, 2, dense=1, kv_lora=4, nope=6, rope=4, value=8)
   assert attention(latent, 100) == 2 * 6 * 2 * (6 + 4 + 8) * 100
+
+
+SHAPES = {  # shared and other tables, latents, a prefix, leaves not trained, exact ones
+  "positions": POSITIONS,
+  "switch": SWITCH,
+  "deepseek": deepseek.model("v3"),
+  "gpt_neo_2.7b": f.gpt_neo(32, 2560, 20),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_are_those_of_what_is_drawn(name):
+  """Axes, and whether a leaf is trained or exact, too: they are part of the tree."""
+  spec = SHAPES[name]
+  tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  drawn = jax.eval_shape(TransformerLM(spec).init, jax.random.key(0), tokens_BT)["params"]
+  assert jax.tree.structure(abstract_params(spec)) == jax.tree.structure(drawn)
+  kinds = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+  assert kinds(abstract_params(spec)) == kinds(drawn)

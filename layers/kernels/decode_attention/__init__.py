@@ -106,7 +106,7 @@ def decode_attention(
 def _of_layer(static, q_BTNH, k, v, inputs, layer, **how):
   """k and v are stacks if there is a layer."""
   if layer is not None and (free_axes() or how["implementation"] == "reference"):
-    at = lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+    at = partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
     k, v = jax.tree.map(at, (k, v))
   elif layer is not None:
     B = q_BTNH.shape[0]

@@ -132,6 +132,7 @@ def test_one_flip_in_a_doubled_step_goes_back_and_on(dataset, tmp_path):
   assert not (tmp_path / "clean" / "logbook.jsonl").read_text().count('"fault"')
 
 
+@pytest.mark.full
 def test_a_flip_in_a_step_that_is_not_doubled_is_missed(dataset, tmp_path):
   """What the switch does not promise. The copies over `data` then differ, which is found."""
   setup, folder = make(("mesh.data", "1"), ("mesh.fsdp", "8")), tmp_path / "run"

@@ -61,7 +61,7 @@ def interpret(patch, **params):
 @pytest.mark.parametrize(
   ("name", "dtype", "tolerance"),
   [
-    ("a mask a head", "float32", 1e-5),
+    pytest.param("a mask a head", "float32", 1e-5, marks=pytest.mark.full),
     ("documents", "float32", 1e-5),
     ("rows that see nothing", "bfloat16", 2e-2),
   ],

@@ -139,7 +139,10 @@ def gradients(H, U, dtype=jnp.bfloat16, mask=MASK, **more):
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize(("kind", "cores"), [("TPU v5 lite", 1), ("TPU v5", 2), ("TPU v6 lite", 1)])
+@pytest.mark.parametrize(
+  ("kind", "cores"),
+  [("TPU v5 lite", 1), pytest.param("TPU v5", 2, marks=pytest.mark.full), ("TPU v6 lite", 1)],
+)
 def test_lowers_for_tpus(sizes, kind, cores):
   device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=cores, platform="tpu")
   mesh = jax.sharding.AbstractMesh((1,), ("d",), (AxisType.Auto,), abstract_device=device)

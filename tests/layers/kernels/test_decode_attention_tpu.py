@@ -97,7 +97,10 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("kind", "cores"), [("TPU v5 lite", 1), ("TPU v5", 2), ("TPU v6 lite", 1)])
+@pytest.mark.parametrize(
+  ("kind", "cores"),
+  [("TPU v5 lite", 1), pytest.param("TPU v5", 2, marks=pytest.mark.full), ("TPU v6 lite", 1)],
+)
 def test_lowers_for_tpus(shape, kind, cores):
   device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=cores, platform="tpu")
   mesh = jax.sharding.AbstractMesh((1,), ("d",), (AxisType.Auto,), abstract_device=device)

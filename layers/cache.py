@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from mesh.constrain import constrain
+from mesh.constrain import constrain, dim_axes
 
-from .kernels.partition import auto_partitioned, sharding_like
+from .kernels.partition import auto_partitioned, cut_all, explicit_axes, sharding_like
+from .kernels.select import LANES, TPU, current_platform
 
 
 class KVCache(NamedTuple):
@@ -86,7 +88,8 @@ def update_cache(
 
 
 def _put_each(stack_LBSKH, new_BTKH, *, layer, slot_B):
-  """In place, where slices of a row each would have the compiler turn and copy the stack."""
+  """In place. On TPUs the memory of a stack has positions last where heads fill no registers, and
+  only slices of a row each leave it so; all others take a scatter."""
   axes = (None, "cache_batch", "cache_seq", "cache_heads", None)
   stack_LBSKH = constrain(stack_LBSKH, *axes)
   new_BTKH = constrain(new_BTKH.astype(stack_LBSKH.dtype), "cache_batch", None, *axes[3:])
@@ -97,7 +100,18 @@ def _put_each(stack_LBSKH, new_BTKH, *, layer, slot_B):
     at = stack_LBSKH.at[layer, row_B1, slot_BT]
     return at.set(new_BTKH, mode="drop", unique_indices=True)
 
+  def put_rows(stack_LBSKH, new_BTKH, layer, slot_B):
+    for b in range(new_BTKH.shape[0]):  # as a loop it would have the stack turned
+      at = (layer, b, slot_B[b], 0, 0)
+      stack_LBSKH = jax.lax.dynamic_update_slice(stack_LBSKH, new_BTKH[None, b : b + 1], at)
+    return stack_LBSKH
+
   arrays = (stack_LBSKH, new_BTKH, layer, slot_B)
+  rows, positions, heads = dim_axes(*axes[1:4], shape=stack_LBSKH.shape[1:4])
+  by_rows = current_platform() in TPU and stack_LBSKH.shape[-1] % LANES
+  if by_rows and not positions and not explicit_axes():
+    of_stack, of_new = P(None, rows, None, heads), P(rows, None, heads)
+    return constrain(cut_all(put_rows, (of_stack, of_new, P(), P(rows)), of_stack, *arrays), *axes)
   return constrain(auto_partitioned(put, sharding_like(stack_LBSKH), *arrays), *axes)
 
 

@@ -17,13 +17,7 @@ def auto_partitioned(function: Callable, out_shardings: Any, *args: Any) -> Any:
   others are made to vary with the rest, so that their gradients are summed over devices.
   """
   args = vary_with(args, args)
-  mesh = jax.sharding.get_abstract_mesh()
-  explicit = tuple(
-    name
-    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-    if kind == AxisType.Explicit
-  )
-  if not explicit:
+  if not (explicit := explicit_axes()):
     return function(*args)
   return jax.sharding.auto_axes(function, axes=explicit, out_sharding=out_shardings)(*args)
 
@@ -102,15 +96,28 @@ def free_axes() -> list[str]:
   return [a for a, kind in kinds if kind is not AxisType.Manual and mesh.shape[a] > 1]
 
 
-def cuttable_axes() -> set[str]:
-  """What a `shard_map` can make manual, small axes too, without which no kernel is free of the
-  compiler; empty if no axis is left to be cut, or one of them is Explicit."""
+def explicit_axes() -> tuple[str, ...]:
+  """Mesh axes whose shardings are part of types, which are not to be cut by hand."""
   mesh = jax.sharding.get_abstract_mesh()
-  kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-  free = free_axes()
-  if not free or any(kinds[a] is AxisType.Explicit for a in free):
-    return set()
-  return {a for a, kind in kinds.items() if kind is not AxisType.Manual}
+  kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+  return tuple(name for name, kind in kinds if kind is AxisType.Explicit)
+
+
+def cut_all(function: Callable, in_specs: Any, out_specs: Any, *args: Any) -> Any:
+  """`function(*args)` in a `shard_map` over all mesh axes that are left, if any is larger than 1.
+
+  Those of size 1 too, without which no kernel is free of the compiler.
+  """
+  if not free_axes():
+    return function(*args)
+  mesh = jax.sharding.get_abstract_mesh()
+  kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+  left = {name for name, kind in kinds if kind is not AxisType.Manual}
+  # What varies over which axes is not tracked: in interpret mode kernels can't be.
+  cut = jax.shard_map(
+    function, axis_names=left, in_specs=in_specs, out_specs=out_specs, check_vma=False
+  )
+  return cut(*args)
 
 
 def sharding_like(x: jax.Array) -> NamedSharding:

@@ -7,6 +7,7 @@ import jax
 from .partition import free_axes
 
 TPU = ("tpu",)
+LANES = 128  # the last dim of a TPU's register
 GPU = ("gpu", "cuda")  # names of one platform, the first of devices, the second of compilers
 
 Supports = Callable[[str], str | None]

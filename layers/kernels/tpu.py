@@ -6,8 +6,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .select import current_platform
 
-LANES = 128  # the last dim of a register
-
 
 def dot(a: jax.Array, b: jax.Array, contract: tuple[tuple[int], tuple[int]]) -> jax.Array:
   """In float32; by default a TPU would round float32 operands to bfloat16."""

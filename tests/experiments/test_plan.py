@@ -269,7 +269,8 @@ def test_the_step_that_draws_a_token(tmp_path):
     16 * 32 * 4096 * 8 * 64 * 2 * 2 / 4 / 1e9, abs=0.05
   )
   seconds = re.search(r"computing, reading memory +([\d.]+) ms +([\d.]+) ms", result.out)
-  assert float(seconds[1]) < float(seconds[2])  # the estimate is the least that memory allows
+  # The estimate is the least that memory allows; a cache that is copied takes forty times as long.
+  assert float(seconds[1]) < float(seconds[2]) < 3 * float(seconds[1])
 
 
 def test_a_compiler_that_dies_takes_nobody_with_it(monkeypatch):

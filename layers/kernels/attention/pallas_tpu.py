@@ -24,7 +24,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..partition import vary_with, varying_shape
-from ..tpu import LANES, dot, fast_memory
+from ..select import LANES
+from ..tpu import dot, fast_memory
 from .bias import Alibi
 from .blocks import (
   COLUMN,

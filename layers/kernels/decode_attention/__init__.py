@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from ..partition import auto_partitioned, cuttable_axes, free_axes, sharding_like
+from ..partition import auto_partitioned, cut_all, explicit_axes, free_axes, sharding_like
 from ..select import GPU, TPU, anywhere, current_platform, kernel_on, select
 from . import reference, xla
 from .inputs import Inputs, Static
@@ -89,8 +89,8 @@ def decode_attention(
   static = Static(mask, H**-0.5 if scale is None else scale, softcap)
   rows, positions, heads = cache_axes or ((), (), ())
   run = partial(_of_layer, static, implementation=implementation, seq_sharded=bool(positions))
-  arrays, free = (q_BTNH, k_BSKH, v_BSKU, inputs, layer), cuttable_axes()
-  if cache_axes is None or positions or not free:
+  arrays = (q_BTNH, k_BSKH, v_BSKU, inputs, layer)
+  if cache_axes is None or positions or explicit_axes():
     return run(*arrays)
   K = values.shape[-2]
   if K > 1 and K % math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in heads):
@@ -99,8 +99,7 @@ def decode_attention(
   of_k = P(*[] if layer is None else [None], rows, None, heads if K > 1 else None)
   of_inputs: Any = (*[P(rows)] * 3, P(), *[P(heads)] * 3)
   specs = (of_q, of_k, of_k, Inputs(*of_inputs), P())
-  cut = partial(jax.shard_map, axis_names=free, check_vma=False)  # of kernels nothing is tracked
-  return cut(run, in_specs=specs, out_specs=of_q)(*arrays)
+  return cut_all(run, specs, of_q, *arrays)
 
 
 def _of_layer(static, q_BTNH, k, v, inputs, layer, **how):

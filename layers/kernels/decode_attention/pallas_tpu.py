@@ -28,7 +28,8 @@ from jax.experimental.pallas import tpu as pltpu
 from ..attention.blocks import shown
 from ..attention.tiles import LOG2E, MASKED
 from ..partition import vary_with, varying_shape
-from ..tpu import LANES, dot, fast_memory
+from ..select import LANES
+from ..tpu import dot, fast_memory
 from .inputs import Inputs, Static, bounds, needed_pages
 
 STEP_BYTES = 2**20  # of keys, and of values, that a step reads; more than hides its start

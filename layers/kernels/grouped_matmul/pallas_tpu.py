@@ -20,8 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..partition import vary_with, varying_shape
-from ..select import current_platform
-from ..tpu import LANES, dot
+from ..select import LANES, current_platform
+from ..tpu import dot
 from .visits import ALIGN, usual, visit, visits, windows
 
 # Heights of windows. Below 64 rows a product takes as long as with 64: loading the weights into

@@ -20,7 +20,7 @@ from layers.kernels.grouped_matmul.pallas_tpu import (
 )
 from layers.kernels.grouped_matmul.visits import ALIGN, usual
 from layers.kernels.grouped_matmul.xla import first_rows
-from layers.kernels.tpu import LANES
+from layers.kernels.select import LANES
 from layers.spec import MoeSpec
 from mesh.hardware import Chip
 

@@ -171,8 +171,24 @@ def test_bounds_are_those_of_the_visible_keys(name, length, position, tokens):
   assert [*used] == [j + 1 if seen[8 * j : 8 * j + 8].any() else 0 for j in range(8)]
 
 
-def test_cost_follows_what_rows_see(small, monkeypatch):
+SEEN_BY = (Causal(), Causal() & Local(20), Causal() & Local(1))
+# Head size, place of positions in the kernel's blocks, and the blocks of each row that are read.
+READ = {
+  "of 64 positions": (
+    128, 1,
+    ([{0}, {0, 1, 2}, {0, 1, 2, 3}, {0}], [{0}, {1, 2}, {2, 3}, {0}], [{0}, {2}, {3}, {0}]),
+  ),
+  "of 128, which come last": (
+    32, 3, ([{0}, {0, 1}, {0, 1}, {0}], [{0}, {0, 1}, {1}, {0}], [{0}, {1}, {1}, {0}])
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("blocks", READ)
+def test_cost_follows_what_rows_see(blocks, small, monkeypatch):
   """Steps of the loop, and blocks that the kernel's index maps ask for; not the cache's size."""
+  H, place, wanted = READ[blocks]
+  monkeypatch.setattr(pallas_tpu, "STEP_BYTES", 2**16 if H == 128 else 2**14)
   steps, fetched = [], []
   loop = jax.lax.fori_loop
 
@@ -188,21 +204,18 @@ def test_cost_follows_what_rows_see(small, monkeypatch):
   monkeypatch.setattr(jax.lax, "fori_loop", counted)
   monkeypatch.setattr(pallas_tpu, "pltpu", SimpleNamespace(**vars(pallas_tpu.pltpu) | names))
   lengths = jnp.array([0, 130, 200, 40])
-  q = jnp.ones((4, 1, 2, 32))
-  k = jnp.ones((4, S, 2, 32))
+  q = jnp.ones((4, 1, 2, H))
+  k = jnp.ones((4, S, 2, H))
   ids = {"q_positions_BT": lengths[:, None] - 1, "lengths_B": lengths}
-  for mask, blocks in (
-    (Causal(), [{0}, {0, 1, 2}, {0, 1, 2, 3}, {0}]),
-    (Causal() & Local(20), [{0}, {1, 2}, {2, 3}, {0}]),
-    (Causal() & Local(1), [{0}, {2}, {3}, {0}]),
-  ):
+  for mask, blocks in zip(SEEN_BY, wanted, strict=True):
     decode_attention(q, k, k, mask=mask, implementation="xla", **ids)
     with pytest.raises(StopIteration):
       decode_attention(q, k, k, mask=mask, implementation="pallas_tpu", **ids)
     (rows, count), index_map = fetched.pop()
     first_B, end_B = bounds(mask, Inputs(*ids.values(), *[None] * 5))
     scalars = (first_B, end_B, jnp.arange(rows))
-    asked = [{int(index_map(b, j, *scalars)[1]) for j in range(int(count))} for b in range(rows)]
+    block = lambda b, j: int(index_map(b, j, *scalars)[place])
+    asked = [{block(b, j) for j in range(int(count))} for b in range(rows)]
     assert asked == blocks  # an empty row has one that is there anyway
     assert count == max(map(len, blocks))
   assert steps == [5, 2, 1]  # of 48

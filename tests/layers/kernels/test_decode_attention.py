@@ -187,7 +187,7 @@ READ = {
 @pytest.mark.parametrize("blocks", READ)
 def test_cost_follows_what_rows_see(blocks, small, monkeypatch):
   """Steps of the loop, and blocks that the kernel's index maps ask for; not the cache's size."""
-  H, place, wanted = READ[blocks]
+  H, where, wanted = READ[blocks]
   monkeypatch.setattr(pallas_tpu, "STEP_BYTES", 2**16 if H == 128 else 2**14)
   steps, fetched = [], []
   loop = jax.lax.fori_loop
@@ -214,8 +214,8 @@ def test_cost_follows_what_rows_see(blocks, small, monkeypatch):
     (rows, count), index_map = fetched.pop()
     first_B, end_B = bounds(mask, Inputs(*ids.values(), *[None] * 5))
     scalars = (first_B, end_B, jnp.arange(rows))
-    block = lambda b, j: int(index_map(b, j, *scalars)[place])
-    asked = [{block(b, j) for j in range(int(count))} for b in range(rows)]
+    at = [[index_map(b, j, *scalars) for j in range(int(count))] for b in range(rows)]
+    asked = [{int(place[where]) for place in row} for row in at]
     assert asked == blocks  # an empty row has one that is there anyway
     assert count == max(map(len, blocks))
   assert steps == [5, 2, 1]  # of 48

@@ -28,6 +28,7 @@ from mesh.topology import describe_devices
 MAXTEXT = "MaxText docs/reference/models/tiering.md"
 # config, chips, positions of a row, published MFU, whether constants were fitted on it, the layout
 # if it is known (else the one that `plan` finds best for batches of 2^22 tokens), source.
+FUJI = {"data.batch_size": "1024", "mesh.data": "4", "mesh.dcn_data": "4", "mesh.fsdp": "256"}
 PUBLISHED = [
   ("llama2:70b", "v6e", 256, 4096, 0.438, True, {}, MAXTEXT),
   ("llama3:70b", "v6e", 256, 8192, 0.5033, False, {}, MAXTEXT),
@@ -45,8 +46,9 @@ PUBLISHED = [
   ("llama3:8b", "h100", 8, 8192, 0.391, False, {"data.batch_size": "8", "mesh.fsdp": "8",
    "train.remat": "full"}, "torchtitan, 6,667 tokens/s on GPUs of 500 W"),
   ("llama2:7b", "h100", 256, 4096, 0.39, False, {}, "AXLearn fuji.py"),
-  ("llama2:7b", "v5e", 1024, 4096, 0.46, False, {}, "AXLearn fuji.py"),
-  ("llama2:70b", "v5e", 1024, 4096, 0.5987, False, {}, "AXLearn fuji.py"),
+  ("llama2:7b", "v5e", 1024, 4096, 0.46, False, FUJI | {"train.remat": "dots"}, "AXLearn fuji.py"),
+  ("llama2:70b", "v5e", 1024, 4096, 0.5987, True, FUJI | {"train.remat": "offload"},
+   "AXLearn fuji.py"),
 ]  # fmt: skip
 
 

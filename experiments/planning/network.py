@@ -87,7 +87,9 @@ def bytes_received(setup: Setup) -> dict[str, float]:
   tokens = rows * T / sizes["context"]
   passes = 4 if config.train.remat in ("full", "dots") else 3  # forward, backward, again
   if (t := sizes["tensor"]) > 1:
-    each = sum(_between_blocks(layer, config.train.remat) for layer in spec.layers)
+    cut_keys = "tensor" in setup.rules["kv_heads"]
+    each = sum(_between_blocks(layer, spec.embed_dim, config.train.remat, cut_keys)
+               for layer in spec.layers)  # fmt: skip
     # At the ends: the embedding, the last norm and the gradient; that of the head is a sum.
     ends = 3 * 2 + 4
     found["tensor"] = (each / sizes["stage"] + ends) * tokens * spec.embed_dim * (1 - 1 / t)
@@ -105,16 +107,25 @@ def bytes_received(setup: Setup) -> dict[str, float]:
   return found
 
 
-def _between_blocks(layer: LayerSpec, remat: str | Sequence[str]) -> float:
-  """Bytes over `tensor` for each number of the residual stream, of one layer.
+def _between_blocks(
+  layer: LayerSpec, width: int, remat: str | Sequence[str], cut_keys: bool
+) -> float:
+  """Bytes over `tensor` for each of `width` numbers of the residual stream, of one layer.
 
   What blocks read is gathered in bfloat16, so are the gradients of what they add. The products
-  that write to the stream leave sums in float32, and so does each that reads it, going back.
+  that write to the stream leave sums in float32, and so does each that reads it, going back; but
+  keys and values that all devices have, whose own gradients are summed.
   """
-  again = remat != "none"
-  gathers = (1 if layer.parallel else 2) * (1 + again) + 2
-  sums = 1 + (again and "attention_branch" not in kept_names(remat))
-  sums += 3 if isinstance(layer.attention, AttentionSpec) else 2  # queries, keys, values; latents
+  again, branches = remat != "none", 1 if layer.parallel else 2
+  gathers = branches * (1 + again) + branches
+  sums = 1 + (again and not layer.parallel and "attention_branch" not in kept_names(remat))
+  attention = layer.attention
+  if not isinstance(attention, AttentionSpec):
+    sums += 2  # of latents
+  elif cut_keys:
+    sums += 3  # of queries, keys, values
+  else:
+    sums += 1 + 2 * attention.kv_heads * attention.head_dim / width
   if isinstance(layer.mlp, MoeSpec):  # experts: one sum each way, in bfloat16 (`over_tensor`)
     return 2 * gathers + 4 * sums + 2 + 2 * 2
   return 2 * gathers + 4 * (sums + 2 + layer.mlp.gated)

@@ -21,6 +21,9 @@ ATTENTION = AttentionSpec(num_heads=8, num_kv_heads=8, head_dim=64, position=Rot
 EXPERTS = MoeSpec(num_experts=16, expert=MlpSpec(hidden=512), group_size=64, dispatch="capacity")
 LAYER = {
   "dense": LayerSpec(ATTENTION, MlpSpec(hidden=1536)),
+  "palm": LayerSpec(
+    replace(ATTENTION, num_kv_heads=1), MlpSpec(hidden=1536, gated=True), parallel=True
+  ),
   "moe": LayerSpec(ATTENTION, EXPERTS),
   "dropless": LayerSpec(
     ATTENTION,

@@ -54,8 +54,15 @@ def test_offload_compiled():
   assert device_peak(moved.memory) <= estimate.memory(moved.setup).total  # of 16 layers, within 6%
 
 
+def added(setup, chip) -> float:
+  """Seconds by offloading."""
+  before, after = (speed.step_time(setup[remat], chip).total for remat in ("minimal", "offload"))
+  return after - before
+
+
 def test_offload_keeps_on_the_host_what_minimal_keeps():
-  """Both ways over the link, all parts of the batch; a device has two and a half layers of it."""
+  """Both ways over the link, all parts of the batch, under four fifths of the computing; a device
+  has two and a half layers of it."""
   setup = {
     remat: planned("dense_1b", {"fsdp": 16}, train__remat=remat, train__microbatches=2)
     for remat in ("minimal", "offload")
@@ -67,8 +74,12 @@ def test_offload_keeps_on_the_host_what_minimal_keeps():
   )
   assert moved["layer inputs"] == kept["layer inputs"]
   assert moved["on the way to the host"] == pytest.approx(2.5 / 16 * there, rel=1e-3)
-  before, after = (speed.step_time(s, CHIPS["v5e"]) for s in setup.values())
-  assert after.total - before.total == pytest.approx(2 * 2 * there / 16e9)
+  computing = speed.step_time(setup["minimal"], CHIPS["v5e"]).compute
+  wanted = 2 * 2 * there / 16e9 - 0.8 * computing
+  assert wanted > 1 and added(setup, CHIPS["v5e"]) == pytest.approx(wanted)
+  # AXLearn's, whose measured step is too short for the link after the computing.
+  setup = {r: planned("llama2:70b", {"fsdp": 256}, train__remat=r) for r in setup}
+  assert added(setup, CHIPS["v5e"]) == 0
 
 
 def test_policies_and_parts_keep_less():

@@ -131,6 +131,15 @@ def test_tensor_parallelism_gathers_and_scatters_between_blocks():
 
 
 @pytest.mark.full
+def test_one_key_head_is_on_all_devices():
+  """PaLM's layers: both branches at once, and no sums over `tensor` for what reads keys."""
+  rules = "all,kv_heads=,act_kv_heads="
+  program = compiled("palm", "v5p:2x2x4", fsdp=4, tensor=4, rules=rules)
+  along = sum(c.total for c in program.found if c.axes == ("tensor",))
+  assert bytes_received(program.setup)["tensor"] == pytest.approx(along, rel=0.05)
+
+
+@pytest.mark.full
 def test_context_parallelism_permutes_keys():
   """A ring of four: keys and values move three times in each pass and in the backward pass, where
   their gradients move with them in float32, and once more, rounded, to come home."""

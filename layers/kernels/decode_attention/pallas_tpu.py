@@ -199,8 +199,6 @@ def _call(static, blocks: _Blocks, scalars, rows: _Rows, columns: _Columns, q, k
   """[B, M, U]; without v, of which U is the width, k serves as that."""
   B, M, H = q.shape
   paged = scalars[2].ndim == 2
-  pieces_of_row = scalars[2].shape[1] if paged else 1
-  columns_of_row = pieces_of_row * (math.prod(k.shape[1:]) // H)
 
   def block(b, j, first_B, end_B):
     """What a row reads in step j: when it has all, nothing new."""
@@ -229,12 +227,6 @@ def _call(static, blocks: _Blocks, scalars, rows: _Rows, columns: _Columns, q, k
     columns_specs = columns_specs._replace(position=ids)
   pieces = range(blocks.pieces)
   steps = jnp.max(_need(blocks, *scalars[:2])[1], initial=1)
-  # Of caches that are full and seen whole; those of all rows and no more are read.
-  cost = pl.CostEstimate(
-    flops=2 * B * M * columns_of_row * (H + U),
-    bytes_accessed=B * columns_of_row * (H if v is None else H + U) * k.dtype.itemsize,
-    transcendentals=B * M * columns_of_row,
-  )
   call = pl.pallas_call(
     partial(_kernel, static, blocks),
     name="decode_attention",
@@ -256,10 +248,22 @@ def _call(static, blocks: _Blocks, scalars, rows: _Rows, columns: _Columns, q, k
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=fast_memory()
     ),
-    cost_estimate=cost,
+    cost_estimate=_cost(q, k, U, v is None, scalars[2].shape[1] if paged else 1),
   )
   values = [] if v is None else [v] * blocks.pieces
   return call(*scalars, rows, columns, q, [k] * blocks.pieces, values)
+
+
+def _cost(q, k, U: int, one_array: bool, pieces: int) -> pl.CostEstimate:
+  """Of rows whose caches are full and seen whole."""
+  B, M, H = q.shape
+  columns = pieces * (math.prod(k.shape[1:]) // H)
+  width = H if one_array else H + U
+  return pl.CostEstimate(
+    flops=2 * B * M * columns * (H + U),
+    bytes_accessed=B * columns * width * k.dtype.itemsize,
+    transcendentals=B * M * columns,
+  )
 
 
 def _need(blocks: _Blocks, first: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -118,14 +118,19 @@ class Block(nn.Module):
     return dropout_BTD(x_BTD, self.spec.dropout, fold(rows.key_B, branch), rows.place_T)
 
 
-@functools.lru_cache(maxsize=256)
-def abstract_block(spec: LayerSpec, embed_dim: int) -> dict[str, Any]:
-  """Parameters of a layer as boxed `ShapeDtypeStruct`s; models share them."""
-  position: Any = getattr(spec.attention, "position", None)
+def smallest_inputs(spec: LayerSpec, embed_dim: int) -> tuple[jax.Array, Rows]:
+  """(x [1, 1, D], rows): one position, enough to declare a layer's weights."""
+  position: Any = spec.attention.position
   shared = getattr(position, "shared", False)  # of a BucketedSpec
   table_UN = jnp.zeros((position.num_buckets, spec.attention.num_heads)) if shared else None
   one_11 = jnp.zeros((1, 1), jnp.int32)
-  rows = Rows(one_11, table_UN=table_UN, tokens_BT=one_11)
+  return jnp.zeros((1, 1, embed_dim)), Rows(one_11, table_UN=table_UN, tokens_BT=one_11)
+
+
+@functools.lru_cache(maxsize=256)
+def abstract_block(spec: LayerSpec, embed_dim: int) -> dict[str, Any]:
+  """Parameters of a layer as boxed `ShapeDtypeStruct`s; models share them."""
   zeros = InitSpec("normal", stddev=0.0)  # the quickest to trace
-  init, x_BTD = Block(spec, embed_dim, zeros, parent=None).init, jnp.zeros((1, 1, embed_dim))
-  return jax.eval_shape(init, jax.random.key(0), x_BTD, rows)["params"]
+  block = Block(spec, embed_dim, zeros, parent=None)
+  draw = lambda: block.init(jax.random.key(0), *smallest_inputs(spec, embed_dim))
+  return jax.eval_shape(draw)["params"]  # inputs and key as well: nothing is compiled

@@ -27,8 +27,8 @@ class Counts(NamedTuple):
 
 def abstract_params(spec: ModelSpec):
   """Parameters as boxed `ShapeDtypeStruct`s (see `layers.params.Weight`)."""
-  tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  params = dict(jax.eval_shape(_Frame(spec).init, jax.random.key(0), tokens_BT)["params"])
+  draw = lambda: _Frame(spec).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+  params = dict(jax.eval_shape(draw)["params"])
   for i, segment in enumerate(spec.segments):
     stack = lambda x, L=segment.repeats: jax.ShapeDtypeStruct((L, *x.shape), x.dtype)
     each = (abstract_block(layer, spec.embed_dim) for layer in segment.layers)

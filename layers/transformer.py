@@ -14,7 +14,7 @@ from mesh.constrain import constrain, shard_counts
 from mesh.region import region_for
 
 from .attention import Rows, bucket_table, layer_mask
-from .block import Block
+from .block import Block, smallest_inputs
 from .cache import KVCache, LinearState, empty_cache, empty_state, num_slots
 from .context import Method, zigzag
 from .embedding import Embedding
@@ -171,28 +171,24 @@ class TransformerLM(nn.Module):
     name, segment = f"segment_{i}", self.spec.segments[i]
     if not self.is_initializing():
       return unbox(self.get_variable("params", name))
-    x_BTD = jnp.zeros((1, 1, self.spec.embed_dim), self.dtype)
-    table_UN = self._shared_bucket_table(declare_it=False)
-    one_11 = jnp.zeros((1, 1), jnp.int32)
-    rows = Rows(one_11, table_UN=table_UN, tokens_BT=one_11)
 
     def draw(key):
       stacked = {}
       for j, block in enumerate(self._blocks(segment)):
         keys_L = jax.random.split(jax.random.fold_in(key, j), segment.repeats)
-        boxed = jax.vmap(lambda k, block=block: block.init(k, x_BTD, rows)["params"])(keys_L)
+        inputs = smallest_inputs(block.spec, self.spec.embed_dim)
+        one = lambda k, block=block, inputs=inputs: block.init(k, *inputs)["params"]
+        boxed = jax.vmap(one)(keys_L)
         stacked[f"layer_{j}"] = nn.meta.add_axis(boxed, 0, {nn.PARTITION_NAME: "layers"})
       return stacked
 
     return self.param(name, draw)
 
-  def _shared_bucket_table(self, declare_it: bool = True) -> jax.Array | None:
+  def _shared_bucket_table(self) -> jax.Array | None:
     for layer in self.spec.layers:
       position, num_heads = layer.attention.position, layer.attention.num_heads
       if isinstance(position, BucketedSpec) and position.shared:
-        if declare_it:
-          return bucket_table(self, position, num_heads)
-        return jnp.zeros((position.num_buckets, num_heads))
+        return bucket_table(self, position, num_heads)
     return None
 
   def _transform(self, x_BTD, activation):

@@ -8,6 +8,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from layers import lora
+from layers.count import abstract_params
 from layers.params import axes, trainable, unbox
 from layers.stack import is_staged
 from layers.transformer import TransformerLM
@@ -46,10 +47,9 @@ def param_layout(
     ValueError, NotImplementedError: the model can't run rows of this length, a named kernel
       implementation can't run here, or the model has no such weights to adapt.
   """
-  tokens_BT = jax.ShapeDtypeStruct((1, row_length), jnp.int32)
-  draw = lambda tokens_BT: model.init(jax.random.key(0), tokens_BT)
-  boxed = jax.eval_shape(draw, tokens_BT)["params"]  # the key as well: nothing is compiled
+  boxed = abstract_params(model.spec)
   if row_length > 1:
+    tokens_BT = jax.ShapeDtypeStruct((1, row_length), jnp.int32)
     apply = lambda params, tokens_BT: model.apply({"params": params}, tokens_BT)
     jax.eval_shape(apply, unbox(boxed), tokens_BT)
   if adapters is not None and adapters.rank:

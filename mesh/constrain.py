@@ -39,6 +39,13 @@ def active() -> tuple[Rules | None, jax.sharding.AbstractMesh]:
   return _active_rules.value, jax.sharding.get_abstract_mesh()
 
 
+def _uncut(mesh: jax.sharding.AbstractMesh) -> tuple[dict[str, int], bool]:
+  """Axes larger than 1 that no enclosing `shard_map` has cut, and whether one is Explicit."""
+  kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+  sizes = {a: n for a, n in mesh.shape.items() if n > 1 and kinds[a] is not AxisType.Manual}
+  return sizes, any(kinds[a] is AxisType.Explicit for a in sizes)
+
+
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
   """Shards `x` as the active rules say; returns `x` itself where there is nothing to say.
 
@@ -61,11 +68,9 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
   rules, mesh = active()
   if rules is None or mesh.empty:
     return x
-  kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-  sizes = {a: n for a, n in mesh.shape.items() if n > 1 and kinds[a] is not AxisType.Manual}
+  sizes, explicit = _uncut(mesh)
   if not sizes:
     return x
-  explicit = any(kinds[a] is AxisType.Explicit for a in sizes)
   loose = None if explicit else PartitionSpec.UNCONSTRAINED
   entries = [
     loose if size % math.prod(sizes[a] for a in axes) else spec_entry(axes)
@@ -85,12 +90,11 @@ def uncut_axes(*logical: str | None) -> list[tuple[str, ...]] | None:
   rules, mesh = active()
   if rules is None or mesh.empty:
     return None
-  kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-  sizes = {a: n for a, n in mesh.shape.items() if n > 1 and kinds[a] is not AxisType.Manual}
+  sizes, explicit = _uncut(mesh)
   found = assign(logical, rules, sizes)
-  if not sizes or set(sizes) - {a for axes in found for a in axes}:
+  if explicit or not sizes or set(sizes) - {a for axes in found for a in axes}:
     return None
-  return None if any(kinds[a] is AxisType.Explicit for a in sizes) else found
+  return found
 
 
 def dim_axes(*logical: str, shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
@@ -98,8 +102,7 @@ def dim_axes(*logical: str, shape: tuple[int, ...]) -> tuple[tuple[str, ...], ..
   rules, mesh = active()
   if rules is None or mesh.empty:
     return ((),) * len(logical)
-  kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-  sizes = {a: n for a, n in mesh.shape.items() if kinds[a] is not AxisType.Manual}
+  sizes, _ = _uncut(mesh)
   found = zip(shape, assign(logical, rules, sizes), strict=True)
   return tuple(() if size % math.prod(sizes[a] for a in axes) else axes for size, axes in found)
 

@@ -92,15 +92,18 @@ def varying_shape(shape: tuple[int, ...], dtype: Any, operand: jax.Array) -> jax
 def free_axes() -> list[str]:
   """Mesh axes larger than 1 along which no enclosing `shard_map` has cut the arrays."""
   mesh = jax.sharding.get_abstract_mesh()
-  kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-  return [a for a, kind in kinds if kind is not AxisType.Manual and mesh.shape[a] > 1]
+  return [a for a in _axes(AxisType.Auto, AxisType.Explicit) if mesh.shape[a] > 1]
 
 
 def explicit_axes() -> tuple[str, ...]:
   """Mesh axes whose shardings are part of types, which are not to be cut by hand."""
+  return _axes(AxisType.Explicit)
+
+
+def _axes(*kinds: AxisType) -> tuple[str, ...]:
   mesh = jax.sharding.get_abstract_mesh()
-  kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-  return tuple(name for name, kind in kinds if kind is AxisType.Explicit)
+  each = zip(mesh.axis_names, mesh.axis_types, strict=True)
+  return tuple(name for name, kind in each if kind in kinds)
 
 
 def cut_all(function: Callable, in_specs: Any, out_specs: Any, *args: Any) -> Any:
@@ -110,9 +113,7 @@ def cut_all(function: Callable, in_specs: Any, out_specs: Any, *args: Any) -> An
   """
   if not free_axes():
     return function(*args)
-  mesh = jax.sharding.get_abstract_mesh()
-  kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-  left = {name for name, kind in kinds if kind is not AxisType.Manual}
+  left = {*_axes(AxisType.Auto, AxisType.Explicit)}
   # What varies over which axes is not tracked: in interpret mode kernels can't be.
   cut = jax.shard_map(
     function, axis_names=left, in_specs=in_specs, out_specs=out_specs, check_vma=False

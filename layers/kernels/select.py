@@ -7,8 +7,8 @@ import jax
 from .partition import free_axes
 
 TPU = ("tpu",)
-LANES = 128  # the last dim of a TPU's register
 GPU = ("gpu", "cuda")  # names of one platform, the first of devices, the second of compilers
+LANES = 128  # the last dim of a TPU's register
 
 Supports = Callable[[str], str | None]
 

@@ -76,12 +76,13 @@ def decode_attention(
     NotImplementedError: a named implementation that cannot run here.
   """
   values = k_BSKH if v_BSKU is None else v_BSKU
-  one = lambda x: x if layer is None else jax.eval_shape(lambda x: x[0], x)
-  _check(q_BTNH, one(k_BSKH), one(values), q_positions_BT, lengths_B, mask, sink_N,
-    alibi_slopes_N, softcap)  # fmt: skip
-  B, S, H = q_BTNH.shape[0], *one(k_BSKH).shape[1::2]
-  if one(k_BSKH).shape[0] != B:
-    raise ValueError(f"{B} rows of queries and {one(k_BSKH).shape[0]} of keys")
+  k, v = k_BSKH, values
+  if layer is not None:
+    k, v = jax.eval_shape(lambda *stacks: [x[0] for x in stacks], k, v)
+  _check(q_BTNH, k, v, q_positions_BT, lengths_B, mask, sink_N, alibi_slopes_N, softcap)
+  B, S, K, H = q_BTNH.shape[0], *k.shape[1:]
+  if k.shape[0] != B:
+    raise ValueError(f"{B} rows of queries and {k.shape[0]} of keys")
   if kv_positions_BS is not None and kv_positions_BS.shape != (B, S):
     raise ValueError(f"kv_positions_BS needs the shape {(B, S)}, got {kv_positions_BS.shape}")
   lengths_B = jnp.minimum(lengths_B, S)
@@ -92,7 +93,6 @@ def decode_attention(
   arrays = (q_BTNH, k_BSKH, v_BSKU, inputs, layer)
   if cache_axes is None or positions or explicit_axes():
     return run(*arrays)
-  K = values.shape[-2]
   if K > 1 and K % math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in heads):
     heads = ()
   of_q = P(rows, None, heads)
